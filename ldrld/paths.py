@@ -1,0 +1,63 @@
+"""Where things are: the only module that knows.
+
+`nbdev_test`, papermill and JupyterLab start notebooks in different folders, so nothing else may use a relative path.
+"""
+import os
+from pathlib import Path
+
+__all__ = ["root", "out", "data_root", "records", "tables", "figures", "work", "executed", "published", "notebooks"]
+
+
+def root() -> Path:
+    """The project's folder: `LDRLD_ROOT`, else the nearest folder above here with our `settings.ini`, else the current one."""
+    if "LDRLD_ROOT" in os.environ: return Path(os.environ["LDRLD_ROOT"]).resolve()
+    for start in (Path.cwd(), Path(__file__).resolve().parent):
+        for folder in (start, *start.parents):
+            settings = folder / "settings.ini"
+            if settings.is_file() and "lib_name = ldrld" in settings.read_text(encoding="utf-8"): return folder
+    return Path.cwd()
+
+
+def out() -> Path:
+    """Where results go: `LDRLD_OUT` (a relative path counts from the root), else the root itself."""
+    return (root() / os.environ.get("LDRLD_OUT", ".")).resolve()
+
+
+def data_root() -> Path:
+    """Where data sets lie, unpacked or made: `LDRLD_DATA`, else `data/` under the root."""
+    return Path(os.environ.get("LDRLD_DATA", root() / "data")).resolve()
+
+
+def records(profile: str) -> Path:
+    """Run records of a profile, one JSON file a run."""
+    return out() / "data" / "runs" / profile
+
+
+def tables(profile: str) -> Path:
+    """Tables of a profile, as CSV, Markdown and LaTeX."""
+    return out() / "data" / "tables" / profile
+
+
+def figures(profile: str) -> Path:
+    """Figures of a profile, as SVG and PNG."""
+    return out() / "figures" / profile
+
+
+def work(name: str = "") -> Path:
+    """Checkpoints, weights and teachers' logits of the run `name`: large, made again at will, never committed."""
+    return out() / "runs" / name
+
+
+def executed(profile: str) -> Path:
+    """Executed notebooks: logs, kept away from `nbs/`, where nbdev would take them for sources."""
+    return out() / "runs" / "executed" / profile
+
+
+def published() -> Path:
+    """Numbers from the literature, one source a row."""
+    return root() / "data" / "published"
+
+
+def notebooks() -> Path:
+    """The source notebooks."""
+    return root() / "nbs"

@@ -5,7 +5,7 @@
 import os
 from pathlib import Path
 
-__all__ = ["root", "out", "data_root", "records", "tables", "figures", "work", "executed", "published", "notebooks"]
+__all__ = ["root", "out", "data_root", "records", "tables", "figures", "weights", "work", "executed", "published", "notebooks"]
 
 
 def root() -> Path:
@@ -41,6 +41,11 @@ def tables(profile: str) -> Path:
 def figures(profile: str) -> Path:
     """Figures of a profile, as SVG and PNG."""
     return out() / "figures" / profile
+
+
+def weights(profile: str) -> Path:
+    """Teachers' weights in half precision."""
+    return out() / "data" / "teachers" / profile
 
 
 def work(name: str = "") -> Path:

@@ -1,0 +1,129 @@
+"""Runs a whole profile: training notebooks two at a time, then the notebooks that make tables and figures.
+
+Plain code rather than a notebook: it starts processes, and there is nothing in it to learn about distillation.
+"""
+import json
+import math
+import multiprocessing
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ldrld import paths
+from ldrld.experiments import EXPERIMENTS, batch, profile
+from ldrld.runs import Paused, load_record, name_of, run, KEPT, RunConfig
+
+__all__ = ["Outcome", "reproduce", "report", "finished"]
+
+TRAIN = "run/train.ipynb"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one notebook or run."""
+    name: str
+    status: str  # "done", "paused" or "failed"
+    detail: str = ""
+
+
+def execute(notebook: str, name: str, parameters: dict, profile_name: str) -> Outcome:
+    """Execute a source notebook with papermill into `runs/executed/`, the failure told by cell and traceback."""
+    import papermill
+
+    target = paths.executed(profile_name) / f"{name}.ipynb"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    source = paths.notebooks() / notebook
+    unknown = set(parameters) - set(papermill.inspect_notebook(str(source)))
+    if unknown: return Outcome(name, "failed", f"{notebook} has no parameter {', '.join(sorted(unknown))}")
+    try:
+        papermill.execute_notebook(str(source), str(target), parameters, kernel_name="python3",
+                                   progress_bar=False, cwd=str(source.parent))
+    except papermill.PapermillExecutionError as error:
+        if error.ename == "Paused": return Outcome(name, "paused", error.evalue)
+        trace = "\n".join(error.traceback) if isinstance(error.traceback, list) else str(error.traceback)
+        return Outcome(name, "failed", f"{notebook}, cell {error.cell_index}: {error.ename}: {error.evalue}\n{trace}\nlog: {target}")
+    except Exception as error:  # a kernel that died, a full disk: reported like any other failure, the rest goes on
+        return Outcome(name, "failed", f"{notebook}: {type(error).__name__}: {error}\nlog: {target}")
+    return Outcome(name, "done")
+
+
+def execute_run(config: dict, keep: tuple[str, ...], profile_name: str, notebooks: bool) -> Outcome:
+    """Carry out one run, in its notebook or directly."""
+    name = name_of(RunConfig(**config))
+    if notebooks: return execute(TRAIN, name, {"profile": profile_name, "keep": list(keep), **config}, profile_name)
+    try: run(RunConfig(**config), profile_name, keep, report=None)
+    except Paused as pause: return Outcome(name, "paused", str(pause))
+    except Exception as error: return Outcome(name, "failed", f"{type(error).__name__}: {error}")
+    return Outcome(name, "done")
+
+
+def finished(config: RunConfig, keep: tuple[str, ...], profile_name: str) -> bool:
+    """Whether a run has its record and all that is to be kept besides."""
+    name = name_of(config)
+    return load_record(name, profile_name) is not None and all(KEPT[k](name, profile_name).exists() for k in keep)
+
+
+def in_parallel(what: str, tasks: list[tuple], jobs: int) -> list[Outcome]:
+    """Call each task's function in `jobs` processes of one thread each, with a progress bar; failures are told at once."""
+    if not tasks: return []
+    os.environ["OMP_NUM_THREADS"] = "1"  # two processes of two threads on two cores are slower than two of one
+    outcomes, context = [], multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max(1, min(jobs, len(tasks))), mp_context=context) as pool, tqdm(total=len(tasks), desc=what, unit="") as bar:
+        futures = [pool.submit(function, *arguments) for function, *arguments in tasks]
+        try:
+            for future in as_completed(futures):
+                outcomes.append(outcome := future.result())
+                if outcome.status == "failed": tqdm.write(f"FAILED {outcome.name}\n{outcome.detail}")
+                bar.update()
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return outcomes
+
+
+def report(profile_name: str = "quick", only: tuple[str, ...] = (), jobs: int = 2) -> list[Outcome]:
+    """Make the tables and figures of a profile from its records."""
+    chosen = [EXPERIMENTS[name] for name in (only or EXPERIMENTS)]
+    tasks = [(execute, f"paper/{e.notebook}.ipynb", e.notebook, {"profile": profile_name}, profile_name) for e in chosen]
+    return in_parallel("tables and figures", tasks, jobs)
+
+
+def reproduce(profile_name: str = "quick", only: tuple[str, ...] = (), jobs: int = 2, seconds: float = math.inf,
+              notebooks: bool = True) -> list[Outcome]:
+    """Make every run of a profile that is not finished, then its tables and figures.
+
+    profile_name: "quick", "small" or "paper".  only: names of experiments, none for all.  jobs: processes at a time.
+    seconds: time budget; runs pause after the epoch in which it ends, and go on at the next call.
+    notebooks: run training in its notebook through papermill, else directly.
+    Returns one outcome for each run and notebook.
+    """
+    runs = batch(profile(profile_name), only)
+    todo = [(config, keep) for config, keep in runs if not finished(config, keep, profile_name)]
+    print(f"{len(runs)} runs in profile {profile_name}, {len(runs) - len(todo)} finished before")
+    if math.isfinite(seconds): os.environ["LDRLD_DEADLINE"] = str(time.time() + 0.9 * seconds)
+    task = lambda config, keep: (execute_run, config.model_dump(), keep, profile_name, notebooks)
+    outcomes = in_parallel("teachers", [task(c, k) for c, k in todo if "weights" in k], jobs)
+    bad = {o.name for o in outcomes if o.status != "done"}
+    waiting = [(c, k) for c, k in todo if "weights" not in k and c.teacher and name_of(c.teacher) in bad]
+    outcomes += [Outcome(name_of(c), "paused", "its teacher is not finished") for c, _ in waiting]
+    held = {name_of(c) for c, _ in waiting}
+    outcomes += in_parallel("students", [task(c, k) for c, k in todo if "weights" not in k and name_of(c) not in held], jobs)
+    os.environ.pop("LDRLD_DEADLINE", None)
+    return outcomes + report(profile_name, only, jobs)
+
+
+def compare_with_committed(profile_name: str) -> str | None:
+    """How the records made now differ from those committed with the project; None if they are the same files."""
+    made, committed = paths.records(profile_name), paths.root() / "data" / "runs" / profile_name
+    if made.resolve() == committed.resolve() or not committed.exists(): return None
+    accuracy = lambda file: json.loads(Path(file).read_text(encoding="utf-8"))["last_accuracy"]
+    both = [(accuracy(f), accuracy(committed / f.name)) for f in sorted(made.glob("*.json")) if (committed / f.name).exists()]
+    if not both: return "none of these runs has a committed record to compare with"
+    equal, largest = sum(a == b for a, b in both), max(abs(a - b) for a, b in both)
+    mean = sum(a - b for a, b in both) / len(both)
+    return (f"{len(both)} runs have a committed record: {equal} repeat it exactly, the others differ by {largest:.2f} points "
+            f"at most and by {mean:+.3f} on average")

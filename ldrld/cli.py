@@ -1,0 +1,170 @@
+"""The command line: `ldrld --help`."""
+import json
+import math
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+                  help="Reproduce LDRLD: run experiments, make tables and figures, check every number.")
+
+Profile = Annotated[str, typer.Option(help="quick, small or paper.")]
+Only = Annotated[Optional[list[str]], typer.Option(help="An experiment's name; may be given several times. Default: all.")]
+Jobs = Annotated[int, typer.Option(min=1, help="Processes at a time, of one thread each.")]
+Out = Annotated[Optional[Path], typer.Option(help="Folder for records, tables and figures. Default: the project itself.")]
+
+
+def seconds(text: str) -> float:
+    """A time such as `90`, `90s`, `9m` or `1.5h`, in seconds."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh]?)\s*", text)
+    if not found: raise typer.BadParameter(f"{text!r} is not a time; expected something like 90s, 9m or 1.5h")
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
+
+
+def start(profile: str, only: list[str] | None = None, out: Path | None = None) -> tuple[str, ...]:
+    """Check the names before anything is started; returns the experiments asked for."""
+    from ldrld.experiments import EXPERIMENTS, PROFILES
+    from ldrld.runs import known
+
+    try:
+        known("--profile", profile, list(PROFILES))
+        chosen = tuple(known("--only", name, list(EXPERIMENTS)) for name in only or ())
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    if out is not None: os.environ["LDRLD_OUT"] = str(out.resolve())
+    return chosen
+
+
+def end(outcomes, profile: str) -> None:
+    """Say what became of everything and where it is; exit code 1 if anything failed."""
+    from ldrld import paths
+
+    count = lambda status: sum(o.status == status for o in outcomes)
+    print(f"{count('done')} done, {count('paused')} paused, {count('failed')} failed")
+    for o in outcomes:
+        if o.status == "failed": print(f"  failed: {o.name}: {o.detail.splitlines()[0]}")
+    if count("paused"): print("  call again to go on with what is paused")
+    for what, folder in {"records": paths.records(profile), "tables": paths.tables(profile), "figures": paths.figures(profile),
+                         "executed notebooks": paths.executed(profile)}.items():
+        if folder.exists(): print(f"  {what}: {os.path.relpath(folder)}")
+    if count("failed"): raise typer.Exit(1)
+
+
+@app.command()
+def reproduce(profile: Profile = "quick", only: Only = None, jobs: Jobs = 2, out: Out = None,
+              time_budget: Annotated[Optional[str], typer.Option(help="Stop after about this long, e.g. 9m; call again to go on.")] = None,
+              direct: Annotated[bool, typer.Option("--direct", help="Train without notebooks: needs neither papermill nor Jupyter.")] = False):
+    """Make every run that is not finished, then all tables and figures."""
+    budget = seconds(time_budget) if time_budget else math.inf
+    chosen = start(profile, only, out)
+    from ldrld import batch
+
+    outcomes = batch.reproduce(profile, chosen, jobs, budget, notebooks=not direct)
+    if line := batch.compare_with_committed(profile): print(line)
+    end(outcomes, profile)
+
+
+@app.command()
+def report(profile: Profile = "quick", only: Only = None, jobs: Jobs = 2, out: Out = None):
+    """Make tables and figures again from the records; trains nothing."""
+    chosen = start(profile, only, out)
+    from ldrld import batch
+
+    end(batch.report(profile, chosen, jobs), profile)
+
+
+@app.command()
+def run(settings: Annotated[list[str], typer.Argument(help="name=value, e.g. model=resnet8 loss=ldrld loss_args.depth=5 teacher=resnet14")],
+        profile: Annotated[str, typer.Option(help="Folder of records under data/runs.")] = "try", out: Out = None,
+        keep: Annotated[Optional[list[str]], typer.Option(help="weights or logits, kept besides the record.")] = None):
+    """Carry out one run; its record is the result."""
+    import yaml
+    from pydantic import ValidationError
+
+    if out is not None: os.environ["LDRLD_OUT"] = str(out.resolve())
+    given: dict = {}
+    for text in settings:
+        name, is_setting, value = text.partition("=")
+        if not is_setting: raise typer.BadParameter(f"{text!r}: expected name=value")
+        *folders, last = name.split(".")
+        place = given
+        for folder in folders: place = place.setdefault(folder, {})
+        place[last] = yaml.safe_load(value)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    from ldrld import paths
+    from ldrld.runs import KEPT, Paused, RunConfig, known
+    from ldrld.runs import run as carry_out
+
+    try:
+        for k in keep or (): known("--keep", k, list(KEPT))
+        config = RunConfig(**given)
+    except ValidationError as error:
+        raise typer.BadParameter("; ".join(f"{'.'.join(map(str, e['loc']))} {e['msg']}".strip() for e in error.errors())) from None
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    try: record = carry_out(config, profile, tuple(keep or ()))
+    except Paused as pause:
+        print(pause)
+        raise typer.Exit(0) from None
+    print(f"{record.last_accuracy:.2f} % after the last epoch, {record.best_accuracy:.2f} % at best (epoch {record.best_epoch}, chosen on test data)")
+    print(f"record: {os.path.relpath(paths.records(profile) / record.name)}.json")
+
+
+@app.command()
+def status(profile: Profile = "quick", out: Out = None):
+    """How far a profile is: for each experiment the runs planned, finished and missing."""
+    start(profile, out=out)
+    import pandas as pd
+
+    from ldrld.experiments import EXPERIMENTS
+    from ldrld.report import collect
+
+    lines = []
+    for name, e in EXPERIMENTS.items():
+        runs = collect(e, profile)
+        lines.append({"experiment": name, "planned": len(runs), "finished": int(runs["last"].notna().sum()),
+                      "missing": int(runs["last"].isna().sum()), "about": e.title})
+    print(pd.DataFrame(lines).to_string(index=False))
+
+
+@app.command()
+def verify(profile: Annotated[Optional[list[str]], typer.Option(help="Default: every profile that has tables.")] = None, out: Out = None):
+    """Compute every number of every table again from its records."""
+    from ldrld import paths
+    from ldrld.experiments import EXPERIMENTS, PROFILES
+
+    for p in profile or (): start(p)
+    if out is not None: os.environ["LDRLD_OUT"] = str(out.resolve())
+    from ldrld.report import verify_table
+
+    wrong, checked = [], 0
+    for p in profile or [p for p in PROFILES if paths.tables(p).exists()]:
+        for e in (e for e in EXPERIMENTS.values() if e.table):
+            wrong += [f"{p}: {line}" for line in verify_table(e, p)]
+            checked += 1
+    print("\n".join(wrong + [f"{checked} tables checked, {len(wrong)} things wrong"]))
+    if wrong or not checked: raise typer.Exit(1)
+
+
+@app.command("data")
+def data_command(name: Annotated[str, typer.Argument(help="glyphs, digits, cifar100, or a folder of pictures.")],
+                 root: Annotated[Optional[Path], typer.Option(help="Where data sets lie. Default: data/ of the project.")] = None):
+    """Fetch, make or find a data set, and say what it is."""
+    from ldrld import data
+
+    try: images = data.load(name, root=root, download=True)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    shape = "x".join(map(str, images.train_images.shape[1:3]))
+    print(json.dumps({"name": images.name, "train": len(images.train_labels), "test": len(images.test_labels), "size": shape,
+                      "classes": len(images.classes), "fingerprint": images.fingerprint}, indent=1))
+
+
+def main():
+    """Entry point of the `ldrld` command."""
+    app()

@@ -1,0 +1,38 @@
+"""Losses by name. A new one is a class and one line: `@register("name")`."""
+import inspect
+
+from torch import nn
+
+from ldrld.checks import unknown_name
+
+__all__ = ["register", "available", "build"]
+
+_losses: dict[str, type[nn.Module]] = {}
+
+
+def register(name: str):
+    """Class decorator that makes a loss known as `name`. ValueError if another class has that name."""
+    def add(loss: type[nn.Module]) -> type[nn.Module]:
+        known = _losses.get(name)
+        if known is not None and known.__qualname__ != loss.__qualname__:
+            raise ValueError(f"name {name!r} is taken by {known.__qualname__}; choose another for {loss.__qualname__}")
+        _losses[name] = loss
+        return loss
+    return add
+
+
+def available() -> list[str]:
+    """Names that `build` knows, in alphabetical order."""
+    return sorted(_losses)
+
+
+def build(name: str, **hyperparameters) -> nn.Module:
+    """The loss called `name`; what is not given has its default.
+
+    ValueError for an unknown name or hyper-parameter, with near matches, or for a value out of its range.
+    """
+    if name not in _losses: raise unknown_name("loss", name, _losses)
+    known = inspect.signature(_losses[name]).parameters
+    for argument in hyperparameters:
+        if argument not in known: raise unknown_name(f"hyper-parameter of {name!r}", argument, known)
+    return _losses[name](**hyperparameters)

@@ -30,11 +30,11 @@ class Outcome:
     detail: str = ""
 
 
-def execute(notebook: str, name: str, parameters: dict, profile_name: str) -> Outcome:
+def execute(notebook: str, name: str, parameters: dict, folder: str) -> Outcome:
     """Execute a source notebook with papermill into `runs/executed/`, the failure told by cell and traceback."""
     import papermill
 
-    target = paths.executed(profile_name) / f"{name}.ipynb"
+    target = paths.executed(folder) / f"{name}.ipynb"
     target.parent.mkdir(parents=True, exist_ok=True)
     source = paths.notebooks() / notebook
     unknown = set(parameters) - set(papermill.inspect_notebook(str(source)))
@@ -85,35 +85,36 @@ def in_parallel(what: str, tasks: list[tuple], jobs: int) -> list[Outcome]:
     return outcomes
 
 
-def report(profile_name: str = "quick", only: tuple[str, ...] = (), jobs: int = 2) -> list[Outcome]:
+def report(p: str = "quick", only: tuple[str, ...] = (), jobs: int = 2) -> list[Outcome]:
     """Make the tables and figures of a profile from its records."""
+    p = str(Path(p).resolve()) if p.endswith((".yaml", ".yml")) else p
     chosen = [EXPERIMENTS[name] for name in (only or EXPERIMENTS)]
-    tasks = [(execute, f"paper/{e.notebook}.ipynb", e.notebook, {"profile": profile_name}, profile_name) for e in chosen]
+    tasks = [(execute, f"paper/{e.notebook}.ipynb", e.notebook, {"profile": p}, profile(p).name) for e in chosen]
     return in_parallel("tables and figures", tasks, jobs)
 
 
-def reproduce(profile_name: str = "quick", only: tuple[str, ...] = (), jobs: int = 2, seconds: float = math.inf,
+def reproduce(p: str = "quick", only: tuple[str, ...] = (), jobs: int = 2, seconds: float = math.inf,
               notebooks: bool = True) -> list[Outcome]:
     """Make every run of a profile that is not finished, then its tables and figures.
 
-    profile_name: "quick", "small" or "paper".  only: names of experiments, none for all.  jobs: processes at a time.
+    p: "quick", "small", "paper" or a YAML file.  only: names of experiments, none for all.  jobs: processes at a time.
     seconds: time budget; runs pause after the epoch in which it ends, and go on at the next call.
     notebooks: run training in its notebook through papermill, else directly.
     Returns one outcome for each run and notebook.
     """
-    runs = batch(profile(profile_name), only)
-    todo = [(config, keep) for config, keep in runs if not finished(config, keep, profile_name)]
-    print(f"{len(runs)} runs in profile {profile_name}, {len(runs) - len(todo)} finished before")
+    folder, runs = profile(p).name, batch(p, only)
+    todo = [(config, keep) for config, keep in runs if not finished(config, keep, folder)]
+    print(f"{len(runs)} runs in profile {folder}, {len(runs) - len(todo)} finished before")
     if math.isfinite(seconds): os.environ["LDRLD_DEADLINE"] = str(time.time() + 0.9 * seconds)
-    task = lambda config, keep: (execute_run, config.model_dump(), keep, profile_name, notebooks)
+    task = lambda config, keep: (execute_run, config.model_dump(), keep, folder, notebooks)
     outcomes = in_parallel("teachers", [task(c, k) for c, k in todo if "weights" in k], jobs)
-    bad = {o.name for o in outcomes if o.status != "done"}
-    waiting = [(c, k) for c, k in todo if "weights" not in k and c.teacher and name_of(c.teacher) in bad]
-    outcomes += [Outcome(name_of(c), "paused", "its teacher is not finished") for c, _ in waiting]
-    held = {name_of(c) for c, _ in waiting}
-    outcomes += in_parallel("students", [task(c, k) for c, k in todo if "weights" not in k and name_of(c) not in held], jobs)
+    untrained = {o.name for o in outcomes if o.status != "done"}
+    students = [(c, k) for c, k in todo if "weights" not in k]
+    ready = [(c, k) for c, k in students if not c.teacher or name_of(c.teacher) not in untrained]
+    outcomes += [Outcome(name_of(c), "paused", "its teacher is not finished") for c, k in students if (c, k) not in ready]
+    outcomes += in_parallel("students", [task(c, k) for c, k in ready], jobs)
     os.environ.pop("LDRLD_DEADLINE", None)
-    return outcomes + report(profile_name, only, jobs)
+    return outcomes + report(p, only, jobs)
 
 
 def compare_with_committed(profile_name: str) -> str | None:

@@ -5,17 +5,17 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Reproduce LDRLD: run experiments, make tables and figures, check every number.")
 
-Profile = Annotated[str, typer.Option(help="quick, small or paper.")]
-Only = Annotated[Optional[list[str]], typer.Option(help="An experiment's name; may be given several times. Default: all.")]
+Profile = Annotated[str, typer.Option(help="quick, small, paper, or a YAML file with a profile of your own.")]
+Only = Annotated[list[str] | None, typer.Option(help="An experiment's name; may be given several times. Default: all.")]
 Jobs = Annotated[int, typer.Option(min=1, help="Processes at a time, of one thread each.")]
-Out = Annotated[Optional[Path], typer.Option(help="Folder for records, tables and figures. Default: the project itself.")]
+Out = Annotated[Path | None, typer.Option(help="Folder for records, tables and figures. Default: the project itself.")]
 
 
 def seconds(text: str) -> float:
@@ -27,13 +27,14 @@ def seconds(text: str) -> float:
 
 def start(profile: str, only: list[str] | None = None, out: Path | None = None) -> tuple[str, ...]:
     """Check the names before anything is started; returns the experiments asked for."""
-    from ldrld.experiments import EXPERIMENTS, PROFILES
+    from ldrld.experiments import EXPERIMENTS
+    from ldrld.experiments import profile as profile_of
     from ldrld.runs import known
 
     try:
-        known("--profile", profile, list(PROFILES))
+        profile_of(profile)
         chosen = tuple(known("--only", name, list(EXPERIMENTS)) for name in only or ())
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None
     if out is not None: os.environ["LDRLD_OUT"] = str(out.resolve())
     return chosen
@@ -42,7 +43,9 @@ def start(profile: str, only: list[str] | None = None, out: Path | None = None) 
 def end(outcomes, profile: str) -> None:
     """Say what became of everything and where it is; exit code 1 if anything failed."""
     from ldrld import paths
+    from ldrld.experiments import profile as profile_of
 
+    profile = profile_of(profile).name
     count = lambda status: sum(o.status == status for o in outcomes)
     print(f"{count('done')} done, {count('paused')} paused, {count('failed')} failed")
     for o in outcomes:
@@ -56,7 +59,7 @@ def end(outcomes, profile: str) -> None:
 
 @app.command()
 def reproduce(profile: Profile = "quick", only: Only = None, jobs: Jobs = 2, out: Out = None,
-              time_budget: Annotated[Optional[str], typer.Option(help="Stop after about this long, e.g. 9m; call again to go on.")] = None,
+              time_budget: Annotated[str | None, typer.Option(help="Stop after about this long, e.g. 9m; call again to go on.")] = None,
               direct: Annotated[bool, typer.Option("--direct", help="Train without notebooks: needs neither papermill nor Jupyter.")] = False):
     """Make every run that is not finished, then all tables and figures."""
     budget = seconds(time_budget) if time_budget else math.inf
@@ -64,7 +67,7 @@ def reproduce(profile: Profile = "quick", only: Only = None, jobs: Jobs = 2, out
     from ldrld import batch
 
     outcomes = batch.reproduce(profile, chosen, jobs, budget, notebooks=not direct)
-    if line := batch.compare_with_committed(profile): print(line)
+    if line := batch.compare_with_committed(Path(profile).stem): print(line)
     end(outcomes, profile)
 
 
@@ -80,7 +83,7 @@ def report(profile: Profile = "quick", only: Only = None, jobs: Jobs = 2, out: O
 @app.command()
 def run(settings: Annotated[list[str], typer.Argument(help="name=value, e.g. model=resnet8 loss=ldrld loss_args.depth=5 teacher=resnet14")],
         profile: Annotated[str, typer.Option(help="Folder of records under data/runs.")] = "try", out: Out = None,
-        keep: Annotated[Optional[list[str]], typer.Option(help="weights or logits, kept besides the record.")] = None):
+        keep: Annotated[list[str] | None, typer.Option(help="weights or logits, kept besides the record.")] = None):
     """Carry out one run; its record is the result."""
     import yaml
     from pydantic import ValidationError
@@ -132,7 +135,7 @@ def status(profile: Profile = "quick", out: Out = None):
 
 
 @app.command()
-def verify(profile: Annotated[Optional[list[str]], typer.Option(help="Default: every profile that has tables.")] = None, out: Out = None):
+def verify(profile: Annotated[list[str] | None, typer.Option(help="Default: every profile that has tables.")] = None, out: Out = None):
     """Compute every number of every table again from its records."""
     from ldrld import paths
     from ldrld.experiments import EXPERIMENTS, PROFILES
@@ -152,7 +155,7 @@ def verify(profile: Annotated[Optional[list[str]], typer.Option(help="Default: e
 
 @app.command("data")
 def data_command(name: Annotated[str, typer.Argument(help="glyphs, digits, cifar100, or a folder of pictures.")],
-                 root: Annotated[Optional[Path], typer.Option(help="Where data sets lie. Default: data/ of the project.")] = None):
+                 root: Annotated[Path | None, typer.Option(help="Where data sets lie. Default: data/ of the project.")] = None):
     """Fetch, make or find a data set, and say what it is."""
     from ldrld import data
 

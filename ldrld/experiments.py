@@ -9,9 +9,11 @@ __all__ = ['PROFILES', 'EXPERIMENTS', 'METHODS', 'Profile', 'profile', 'ablation
 
 # %% ../nbs/82_experiments.ipynb #8af91466
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 import pandas as pd
+import yaml
 
 from .runs import RunConfig, known, name_of
 
@@ -41,10 +43,15 @@ PROFILES = {p.name: p for p in (
 )}
 
 def profile(
-    name: str | Profile,  # "quick" | "small" | "paper", or a profile of your own
+    p: str | Profile,  # "quick" | "small" | "paper", a YAML file with a profile of your own, or a profile
 ) -> Profile:
-    "A profile by its name."
-    return name if isinstance(name, Profile) else PROFILES[known("profile", name, list(PROFILES))]
+    "A profile by its name or from its file, whose stem then names it."
+    if isinstance(p, Profile): return p
+    if not str(p).endswith((".yaml", ".yml")): return PROFILES[known("profile", str(p), list(PROFILES))]
+    given = yaml.safe_load(Path(p).read_text(encoding="utf-8"))
+    try: mine = Profile(name=Path(p).stem, **given)
+    except TypeError as error: raise ValueError(f"{p}: {error}; expected the fields {', '.join(f.name for f in fields(Profile))}") from None
+    return replace(mine, pairs=tuple(map(tuple, mine.pairs)), seeds=tuple(mine.seeds), depths=tuple(mine.depths), temperatures=tuple(mine.temperatures))
 
 # %% ../nbs/82_experiments.ipynb #f6e88089
 def ablation_pair(

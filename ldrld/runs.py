@@ -56,14 +56,11 @@ class RunConfig(BaseModel):
             given["teacher"] = {"model": given["teacher"], **own}
         if isinstance(given.get("teacher"), dict): given["teacher"] = cls(**given["teacher"])
         model = given.get("model", cls.model_fields["model"].default)
-        if "lr" not in given and isinstance(model, str): given["lr"] = base_lr(model)
+        if isinstance(model, str): given["model"] = models.canonical(model)
+        given.setdefault("lr", base_lr(str(given.get("model", model))))
         loss, args = given.get("loss", "ce"), given.get("loss_args", {})
         if isinstance(loss, str) and isinstance(args, dict): given["loss_args"] = losses.build(loss, **args).hyperparameters
         return given
-
-    @field_validator("model")
-    @classmethod
-    def _model_is_known(cls, name): return known("model", name, models.available())
 
     @field_validator("dataset")
     @classmethod

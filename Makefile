@@ -1,0 +1,37 @@
+# Two commands: `make reproduce` and `make test`. Each sets up what it needs, in .venv, on first use.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# One thread per process: results repeat to the last bit, and two processes on two cores do not starve each other.
+export OMP_NUM_THREADS := 1
+
+.PHONY: reproduce test lab readme notebooks clean
+
+reproduce: $(VENV)/ready  ## every table and figure of the quick profile, from nothing, into reproduced/
+	$(BIN)/ldrld reproduce --profile quick --jobs 2 --out reproduced
+	$(BIN)/ldrld verify --profile quick --out reproduced
+
+test: $(VENV)/ready  ## all tests
+	$(BIN)/ruff check ldrld tests setup.py
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lab: $(VENV)/ready  ## read and run the notebooks
+	$(BIN)/jupyter lab nbs
+
+readme: $(VENV)/ready  ## README.md from nbs/index.ipynb
+	$(BIN)/python tests/readme.py README.md
+
+notebooks: $(VENV)/ready  ## export, run and clean all library notebooks, their outputs kept
+	$(BIN)/nbdev_export
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace nbs/*.ipynb nbs/paper/*.ipynb nbs/guides/*.ipynb
+	$(BIN)/nbdev_clean
+
+$(VENV)/ready: requirements.txt settings.ini setup.py
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"Python {v[0]}.{v[1]} is too old: 3.11 or newer is needed; say which with `make PYTHON=python3.11 ...`")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+clean:  ## what was made here: the environment and what `make reproduce` made; never records or data sets
+	rm -rf $(VENV) reproduced build *.egg-info

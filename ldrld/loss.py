@@ -71,7 +71,7 @@ class LDRLD(LogitLoss):
         self.depth, self.weighting = int(depth), weighting
         self.epsilon, self.delta, self.decay = float(epsilon), float(delta), float(decay)
         self.rank_by = checks.choice("rank_by", rank_by, ("student", "teacher"))
-        self.normalize = checks.choice("normalize", normalize, (True, False))
+        self.normalize = checks.flag("normalize", normalize)
 
     def pair_weights(self, like: Tensor) -> Tensor:  # (d(d−1)/2,) in the order of `pair_indices`
         "Ω of every pair, on the device and in the type of `like`."
@@ -85,7 +85,7 @@ class LDRLD(LogitLoss):
         target: Tensor | None = None,  # (batch,) int64 classes; without it there is no "ce"
     ) -> dict[str, Tensor]:  # scalars "ce", "pairs", "llki", "rntk"
         "The weighted terms; they add up to the loss. Raises ValueError for wrong shapes, types or class counts."
-        checks.logits(student_logits, teacher_logits)
+        checks.student_and_teacher(student_logits, teacher_logits)
         terms = cross_entropy_term(student_logits, target, self.ce_weight)
         teacher_logits, T, d = teacher_logits.detach(), self.temperature, self.depth
         pi, z_s, z_t = top_d(student_logits, teacher_logits, d, self.rank_by)

@@ -36,7 +36,7 @@ class CrossEntropy(LogitLoss):
         target: Tensor,  # (batch,) int64 classes
     ) -> dict[str, Tensor]:  # scalar "ce"
         "The cross-entropy. Raises ValueError without a target."
-        checks.logits(student_logits)
+        checks.student(student_logits)
         if target is None: raise ValueError("target must be given for 'ce', which learns from labels alone, got None")
         return cross_entropy_term(student_logits, target, self.ce_weight)
 
@@ -65,7 +65,7 @@ class KD(LogitLoss):
         target: Tensor | None = None,  # (batch,) int64 classes; without it there is no "ce"
     ) -> dict[str, Tensor]:  # scalars "ce", "kd"
         "The weighted terms; they add up to the loss. Raises ValueError for wrong shapes or types."
-        checks.logits(student_logits, teacher_logits)
+        checks.student_and_teacher(student_logits, teacher_logits)
         terms = cross_entropy_term(student_logits, target, self.ce_weight)
         kl = dway_kl(student_logits, teacher_logits.detach(), self.temperature)
         return terms | {"kd": self.kd_weight * self.temperature**2 * kl.mean()}

@@ -26,7 +26,7 @@ def integer(name: str, value, at_least: int) -> int:
 
 def flag(name: str, value) -> bool:
     """`value`; ValueError unless it is True or False."""
-    if not isinstance(value, bool): raise ValueError(f"{name} must be True or False, got {value!r}")
+    if value is not True and value is not False: raise ValueError(f"{name} must be True or False, got {value!r}")
     return value
 
 

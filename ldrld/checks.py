@@ -5,7 +5,7 @@ from numbers import Integral, Real
 
 import torch
 
-__all__ = ["number", "integer", "choice", "unknown_name", "logits", "labels"]
+__all__ = ["number", "integer", "flag", "choice", "unknown_name", "student", "student_and_teacher", "labels"]
 
 
 def number(name: str, value, above: float | None = None, at_least: float | None = None) -> float:
@@ -24,6 +24,12 @@ def integer(name: str, value, at_least: int) -> int:
     return int(value)
 
 
+def flag(name: str, value) -> bool:
+    """`value`; ValueError unless it is True or False."""
+    if value is not True and value is not False: raise ValueError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
 def choice(name: str, value, options) -> str:
     """`value`; ValueError unless it is one of `options`."""
     if value not in tuple(options):
@@ -33,7 +39,7 @@ def choice(name: str, value, options) -> str:
 
 def unknown_name(what: str, name: str, known) -> ValueError:
     """The error for a name that nobody registered, with near matches first."""
-    near = get_close_matches(str(name), known, n=3, cutoff=0.5)
+    near = get_close_matches(str(name).lower(), known, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
     return ValueError(f"unknown {what} {name!r}.{hint} Known: {', '.join(sorted(known))}")
 
@@ -47,10 +53,14 @@ def _matrix(name: str, x) -> None:
                          f"got {tuple(x.shape)}; reshape token or pixel logits to (-1, classes)")
 
 
-def logits(student_logits, teacher_logits=None) -> None:
-    """ValueError unless both are floating (batch, classes) tensors of one shape on one device; None skips the teacher."""
+def student(student_logits) -> None:
+    """ValueError unless these are floating (batch, classes) logits."""
     _matrix("student_logits", student_logits)
-    if teacher_logits is None: return
+
+
+def student_and_teacher(student_logits, teacher_logits) -> None:
+    """ValueError unless both are floating (batch, classes) logits of one shape on one device."""
+    _matrix("student_logits", student_logits)
     _matrix("teacher_logits", teacher_logits)
     if teacher_logits.shape != student_logits.shape:
         raise ValueError(f"teacher_logits must have the shape of student_logits, {tuple(student_logits.shape)}, "

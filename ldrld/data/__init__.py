@@ -86,10 +86,15 @@ def image_data(
         _check_split(f"{name}, {split} split", images, labels, len(classes))
         splits += [images, labels]
     if superclasses is None: superclasses, superclass_of = classes, range(len(classes))
+    if splits[0].shape[1:] != splits[2].shape[1:]:
+        raise ValueError(f"{name}: test pictures are {_size(splits[2])}, training pictures {_size(splits[0])}")
     superclass_of = torch.as_tensor(superclass_of, dtype=torch.int64)
     if "mean" not in augmentation: augmentation["mean"], augmentation["std"] = mean_and_std(splits[0])
     return ImageData(name, *splits, tuple(classes), tuple(superclasses), superclass_of,
                      **augmentation, fingerprint=fingerprint(*splits))
+
+
+def _size(images) -> str: return f"{images.shape[-2]}×{images.shape[-3]}"
 
 
 def _check_split(where: str, images: torch.Tensor, labels: torch.Tensor, num_classes: int) -> None:
@@ -189,18 +194,25 @@ def folder(
 
 
 def _read_split(split: Path, classes: list[str]) -> tuple[np.ndarray, list[int]]:
-    from PIL import Image
-
     images, labels = [], []
     for label, name in enumerate(classes):
-        for path in sorted(p for p in (split / name).rglob("*") if p.suffix.lower() in _PICTURE_SUFFIXES):
-            with Image.open(path) as picture: images.append(np.asarray(picture.convert("RGB")))
+        paths = sorted(path for path in (split / name).rglob("*") if path.suffix.lower() in _PICTURE_SUFFIXES)
+        if not paths: raise ValueError(f"{_shown(split / name)}: no pictures ({', '.join(_PICTURE_SUFFIXES)})")
+        for path in paths:
+            images.append(_read_picture(path))
             labels.append(label)
             if images[-1].shape != images[0].shape:
-                raise ValueError(f"{_shown(path)} is {images[-1].shape[1]}×{images[-1].shape[0]} pixels, the first "
-                                 f"picture {images[0].shape[1]}×{images[0].shape[0]}; all must have one size")
-    if not images: raise ValueError(f"{_shown(split)}: no pictures ({', '.join(_PICTURE_SUFFIXES)}) in its subfolders")
+                raise ValueError(f"{_shown(path)} is {_size(images[-1])} pixels, the first picture {_size(images[0])}; "
+                                 "all must have one size")
     return np.stack(images), labels
+
+
+def _read_picture(path: Path) -> np.ndarray:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture: return np.asarray(picture.convert("RGB"))
+    except (OSError, SyntaxError) as error: raise ValueError(f"{_shown(path)} cannot be read as a picture: {error}") from error
 
 
 _PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")

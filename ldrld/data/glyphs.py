@@ -9,7 +9,6 @@ __all__ = ['FAMILIES', 'CHARACTERS', 'FACES', 'SPLITS', 'face_path', 'Recipe', '
 # %% ../../nbs/62_glyphs.ipynb #42072e22
 import hashlib
 import json
-import math
 import os
 import uuid
 import warnings
@@ -27,11 +26,10 @@ from . import ImageData, _shown, fingerprint, image_data
 
 # %% ../../nbs/62_glyphs.ipynb #bf31cbd5
 FAMILIES = {
-    "round capitals": "OQCGD", "stem capitals": "EFPRB", "diagonal capitals": "HNMWИ", "forked capitals": "VYUXK",
-    "corner capitals": "LJTIŁ", "curved digits": "35689", "angular digits": "1247Z", "small bowls": "aeəɛæ",
-    "bowl and stem": "bdpqg", "arches": "nmuhr", "slim letters": "ſtfij", "greek": "ασδθφ",
-    "greek angular capitals": "ΓΔΛΠΣ", "greek tall capitals": "ΨΦΩΘΞ", "cyrillic capitals": "ЖШЩЦЮ",
-    "cyrillic": "дляыэ", "brackets": "()[]|", "operators": "+±×÷*", "currencies": "$€£¥¢", "accents": "éèêëě",
+    "rings": "OQDΘΩ", "open rings": "CGЄ€¢", "stems": "FPRBE", "two posts": "HNMWИ", "forks": "VYUΨX",
+    "corners": "LŁJTI", "loops": "689δg", "angles": "Z27?1", "small bowls": "aαəσæ", "bowl and stem": "bdpqþ",
+    "arches": "nhñŋń", "crossed stems": "ſftŧł", "peaks": "AΛΔÀÅ", "combs": "ШЩЦЏЮ", "accented a": "àáâãä",
+    "accented e": "éèêëě", "brackets": "()[]|", "operators": "+±×÷*", "snakes": "S5$§Š", "threes": "3эɜʒɛ",
 }
 CHARACTERS = "".join(FAMILIES.values())
 

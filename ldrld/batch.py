@@ -67,12 +67,19 @@ def finished(config: RunConfig, keep: tuple[str, ...], profile_name: str) -> boo
     return load_record(name, profile_name) is not None and all(KEPT[k](name, profile_name).exists() for k in keep)
 
 
+def to_log(file: str) -> None:
+    """Send what this process and its kernels say on standard error to a file, away from the progress bar."""
+    with open(file, "a", encoding="utf-8") as log: os.dup2(log.fileno(), 2)
+
+
 def in_parallel(what: str, tasks: list[tuple], jobs: int) -> list[Outcome]:
     """Call each task's function in `jobs` processes of one thread each, with a progress bar; failures are told at once."""
     if not tasks: return []
     os.environ["OMP_NUM_THREADS"] = "1"  # two processes of two threads on two cores are slower than two of one
-    outcomes, context = [], multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max(1, min(jobs, len(tasks))), mp_context=context) as pool, tqdm(total=len(tasks), desc=what, unit="") as bar:
+    outcomes, log = [], paths.executed("kernels.log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    pool = ProcessPoolExecutor(max(1, min(jobs, len(tasks))), multiprocessing.get_context("spawn"), to_log, (str(log),))
+    with pool, tqdm(total=len(tasks), desc=what, unit="") as bar:
         futures = [pool.submit(function, *arguments) for function, *arguments in tasks]
         try:
             for future in as_completed(futures):

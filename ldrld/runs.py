@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from . import checks, data, losses, models, paths
 from .teacher import TeacherLogits
-from .train import RECIPES, Crops, autocast, base_lr, logits_of, precision_used, train
+from .train import RECIPES, Crops, base_lr, logits_of, precision_used, train
 
 # %% ../nbs/80_runs.ipynb #80f4fe60
 class RunConfig(BaseModel):
@@ -111,7 +111,7 @@ class Record(BaseModel):
     images_per_second: float
     history: list[dict[str, Any]] = Field(description="one entry an epoch: learning rate, accuracies, terms of the loss, seconds")
     data: dict[str, Any] = Field(description="sizes and fingerprint")
-    teacher: Optional[str] = Field(None, description="name of the teacher's record")
+    teacher: str | None = Field(None, description="name of the teacher's record")
     precision_used: str
     finished: str = Field(description="time, UTC")
     code: dict[str, Any] = Field(description="package version, git commit, whether files differed from it")

@@ -226,7 +226,8 @@ def record_of(
     config: RunConfig,
     history: list[dict],  # one dict an epoch
     images,  # `ldrld.data.ImageData`
-    device: str,
+    dtype: str,  # what convolutions computed in
+    made: dict,  # from `provenance`, when the training began
 ) -> Record:
     "The record of a training that has reached its last epoch."
     best, seconds = max(history, key=lambda row: row["test_accuracy"]), sum(row["seconds"] for row in history)
@@ -236,8 +237,8 @@ def record_of(
         images_per_second=len(images.train_labels) * len(history) / seconds,
         data={"fingerprint": images.fingerprint, "train": len(images.train_labels), "test": len(images.test_labels), "classes": len(images.classes)},
         teacher=name_of(config.teacher) if config.teacher else None,
-        precision_used=str(precision_used(config.precision, device)).removeprefix("torch."),
-        finished=datetime.now(timezone.utc).isoformat(timespec="seconds"), **provenance(device))
+        precision_used=dtype,
+        finished=datetime.now(timezone.utc).isoformat(timespec="seconds"), **made)
 
 def keep_besides(
     keep: tuple[str, ...],  # of "weights", "logits"
@@ -268,7 +269,7 @@ def run(
         if record and all(KEPT[k](name, profile).exists() for k in keep):
             say(f"{name}: finished before, {record.last_accuracy:.2f} %")
             return record
-        images = data.load(config.dataset)
+        made, images = provenance(device), data.load(config.dataset)
         teacher = teacher_for(config, profile, images, device, report)
         torch.manual_seed(config.seed)
         model = models.build(config.model, len(images.classes)).to(device)
@@ -279,7 +280,7 @@ def run(
         history = list(reported(rows, name, config.epochs, say))
         keep_besides(keep, model, images, config, profile, device)
         if record is None:                             # a record is never written twice
-            record = record_of(config, history, images, device)
+            record = record_of(config, history, images, str(dtype).removeprefix("torch."), made)
             write_whole(paths.records(profile) / f"{name}.json", record.model_dump_json(indent=1) + "\n")
         checkpoint.unlink()
     return record

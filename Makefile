@@ -19,7 +19,8 @@ lab: $(VENV)/ready  ## read and run the notebooks
 	$(BIN)/jupyter lab nbs
 
 readme: $(VENV)/ready  ## README.md from nbs/index.ipynb
-	$(BIN)/python tests/readme.py README.md
+	$(BIN)/jupyter nbconvert --log-level=ERROR --to markdown --no-input --output-dir . --output README nbs/index.ipynb
+	sed -i -e "s,](\.\./,](,g" -e "s,](\([0-9a-z_/]*\.ipynb\)),](nbs/\1),g" README.md
 
 notebooks: $(VENV)/ready  ## export, run and clean all library notebooks, their outputs kept
 	$(BIN)/nbdev_export

@@ -34,9 +34,9 @@ class Profile:
 PROFILES = {p.name: p for p in (
     Profile("quick", "glyphs, 100 characters", "glyphs", (("resnet14", "resnet8"),),
             teacher=dict(recipe="onecycle", epochs=20, lr=0.1), student=dict(recipe="onecycle", epochs=6, lr=0.1)),
-    Profile("small", "CIFAR-100, short schedule", "cifar100", (("resnet20", "resnet8"), ("resnet32", "resnet8")),
+    Profile("small", "CIFAR-100", "cifar100", (("resnet20", "resnet8"), ("resnet32", "resnet8")),
             teacher=dict(recipe="onecycle", epochs=30, lr=0.1), student=dict(recipe="onecycle", epochs=15, lr=0.1)),
-    Profile("paper", "CIFAR-100, 240 epochs", "cifar100",
+    Profile("paper", "CIFAR-100", "cifar100",
             (("resnet56", "resnet20"), ("resnet110", "resnet20"), ("resnet32x4", "resnet8x4"), ("wrn_40_2", "wrn_16_2"),
              ("vgg13", "vgg8"), ("resnet32x4", "ShuffleV1")),
             teacher=dict(recipe="crd", epochs=240), student=dict(recipe="crd", epochs=240)),

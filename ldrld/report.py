@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'COLOURS', 'TOLERANCE', 'collect', 'paired', 'summarise', 'baseline_of', 'shown', 'caption', 'save_table',
-           'tex', 'save_figure', 'logits', 'accuracies', 'line_with_band', 'reference_lines', 'interval_plot',
-           'expected_line', 'verify_table', 'same']
+           'tex', 'save_figure', 'logits', 'not_run', 'accuracies', 'line_with_band', 'reference_lines',
+           'interval_plot', 'expected_line', 'verify_table', 'same']
 
 # %% ../nbs/90_report.ipynb #f99156d2
 import math
@@ -145,6 +145,13 @@ def logits(
     if not path.exists(): return None
     with np.load(path) as kept: return kept["logits"].astype(np.float32), kept["labels"]
 
+# %% ../nbs/90_report.ipynb #0724fd7b
+def not_run(
+    ax: plt.Axes,
+) -> None:
+    "Say in the middle of the axes that nothing was run yet."
+    ax.text(0.5, 0.5, "not run yet", transform=ax.transAxes, ha="center", va="center", color="#9a9a9a")
+
 # %% ../nbs/90_report.ipynb #2aaf049b
 def accuracies(
     line: pd.Series,  # of a table from `summarise`
@@ -161,6 +168,7 @@ def line_with_band(
     label: str = "", colour: str = "C0",
 ) -> None:
     "Mean over seeds as a line, standard deviation as a band, every seed as a dot."
+    if not table["n"].any(): return not_run(ax)
     ax.plot(table[x], table["mean"], marker="o", color=colour, label=label)
     ax.fill_between(table[x], table["mean"] - table["sd"], table["mean"] + table["sd"], color=colour, alpha=0.2, linewidth=0)
     dots = [(line[x], a) for _, line in table.iterrows() for a in accuracies(line, p)]
@@ -184,6 +192,7 @@ def interval_plot(
 ) -> plt.Figure:
     "Paired differences to the first line of the table: mean and 95 % interval, every seed as a dot."
     fig, ax = plt.subplots(figsize=(5.5, 0.8 + 0.5 * len(table)))
+    if not table["n"].any(): not_run(ax)
     base = accuracies(table.iloc[0], p)
     for y, (_, line) in enumerate(table.iterrows()):
         seeds = [a - b for a, b in zip(accuracies(line, p), base)] if line["pairs"] == len(base) else []

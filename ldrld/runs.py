@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import subprocess
+import time
 from copy import deepcopy
 from datetime import datetime, timedelta, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -211,15 +212,14 @@ def reported(
     say,  # called with each line
 ):  # yields the same rows
     "Say after each epoch how far the training is and how long it will take; pause at `LDRLD_DEADLINE` (seconds since 1970)."
-    last, spent, deadline = datetime.now(), [], float(os.environ.get("LDRLD_DEADLINE", "inf"))
+    spent, deadline = [], float(os.environ.get("LDRLD_DEADLINE", "inf"))
     for row in rows:
-        now = datetime.now()
-        spent, last = [*spent, (now - last).total_seconds()], now
+        spent.append(row["seconds"])
         left = timedelta(seconds=round(np.median(spent) * (epochs - row["epoch"])))
         say(f"{name}  epoch {row['epoch']}/{epochs}  loss {sum(row['terms'].values()):.3f}  "
             f"test {row['test_accuracy']:.2f} %  {left} left")
         yield row
-        if now.timestamp() + np.median(spent) > deadline and row["epoch"] < epochs:
+        if time.time() + np.median(spent) > deadline and row["epoch"] < epochs:
             raise Paused(f"{name}: paused after epoch {row['epoch']} of {epochs}; the same call goes on from there")
 
 def record_of(

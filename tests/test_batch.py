@@ -1,0 +1,126 @@
+"""The command line and the batch: what a person sees, with failures, budgets and slips."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "tests" / "tiny.yaml"
+
+
+def ldrld(*words, cwd=ROOT, **env):
+    return subprocess.run([sys.executable, "-c", "from ldrld.cli import main; main()", *map(str, words)], capture_output=True, text=True, cwd=cwd,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200", **env})
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The tiny profile's first table, made once through notebooks."""
+    out = tmp_path_factory.mktemp("made")
+    got = ldrld("reproduce", "--profile", TINY, "--only", "same_architecture", "--out", out)
+    assert got.returncode == 0, got.stdout + got.stderr
+    return out, got
+
+
+def test_reproduce_makes_records_tables_and_logs(made):
+    out, got = made
+    assert len(list((out / "data/runs/tiny").glob("*.json"))) == 7  # a teacher, three methods, two seeds
+    table = pd.read_csv(out / "data/tables/tiny/same_architecture.csv")
+    assert table["n"].tolist() == [2, 2, 2] and table["method"].tolist() == ["CE", "KD", "LDRLD"]
+    assert {p.suffix for p in (out / "data/tables/tiny").iterdir()} == {".csv", ".md", ".tex"}
+    assert len(list((out / "runs/executed/tiny").glob("*.ipynb"))) == 8
+    assert "8 done, 0 paused, 0 failed" in got.stdout and "tables:" in got.stdout
+
+
+def test_executed_notebooks_took_their_parameters(made):
+    """The injected cell must come after the defaults, or they would overwrite it."""
+    for file in (made[0] / "runs/executed/tiny").glob("digits-*.ipynb"):
+        tags = [c["metadata"].get("tags", []) for c in json.loads(file.read_text())["cells"] if c["cell_type"] == "code"]
+        assert "parameters" in tags[0] and "injected-parameters" in tags[1]
+
+
+def test_finished_work_is_skipped(made):
+    out, _ = made
+    before = {p: p.stat().st_mtime_ns for p in (out / "data/runs/tiny").rglob("*.json")}
+    got = ldrld("reproduce", "--profile", TINY, "--only", "same_architecture", "--out", out)
+    assert "7 finished before" in got.stdout and before == {p: p.stat().st_mtime_ns for p in before}
+
+
+def test_verify_finds_a_changed_digit(made, tmp_path):
+    out = tmp_path / "copy"
+    shutil.copytree(made[0], out)
+    words = ("verify", "--profile", TINY, "--out", out)
+    others = {p.stem for p in (out / "data/tables/tiny").glob("*.csv")}
+    assert others == {"same_architecture"}
+    good = ldrld(*words)
+    assert not [line for line in good.stdout.splitlines() if "same_architecture" in line]
+    csv = out / "data/tables/tiny/same_architecture.csv"
+    table = pd.read_csv(csv)
+    table.loc[1, "sd"] += 0.01
+    table.to_csv(csv, index=False)
+    bad = ldrld(*words)
+    assert bad.returncode == 1 and "KD: sd is" in bad.stdout
+
+
+def test_a_failing_run_is_told_and_the_rest_goes_on(tmp_path):
+    """One record is damaged beforehand, so one run of the batch must fail."""
+    from ldrld.experiments import EXPERIMENTS
+    plan = EXPERIMENTS["same_architecture"].plan(str(TINY))
+    bad = plan["name"].iloc[0]
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / bad).write_text("a file where the run's folder should be")
+    got = ldrld("reproduce", "--profile", TINY, "--only", "same_architecture", "--out", tmp_path)
+    assert got.returncode == 1
+    assert f"failed: {bad}: run/train.ipynb, cell" in got.stdout and "FileExistsError" in got.stdout
+    assert len(list((tmp_path / "data/runs/tiny").glob("*.json"))) == 6
+    assert pd.read_csv(tmp_path / "data/tables/tiny/same_architecture.csv")["n"].tolist() == [1, 2, 2]
+
+
+def test_a_time_budget_pauses_and_goes_on(tmp_path):
+    words = ("reproduce", "--profile", TINY, "--only", "probability_gap", "--out", tmp_path, "--direct", "--jobs", 1)
+    first = ldrld(*words, "--time-budget", "1s")
+    assert first.returncode == 0 and "call again" in first.stdout, first.stdout + first.stderr
+    second = ldrld(*words)
+    assert second.returncode == 0 and "0 paused" in second.stdout and len(list((tmp_path / "data/runs/tiny").glob("*.json"))) == 1
+
+
+@pytest.mark.parametrize(("words", "says"), [
+    (("reproduce", "--profile", "quik"), "Did you mean 'quick'"),
+    (("reproduce", "--only", "dept"), "Did you mean 'depth'"),
+    (("reproduce", "--time-budget", "soon"), "is not a time"),
+    (("reproduce", "--profile", "nowhere.yaml"), "nowhere.yaml"),
+    (("run", "epcohs=2"), "epcohs"),
+    (("run", "epochs=two"), "epochs"),
+    (("run", "epochs"), "expected name=value"),
+    (("run", "model=resnet8", "--keep", "wieghts"), "Did you mean 'weights'"),
+])
+def test_a_slip_is_told_before_anything_runs(words, says, tmp_path):
+    got = ldrld(*words, LDRLD_OUT=str(tmp_path))
+    assert got.returncode == 2 and says in got.stderr and "Traceback" not in got.stderr, got.stderr
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_run_from_the_command_line(tmp_path):
+    got = ldrld("run", "dataset=digits", "model=resnet8", "loss=ldrld", "loss_args.depth=3", "teacher=resnet8", "recipe=onecycle", "epochs=1", "lr=0.1",
+                "--out", tmp_path)
+    assert got.returncode == 0, got.stderr
+    record = json.loads(next((tmp_path / "data/runs/try").glob("*-ldrld-*.json")).read_text())
+    assert record["config"]["loss_args"]["depth"] == 3 and record["config"]["teacher"]["epochs"] == 1
+
+
+def test_data_says_what_it_is_or_how_to_get_it(tmp_path):
+    assert json.loads(ldrld("data", "digits").stdout)["classes"] == 10
+    got = ldrld("data", "cifar10", LDRLD_DATA=str(tmp_path))
+    assert got.returncode == 1 and "cifar100" in got.stderr and "Traceback" not in got.stderr
+
+
+@pytest.mark.parametrize(("parameters", "says"), [(("-p", "epcohs", "3"), "Did you mean 'epochs'"), (("-p", "epochs", "three"), "epochs")])
+def test_papermill_by_hand_refuses_a_slip(parameters, says, tmp_path):
+    got = subprocess.run([Path(sys.executable).parent / "papermill", ROOT / "nbs/run/train.ipynb", tmp_path / "out.ipynb", "--no-progress-bar", *parameters],
+                         capture_output=True, text=True, env={**os.environ, "LDRLD_OUT": str(tmp_path)}, cwd=tmp_path)
+    assert got.returncode == 1 and says in got.stderr

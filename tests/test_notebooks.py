@@ -1,0 +1,59 @@
+"""Every notebook runs from top to bottom, and its stored outputs are what running it gives."""
+import json
+import math
+import os
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parent.parent
+NBS = ROOT / "nbs"
+NOTEBOOKS = sorted([*NBS.glob("*.ipynb"), *(NBS / "guides").glob("*.ipynb"), *(NBS / "run").glob("*.ipynb")])
+NUMBER = re.compile(r"(?<![\w.])[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
+
+
+def texts(cell):
+    """What a reader of the cell's output sees as text; pictures and tables in HTML have a text beside them."""
+    for o in cell.get("outputs", []):
+        text = o.get("text") or o.get("data", {}).get("text/markdown") or o.get("data", {}).get("text/plain") or ""
+        yield re.sub(r" at 0x[0-9a-f]+", "", "".join(text))
+
+
+def agree(stored: str, fresh: str, numbers: bool) -> bool:
+    """The same words, and the same numbers to two per cent: another processor rounds differently."""
+    if NUMBER.sub("#", stored).split() != NUMBER.sub("#", fresh).split(): return False
+    pairs = zip(NUMBER.findall(stored), NUMBER.findall(fresh))
+    return not numbers or all(math.isclose(float(a), float(b), rel_tol=0.02, abs_tol=0.02) for a, b in pairs)
+
+
+def test_agreement_can_fail():
+    assert agree("loss 1.00, 3 of 4", "loss 1.01, 3 of 4", numbers=True)
+    assert not agree("loss 1.00", "loss 1.10", numbers=True)
+    assert not agree("loss 1.00", "gain 1.00", numbers=False)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook(path, tmp_path, monkeypatch):
+    if path.stem != "index": monkeypatch.setenv("LDRLD_OUT", str(tmp_path))
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    fresh = nbformat.read(path, as_version=4)
+    # the last cell exports; a test must not write into the package
+    fresh.cells = [c for c in fresh.cells if "nbdev_export" not in c.source]
+    NotebookClient(fresh, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+    if path.parent.name == "run": return  # its outputs are logs
+    by_id = {c["id"]: c for c in fresh.cells}
+    for cell in stored["cells"]:
+        if cell["cell_type"] != "code" or cell["id"] not in by_id: continue
+        numbers = "varies" not in cell["metadata"].get("tags", [])
+        old, new = list(texts(cell)), list(texts(by_id[cell["id"]]))
+        source = "".join(cell["source"])[:200]
+        assert len(old) == len(new), f"{len(old)} stored outputs, {len(new)} now, of:\n{source}"
+        for a, b in zip(old, new): assert agree(a, b, numbers), f"stored:\n{a}\nnow:\n{b}\nof:\n{source}"
+
+
+def test_nothing_is_left_behind():
+    assert not [p for p in NBS.rglob("*") if p.suffix not in (".ipynb", "") and ".ipynb_checkpoints" not in p.parts and p.is_file()]
+    assert os.environ.get("OMP_NUM_THREADS", "1") == "1"

@@ -1,0 +1,103 @@
+"""What holds the project together: pins, tags, exports, README, and no trace of one particular machine."""
+import configparser
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+BIN = Path(sys.executable).parent
+
+
+def tracked():
+    listed = subprocess.run(["git", "-C", ROOT, "ls-files", "-co", "--exclude-standard"], capture_output=True, text=True)
+    return [ROOT / name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
+
+
+def cells(notebook, kind="code"):
+    return [c for c in json.loads(notebook.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == kind]
+
+
+def test_environment_equals_requirements():
+    pins = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")]
+    *_, pip = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    assert pip["pip"] == [*pins, "-e ."]
+    assert all("==" in pin for pin in pins)
+
+
+def test_settings_name_only_what_is_pinned():
+    settings = configparser.ConfigParser(delimiters=["="], interpolation=None)
+    settings.read(ROOT / "settings.ini", encoding="utf-8")
+    pinned = {line.split("==")[0] for line in (ROOT / "requirements.txt").read_text().splitlines() if "==" in line}
+    for extra in ("", "run_", "lab_", "dev_"):
+        for requirement in settings["DEFAULT"][f"{extra}requirements"].split():
+            assert re.split(r"[<>=]", requirement)[0] in pinned, requirement
+
+
+def test_the_parameters_tag_survives_cleaning():
+    settings = configparser.ConfigParser(delimiters=["="], interpolation=None)
+    settings.read(ROOT / "settings.ini", encoding="utf-8")
+    assert settings["DEFAULT"]["allowed_cell_metadata_keys"].strip() == "tags"
+
+
+@pytest.mark.parametrize("notebook", [n for n in NOTEBOOKS if n.parent.name in ("run", "paper")], ids=lambda n: n.stem)
+def test_run_and_paper_notebooks_have_one_parameters_cell(notebook):
+    tagged = [c for c in cells(notebook) if "parameters" in c["metadata"].get("tags", [])]
+    assert len(tagged) == 1
+    assert cells(notebook)[0] == tagged[0], "papermill injects after it: nothing may run before"
+    assert not any(re.search(r"^#\|\s*export", "".join(c["source"]), re.M) for c in cells(notebook))
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda n: n.stem)
+def test_notebooks_are_readable(notebook):
+    for c in cells(notebook):
+        source = "".join(c["source"])
+        if re.search(r"^#\|\s*export", source, re.M): assert len(source.splitlines()) <= 60
+        assert not any(o["output_type"] == "error" for o in c["outputs"])
+    shown = [c for c in cells(notebook) if not re.search(r"^#\|\s*(export|hide|default_exp)", "".join(c["source"]), re.M)]
+    if notebook.parent.name != "run" and len(shown) > 4: assert any(c["outputs"] for c in shown), "a reader on the web sees nothing"
+
+
+def test_export_clean_and_readme_change_nothing(tmp_path):
+    """The package is what the notebooks export, the notebooks are clean, and the README is what the index gives."""
+    copy = tmp_path / "copy"
+    for file in tracked():
+        target = copy / file.relative_to(ROOT)
+        if target.suffix in (".npz", ".safetensors", ".png", ".svg"): continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, target)
+    before = {p: p.read_bytes() for p in copy.rglob("*") if p.suffix in (".py", ".ipynb", ".md") and p.is_file()}
+    env = {**os.environ, "PYTHONPATH": str(copy)}
+    for command in ("nbdev_export", "nbdev_clean"): subprocess.run([BIN / command], cwd=copy, env=env, check=True, capture_output=True)
+    made = subprocess.run(["make", "-s", "-o", ".venv/ready", "readme", f"BIN={BIN}"], cwd=copy, env=env, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    changed = [str(p.relative_to(copy)) for p, content in before.items() if p.read_bytes() != content]
+    changed += [str(p.relative_to(copy)) for p in (copy / "ldrld").rglob("*.py") if p not in before]
+    assert not changed, f"run `nbdev_export && nbdev_clean && make readme` and commit: {changed}"
+
+
+def test_no_trace_of_one_machine():
+    for file in tracked():
+        if file.suffix in (".py", ".ipynb", ".md", ".ini", ".yml", ".toml", ".json", ".csv", ".txt", ".cff") or file.name == "Makefile":
+            found = re.search(r"(?<![\w.])/(work|root|home)/\w+", file.read_text(encoding="utf-8"))
+            assert not found or file == Path(__file__), f"{file.relative_to(ROOT)}: {found[0]}"
+
+
+def test_importing_the_loss_needs_torch_alone():
+    code = ("import sys, ldrld; ldrld.LDRLD(); bad = {'pandas', 'torchvision', 'matplotlib', 'pydantic', 'scipy', 'papermill'} & set(sys.modules); "
+            "assert not bad, bad")
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_a_missing_extra_says_what_to_install(tmp_path):
+    (tmp_path / "pydantic.py").write_text("raise ModuleNotFoundError(\"No module named 'pydantic'\", name='pydantic')")
+    got = subprocess.run([sys.executable, "-c", "import ldrld; ldrld.RunConfig"], env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
+                         capture_output=True, text=True, cwd=tmp_path)
+    assert 'pip install "ldrld[run]"' in got.stderr

@@ -1,0 +1,132 @@
+"""Configurations, names, records, interruption, and repeatability to the last bit."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from ldrld import losses, models, paths, runs
+from ldrld.runs import Paused, RunConfig, name_of
+
+ROOT = Path(__file__).parent.parent
+SHORT = {"dataset": "digits", "recipe": "onecycle", "lr": 0.1, "epochs": 2}
+TEACHER = RunConfig(model="resnet8", **SHORT)
+STUDENT = RunConfig(model="resnet8", loss="kd", teacher=TEACHER, seed=1, **SHORT)
+
+
+@pytest.fixture
+def out(tmp_path, monkeypatch):
+    monkeypatch.setenv("LDRLD_OUT", str(tmp_path))
+    torch.set_num_threads(1)
+    return tmp_path
+
+
+@pytest.mark.parametrize("wrong", [
+    {"epcohs": 2}, {"epochs": "2"}, {"epochs": 2.5}, {"epochs": 0}, {"lr": "0.1"}, {"lr": 0.0}, {"seed": -1}, {"seed": True}, {"model": "resnet9"},
+    {"dataset": "cifar"}, {"recipe": "cosine"}, {"loss": "kdd"}, {"loss": "kd"}, {"loss_args": {"dept": 3}}, {"teacher": {"model": "resnet14"}},
+    {"loss": "kd", "teacher": {"model": "resnet14", "dataset": "cifar100"}}, {"precision": "half"}, {"momentum": 1.0},
+])
+def test_a_wrong_setting_is_refused(wrong):
+    with pytest.raises(ValidationError): RunConfig(**wrong)
+
+
+def test_a_name_depends_on_every_setting_and_on_nothing_else():
+    base = {"model": "resnet8", "loss": "ldrld", "teacher": TEACHER, **SHORT}
+    name = name_of(RunConfig(**base))
+    assert name == name_of(RunConfig(**base, loss_args={"depth": 7, "temperature": 4})) == name_of(RunConfig(**{**base, "model": "ResNet8"}))
+    others = [{"epochs": 3}, {"seed": 5}, {"lr": 0.2}, {"loss_args": {"depth": 6}}, {"teacher": "resnet14"}, {"precision": "float32"}, {"batch_size": 32},
+              {"weight_decay": 0.0}, {"momentum": 0.8}, {"recipe": "crd"}]
+    assert len({name, *(name_of(RunConfig(**{**base, **other})) for other in others)}) == 1 + len(others)
+
+
+def test_names_of_committed_records_still_hold():
+    """A change that renames finished runs would do days of work again: the schema version is there for that."""
+    for folder in (ROOT / "data" / "runs").glob("*"):
+        for file in folder.glob("*.json"):
+            assert name_of(RunConfig(**json.loads(file.read_text())["config"])) == file.stem
+
+
+def test_a_run_leaves_a_record_and_is_not_done_twice(out):
+    record = runs.run(STUDENT, "t", keep=("weights", "logits"), report=None)
+    assert len(record.history) == 2 and record.last_accuracy == record.history[-1]["test_accuracy"] and record.teacher == name_of(TEACHER)
+    assert record.best_accuracy == max(h["test_accuracy"] for h in record.history)
+    assert set(record.history[0]["terms"]) == {"ce", "kd"}
+    said = []
+    assert runs.run(STUDENT, "t", report=said.append) == record and "finished before" in said[0]
+    assert not list(out.rglob("*.tmp")) and not list(out.rglob("checkpoint.pt"))
+    weights = runs.KEPT["weights"](record.name, "t")
+    z = runs.logits_of(models.load_weights(models.build("resnet8", 10), weights), *[getattr(runs.data.load("digits"), f) for f in ("test_images", "mean", "std")])
+    kept = __import__("numpy").load(runs.KEPT["logits"](record.name, "t"))["logits"]
+    assert (z.argmax(1).numpy() == kept.argmax(1)).mean() > 0.98  # weights in half precision, logits from the full ones
+
+
+def test_a_lost_file_is_made_again_and_the_record_stays(out):
+    record = runs.run(TEACHER, "t", keep=("weights",), report=None)
+    before, weights = (paths.records("t") / f"{record.name}.json").read_bytes(), runs.KEPT["weights"](record.name, "t")
+    first = weights.read_bytes()
+    weights.unlink()
+    runs.run(TEACHER, "t", keep=("weights",), report=None)
+    assert weights.read_bytes() == first and (paths.records("t") / f"{record.name}.json").read_bytes() == before
+
+
+def test_an_edited_or_damaged_record_is_refused(out):
+    record = runs.run(TEACHER, "t", report=None)
+    file = paths.records("t") / f"{record.name}.json"
+    text = file.read_text()
+    for damage in (text[:100], text.replace('"epochs": 2', '"epochs": 3'), "", "[]"):
+        file.write_text(damage)
+        with pytest.raises(ValueError, match="run again"): runs.load_record(record.name, "t")
+
+
+SCRIPT = """
+import os, sys, torch
+torch.set_num_threads(1)
+from ldrld import runs
+from tests.test_runs import STUDENT
+lines = []
+def report(line):
+    if sys.argv[1] == "kill" and "epoch 1/2" in line and "-kd-" in line: os._exit(9)
+try: print(runs.run(STUDENT, "t", keep=("weights",), report=report).last_accuracy)
+except runs.Paused: print("paused")
+"""
+
+
+def process(out, mode, **env):
+    return subprocess.run([sys.executable, "-c", SCRIPT, mode], capture_output=True, text=True, cwd=ROOT,
+                          env={**os.environ, "LDRLD_OUT": str(out), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env})
+
+
+def test_killed_paused_or_undisturbed_the_weights_are_the_same(tmp_path):
+    """To the last bit: one thread per process."""
+    whole, killed, paused = tmp_path / "whole", tmp_path / "killed", tmp_path / "paused"
+    assert process(whole, "").returncode == 0
+    assert process(killed, "kill").returncode == 9
+    assert not list(killed.glob("data/runs/t/*-kd-*.json")), "a broken run leaves no record"
+    assert process(killed, "").returncode == 0
+    stops = 0
+    while "paused" in (got := process(paused, "", LDRLD_DEADLINE="1")).stdout: stops += 1
+    assert got.returncode == 0 and stops == 2, got.stderr  # the teacher once, the student once
+    made = [next(folder.glob("data/teachers/t/*-kd-*.safetensors")).read_bytes() for folder in (whole, killed, paused)]
+    assert made[0] == made[1] == made[2]
+
+
+def test_two_processes_make_one_teacher(tmp_path):
+    configs = [STUDENT.model_copy(update={"seed": s}) for s in (3, 4)]
+    code = ("import sys, torch; torch.set_num_threads(1); from ldrld.runs import RunConfig, run; "
+            "run(RunConfig.model_validate_json(sys.argv[1], strict=False), 't', report=print)")
+    env = {**os.environ, "LDRLD_OUT": str(tmp_path), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    both = [subprocess.Popen([sys.executable, "-c", code, c.model_dump_json()], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for c in configs]
+    said = [p.communicate() for p in both]
+    assert [p.returncode for p in both] == [0, 0], said
+    assert sum(f"{name_of(TEACHER)}  epoch 2/2" in out for out, _ in said) == 1
+    assert len(list((tmp_path / "data/runs/t").glob("*.json"))) == 3
+
+
+def test_every_loss_can_be_configured():
+    for name in losses.available():
+        teacher = TEACHER if losses.build(name).needs_teacher else None
+        assert RunConfig(loss=name, teacher=teacher, **SHORT).loss_args == losses.build(name).hyperparameters

@@ -54,6 +54,7 @@ def execute(notebook: str, name: str, parameters: dict, folder: str) -> Outcome:
 def execute_run(config: dict, keep: tuple[str, ...], profile_name: str, notebooks: bool) -> Outcome:
     """Carry out one run, in its notebook or directly."""
     name = name_of(RunConfig(**config))
+    if time.time() > float(os.environ.get("LDRLD_DEADLINE", "inf")): return Outcome(name, "paused", "the time budget is spent")
     if notebooks: return execute(TRAIN, name, {"profile": profile_name, "keep": list(keep), **config}, profile_name)
     try: run(RunConfig(**config), profile_name, keep, report=None)
     except Paused as pause: return Outcome(name, "paused", str(pause))

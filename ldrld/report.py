@@ -94,7 +94,7 @@ def caption(
     seeds = f"{n.min()}" if n.min() == n.max() else f"{n.min()} to {n.max()}"
     text = (f"{title}. Top-1 test accuracy in per cent on {p.data} ({p.student['epochs']} epochs, recipe `{p.student['recipe']}`): mean ± standard "
             f"deviation (number of seeds) after the last epoch; the best epoch beside it was chosen on the test data. Seeds per cell: {seeds} of {len(p.seeds)}.")
-    if baseline: text += f" Differences to {' '.join(map(str, baseline.values()))} are paired by seed, with their 95 % interval."
+    if baseline: text += f" Differences to {', '.join(f'{k} {v}' for k, v in baseline.items())} are paired by seed, with their 95 % interval."
     return text
 
 def save_table(

@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from . import checks, data, losses, models, paths
 from .teacher import TeacherLogits
-from .train import RECIPES, Crops, base_lr, logits_of, precision_used, train
+from .train import RECIPES, Crops, base_lr, epochs_trained, logits_of, precision_used, train
 
 # %% ../nbs/80_runs.ipynb #80f4fe60
 class RunConfig(BaseModel):
@@ -209,16 +209,19 @@ class Paused(RuntimeError):
 def reported(
     rows,  # one dict an epoch, from `ldrld.train.train`
     name: str, epochs: int,
+    done: int,  # epochs that an earlier call trained: passed on without a word
     say,  # called with each line
 ):  # yields the same rows
     "Say after each epoch how far the training is and how long it will take; pause at `LDRLD_DEADLINE` (seconds since 1970)."
     spent, deadline = [], float(os.environ.get("LDRLD_DEADLINE", "inf"))
+    if done: say(f"{name}  goes on after epoch {done}/{epochs}")
     for row in rows:
         spent.append(row["seconds"])
+        yield row
+        if row["epoch"] <= done: continue
         left = timedelta(seconds=round(np.median(spent) * (epochs - row["epoch"])))
         say(f"{name}  epoch {row['epoch']}/{epochs}  loss {sum(row['terms'].values()):.3f}  "
             f"test {row['test_accuracy']:.2f} %  {left} left")
-        yield row
         if time.time() + np.median(spent) > deadline and row["epoch"] < epochs:
             raise Paused(f"{name}: paused after epoch {row['epoch']} of {epochs}; the same call goes on from there")
 
@@ -277,7 +280,7 @@ def run(
         dtype = precision_used(config.precision, device)
         rows = train(model, loss, images, teacher, config.recipe, config.epochs, config.batch_size, config.lr,
                      config.momentum, config.weight_decay, config.seed, dtype, str(checkpoint))
-        history = list(reported(rows, name, config.epochs, say))
+        history = list(reported(rows, name, config.epochs, epochs_trained(checkpoint), say))
         keep_besides(keep, model, images, config, profile, device)
         if record is None:                             # a record is never written twice
             record = record_of(config, history, images, str(dtype).removeprefix("torch."), made)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'released_factor', 'schedule', 'base_lr', 'Crops', 'draw', 'precision_used', 'autocast', 'logits_of',
-           'accuracy', 'train', 'save', 'resume']
+           'accuracy', 'train', 'save', 'resume', 'epochs_trained']
 
 # %% ../nbs/70_train.ipynb #6d16fbd7
 import os
@@ -211,3 +211,11 @@ def resume(
     saved = torch.load(checkpoint, map_location=device, weights_only=True)
     for name, obj in state.items(): obj.load_state_dict(saved[name])
     return saved["history"]
+
+# %% ../nbs/70_train.ipynb #bad42e21
+def epochs_trained(
+    checkpoint: str | os.PathLike,  # file, which need not exist
+) -> int:
+    "How many epochs a checkpoint holds."
+    if not os.path.exists(checkpoint): return 0
+    return len(torch.load(checkpoint, map_location="cpu", weights_only=True)["history"])

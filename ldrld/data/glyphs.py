@@ -182,10 +182,10 @@ def _make_or_read(path: Path, recipe: Recipe) -> list[torch.Tensor]:
     if path.exists():
         try: return _read(path)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            warnings.warn(f"{_shown(path)} is damaged ({error}); making it again")
+            warnings.warn(f"{_shown(path)} is damaged ({error}); making it again", stacklevel=4)
     tensors = [torch.from_numpy(array) for split in ("train", "test") for array in make(recipe, split)]
     try: _write(path, tensors)
-    except OSError as error: warnings.warn(f"{_shown(path)} cannot be kept ({error}); it will be made again next time")
+    except OSError as error: warnings.warn(f"{_shown(path)} cannot be kept ({error}); it will be made again next time", stacklevel=4)
     return tensors
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'COLOURS', 'TOLERANCE', 'collect', 'paired', 'summarise', 'baseline_of', 'shown', 'caption', 'save_table',
-           'tex', 'save_figure', 'logits', 'not_run', 'accuracies', 'line_with_band', 'reference_lines',
+           'tex', 'save_figure', 'logits', 'not_run', 'pair_map', 'accuracies', 'line_with_band', 'reference_lines',
            'interval_plot', 'expected_line', 'verify_table', 'same']
 
 # %% ../nbs/90_report.ipynb #f99156d2
@@ -152,6 +152,21 @@ def not_run(
     "Say in the middle of the axes that nothing was run yet."
     ax.text(0.5, 0.5, "not run yet", transform=ax.transAxes, ha="center", va="center", color="#9a9a9a")
 
+# %% ../nbs/90_report.ipynb #a522de90
+def pair_map(
+    ax: plt.Axes,
+    values: np.ndarray,  # (d, d), of which the part above the diagonal is shown
+    title: str, vmin: float, vmax: float,
+    cmap: str = "Reds",
+) -> None:
+    "A value for every pair of ranks i < j, as a heat map with numbers."
+    d = len(values)
+    ax.imshow(np.ma.masked_where(np.tril(np.ones((d, d))) == 1, values), cmap=cmap, vmin=vmin, vmax=vmax)
+    for i, j in zip(*np.triu_indices(d, 1)):
+        dark = values[i, j] > vmin + 0.6 * (vmax - vmin)
+        ax.text(j, i, f"{values[i, j]:.2f}", ha="center", va="center", fontsize=7, color="white" if dark else "black")
+    ax.set(title=title, xlabel="rank j", xticks=range(d), yticks=range(d), xticklabels=range(1, d + 1), yticklabels=range(1, d + 1))
+
 # %% ../nbs/90_report.ipynb #2aaf049b
 def accuracies(
     line: pd.Series,  # of a table from `summarise`
@@ -201,6 +216,7 @@ def interval_plot(
                     fmt="o", color=COLOURS["LDRLD"], capsize=3, zorder=3)
     ax.axvline(0, color="#444444", linewidth=0.8)
     ax.set(yticks=range(len(table)), yticklabels=table[column], ylabel=column, xlabel=f"difference to “{table[column].iloc[0]}”, points")
+    ax.margins(y=0.2)
     ax.invert_yaxis()
     return fig
 

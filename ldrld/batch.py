@@ -11,11 +11,12 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import Timeout
 from tqdm import tqdm
 
 from ldrld import paths
 from ldrld.experiments import EXPERIMENTS, batch, profile
-from ldrld.runs import Paused, load_record, name_of, run, KEPT, RunConfig
+from ldrld.runs import KEPT, Paused, RunConfig, load_record, lock_of, name_of, run
 
 __all__ = ["Outcome", "reproduce", "report", "finished"]
 
@@ -32,8 +33,8 @@ class Outcome:
 
 def execute(notebook: str, name: str, parameters: dict, folder: str) -> Outcome:
     """Execute a source notebook with papermill into `runs/executed/`, the failure told by cell and traceback."""
-    import papermill
-
+    try: import papermill
+    except ModuleNotFoundError: return Outcome(name, "failed", 'papermill is not installed; pip install "ldrld[run]", or train with --direct')
     target = paths.executed(folder) / f"{name}.ipynb"
     target.parent.mkdir(parents=True, exist_ok=True)
     source = paths.notebooks() / notebook
@@ -55,6 +56,9 @@ def execute_run(config: dict, keep: tuple[str, ...], profile_name: str, notebook
     """Carry out one run, in its notebook or directly."""
     name = name_of(RunConfig(**config))
     if time.time() > float(os.environ.get("LDRLD_DEADLINE", "inf")): return Outcome(name, "paused", "the time budget is spent")
+    try:  # another machine may share this folder
+        with lock_of(name, timeout=0): pass
+    except Timeout: return Outcome(name, "paused", "another process is at it")
     if notebooks: return execute(TRAIN, name, {"profile": profile_name, "keep": list(keep), **config}, profile_name)
     try: run(RunConfig(**config), profile_name, keep, report=None)
     except Paused as pause: return Outcome(name, "paused", str(pause))

@@ -48,6 +48,7 @@ def _matrix(name: str, x) -> None:
     if not isinstance(x, torch.Tensor) or not x.is_floating_point():
         found = f"a tensor of {x.dtype}" if isinstance(x, torch.Tensor) else f"a {type(x).__name__}"
         raise ValueError(f"{name} must be a floating-point tensor of raw logits, got {found}")
+    if x.ndim == 2 and not len(x): raise ValueError(f"{name} has no rows, shape {tuple(x.shape)}; skip such a batch")
     if x.ndim != 2 or x.shape[0] < 1 or x.shape[1] < 2:
         raise ValueError(f"{name} must have shape (batch, classes) with at least one row and two classes, "
                          f"got {tuple(x.shape)}; reshape token or pixel logits to (-1, classes)")

@@ -80,12 +80,20 @@ def report(profile: Profile = "quick", only: Only = None, jobs: Jobs = 2, out: O
     end(batch.report(profile, chosen, jobs), profile)
 
 
+def plain(text: str):
+    """A setting's value: YAML, which alone would take 5e-4 for a text."""
+    import yaml
+
+    value = yaml.safe_load(text)
+    try: return float(value) if isinstance(value, str) else value
+    except ValueError: return value
+
+
 @app.command()
 def run(settings: Annotated[list[str], typer.Argument(help="name=value, e.g. model=resnet8 loss=ldrld loss_args.depth=5 teacher=resnet14")],
         profile: Annotated[str, typer.Option(help="Folder of records under data/runs.")] = "try", out: Out = None,
         keep: Annotated[list[str] | None, typer.Option(help="weights or logits, kept besides the record.")] = None):
     """Carry out one run; its record is the result."""
-    import yaml
     from pydantic import ValidationError
 
     if out is not None: os.environ["LDRLD_OUT"] = str(out.resolve())
@@ -95,18 +103,21 @@ def run(settings: Annotated[list[str], typer.Argument(help="name=value, e.g. mod
         if not is_setting: raise typer.BadParameter(f"{text!r}: expected name=value")
         *folders, last = name.split(".")
         place = given
-        for folder in folders: place = place.setdefault(folder, {})
-        place[last] = yaml.safe_load(value)
+        for folder in folders:
+            if isinstance(place.get(folder), str): place[folder] = {"model": place[folder]}  # teacher=resnet14 teacher.epochs=5
+            place = place.setdefault(folder, {})
+            if not isinstance(place, dict): raise typer.BadParameter(f"{text!r}: {folder} was given as {place!r} before")
+        place[last] = plain(value)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     from ldrld import paths
-    from ldrld.runs import KEPT, Paused, RunConfig, known
+    from ldrld.runs import KEPT, Paused, RunConfig, explain, known
     from ldrld.runs import run as carry_out
 
     try:
         for k in keep or (): known("--keep", k, list(KEPT))
         config = RunConfig(**given)
     except ValidationError as error:
-        raise typer.BadParameter("; ".join(f"{'.'.join(map(str, e['loc']))} {e['msg']}".strip() for e in error.errors())) from None
+        raise typer.BadParameter(explain(error)) from None
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     try: record = carry_out(config, profile, tuple(keep or ()))
@@ -119,10 +130,18 @@ def run(settings: Annotated[list[str], typer.Argument(help="name=value, e.g. mod
 
 @app.command()
 def status(profile: Profile = "quick", out: Out = None):
-    """How far a profile is: for each experiment the runs planned, finished and missing."""
-    start(profile, out=out)
+    """How far a profile is: for each experiment the runs planned, finished and missing. For other folders, their records."""
     import pandas as pd
 
+    from ldrld import paths
+
+    if out is not None: os.environ["LDRLD_OUT"] = str(out.resolve())
+    if profile not in ("quick", "small", "paper") and paths.records(profile).is_dir():
+        from ldrld.runs import records
+
+        print(pd.DataFrame([{"record": r.name, "last epoch, %": round(r.last_accuracy, 2), "finished": r.finished} for r in records(profile)]).to_string(index=False))
+        return
+    start(profile)
     from ldrld.experiments import EXPERIMENTS
     from ldrld.report import collect
 
@@ -137,19 +156,24 @@ def status(profile: Profile = "quick", out: Out = None):
 @app.command()
 def verify(profile: Annotated[list[str] | None, typer.Option(help="Default: every profile that has tables.")] = None, out: Out = None):
     """Compute every number of every table again from its records."""
-    from ldrld import paths
-    from ldrld.experiments import EXPERIMENTS, PROFILES
-
     for p in profile or (): start(p)
     if out is not None: os.environ["LDRLD_OUT"] = str(out.resolve())
+    from ldrld import paths
+    from ldrld.experiments import EXPERIMENTS, PROFILES
+    from ldrld.experiments import profile as profile_of
     from ldrld.report import verify_table
 
-    wrong, checked = [], 0
-    for p in profile or [p for p in PROFILES if paths.tables(p).exists()]:
+    wrong, checked, missing = [], 0, []
+    for p in map(profile_of, profile or [p for p in PROFILES if paths.tables(p).exists()]):
         for e in (e for e in EXPERIMENTS.values() if e.table):
-            wrong += [f"{p}: {line}" for line in verify_table(e, p)]
-            checked += 1
-    print("\n".join(wrong + [f"{checked} tables checked, {len(wrong)} things wrong"]))
+            try: found = verify_table(e, p)
+            except FileNotFoundError: missing.append(f"{p.name}/{e.name}")
+            else:
+                wrong += [f"{p.name}: {line}" for line in found]
+                checked += 1
+    if missing: print(f"not made yet: {', '.join(missing)}")
+    print("\n".join([*wrong, f"{checked} tables checked, {len(wrong)} things wrong"]))
+    if not checked: print(f"no table found under {paths.out()}; `ldrld report` makes them, --out says where they are")
     if wrong or not checked: raise typer.Exit(1)
 
 

@@ -9,35 +9,45 @@ __all__ = ['PROFILES', 'EXPERIMENTS', 'METHODS', 'Profile', 'profile', 'ablation
 
 # %% ../nbs/82_experiments.ipynb #8af91466
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from .runs import RunConfig, known, name_of
+from .runs import RunConfig, explain, known, name_of
 
-# %% ../nbs/82_experiments.ipynb #0b6aeaad
-@dataclass(frozen=True)
-class Profile:
-    "On which data, with which networks, for how long."
+# %% ../nbs/82_experiments.ipynb #fc83c0ac
+class Profile(BaseModel):
+    "On which data, with which networks, for how long; strict, since people write their own."
+    model_config = ConfigDict(frozen=True, extra="forbid")
     name: str
-    data: str  # for captions
-    dataset: str
-    pairs: tuple[tuple[str, str], ...]  # (teacher, student); the first one serves the ablations
-    teacher: dict  # settings of a teacher's training
-    student: dict  # settings of a student's training
-    seeds: tuple[int, ...] = (0, 1, 2)
+    data: str = Field(description="the data, as captions say it")
+    dataset: str = Field(description="name of a data set in `ldrld.data`")
+    pairs: tuple[tuple[str, str], ...] = Field(min_length=1, description="(teacher, student); the first one serves the ablations")
+    teacher: dict[str, Any] = Field(description="settings of a teacher's training: recipe, epochs, perhaps lr")
+    student: dict[str, Any] = Field(description="settings of a student's training")
+    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
     depths: tuple[int, ...] = (2, 3, 5, 7, 10, 20, 50)
     temperatures: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0)
 
+    @model_validator(mode="after")
+    def _can_be_run(self):
+        "Every network, data set and setting is known, and both schedules say how long."
+        for who, settings in (("teacher", self.teacher), ("student", self.student)):
+            if missing := {"recipe", "epochs"} - settings.keys(): raise ValueError(f"{who}: {' and '.join(sorted(missing))} missing")
+            for pair in self.pairs: RunConfig(dataset=self.dataset, model=pair[who == "student"], **settings)
+        return self
+
 PROFILES = {p.name: p for p in (
-    Profile("quick", "glyphs, 100 characters", "glyphs", (("resnet14", "resnet8"),),
+    Profile(name="quick", data="glyphs, 100 characters", dataset="glyphs", pairs=(("resnet14", "resnet8"),),
             teacher=dict(recipe="onecycle", epochs=20, lr=0.1), student=dict(recipe="onecycle", epochs=6, lr=0.1)),
-    Profile("small", "CIFAR-100", "cifar100", (("resnet20", "resnet8"), ("resnet32", "resnet8")),
+    Profile(name="small", data="CIFAR-100", dataset="cifar100", pairs=(("resnet20", "resnet8"), ("resnet32", "resnet8")),
             teacher=dict(recipe="onecycle", epochs=30, lr=0.1), student=dict(recipe="onecycle", epochs=15, lr=0.1)),
-    Profile("paper", "CIFAR-100", "cifar100",
-            (("resnet56", "resnet20"), ("resnet110", "resnet20"), ("resnet32x4", "resnet8x4"), ("wrn_40_2", "wrn_16_2"),
+    Profile(name="paper", data="CIFAR-100", dataset="cifar100", pairs=(
+             ("resnet56", "resnet20"), ("resnet110", "resnet20"), ("resnet32x4", "resnet8x4"), ("wrn_40_2", "wrn_16_2"),
              ("vgg13", "vgg8"), ("resnet32x4", "ShuffleV1")),
             teacher=dict(recipe="crd", epochs=240), student=dict(recipe="crd", epochs=240)),
 )}
@@ -48,10 +58,11 @@ def profile(
     "A profile by its name or from its file, whose stem then names it."
     if isinstance(p, Profile): return p
     if not str(p).endswith((".yaml", ".yml")): return PROFILES[known("profile", str(p), list(PROFILES))]
+    if Path(p).stem in PROFILES: raise ValueError(f"{p}: {Path(p).stem!r} is the name of a built-in profile; give the file another")
     given = yaml.safe_load(Path(p).read_text(encoding="utf-8"))
-    try: mine = Profile(name=Path(p).stem, **given)
-    except TypeError as error: raise ValueError(f"{p}: {error}; expected the fields {', '.join(f.name for f in fields(Profile))}") from None
-    return replace(mine, pairs=tuple(map(tuple, mine.pairs)), seeds=tuple(mine.seeds), depths=tuple(mine.depths), temperatures=tuple(mine.temperatures))
+    if not isinstance(given, dict): raise ValueError(f"{p}: expected the fields {', '.join(Profile.model_fields)}")
+    try: return Profile(**{"name": Path(p).stem, **given})
+    except ValidationError as error: raise ValueError(f"{p}: {explain(error)}") from None
 
 # %% ../nbs/82_experiments.ipynb #f6e88089
 def ablation_pair(
@@ -79,7 +90,7 @@ def student_config(
     teacher = None if loss == "ce" else teacher_config(p, pair[0])
     return RunConfig(dataset=p.dataset, model=pair[1], loss=loss, loss_args=loss_args, teacher=teacher, seed=seed, **p.student)
 
-# %% ../nbs/82_experiments.ipynb #9997f01e
+# %% ../nbs/82_experiments.ipynb #0b6aeaad
 @dataclass(frozen=True)
 class Experiment:
     "A question, the runs that answer it, and the notebook that reads the answer."

@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from ldrld import losses, models, paths, runs
-from ldrld.runs import Paused, RunConfig, name_of
+from ldrld.runs import RunConfig, name_of
 
 ROOT = Path(__file__).parent.parent
 SHORT = {"dataset": "digits", "recipe": "onecycle", "lr": 0.1, "epochs": 2}

@@ -76,7 +76,7 @@ class LDRLD(LogitLoss):
     def __init__(
         self,
         alpha: float = 10.5,  # α ≥ 0, weight of the local terms, that is pairs and LLKI
-        beta: float = 7.0,  # β ≥ 0, weight of the remaining term, RNTK
+        beta: float = 7.0,  # β ≥ 0, weight of the remaining term, RNTK; too much for about ten classes, see nbs/guides/10
         depth: int = 7,  # d ≥ 2, number of selected classes
         temperature: float = 4.0,  # T > 0
         ce_weight: float = 1.0,  # r ≥ 0, weight of the cross-entropy

@@ -56,11 +56,11 @@ def execute_run(config: dict, keep: tuple[str, ...], profile_name: str, notebook
     """Carry out one run, in its notebook or directly."""
     name = name_of(RunConfig(**config))
     if time.time() > float(os.environ.get("LDRLD_DEADLINE", "inf")): return Outcome(name, "paused", "the time budget is spent")
-    try:  # another machine may share this folder
-        with lock_of(name, timeout=0): pass
+    try:
+        with lock_of(name, timeout=0): pass  # another machine may share this folder
+        if notebooks: return execute(TRAIN, name, {"profile": profile_name, "keep": list(keep), **config}, profile_name)
+        run(RunConfig(**config), profile_name, keep, report=None)
     except Timeout: return Outcome(name, "paused", "another process is at it")
-    if notebooks: return execute(TRAIN, name, {"profile": profile_name, "keep": list(keep), **config}, profile_name)
-    try: run(RunConfig(**config), profile_name, keep, report=None)
     except Paused as pause: return Outcome(name, "paused", str(pause))
     except Exception as error: return Outcome(name, "failed", f"{type(error).__name__}: {error}")
     return Outcome(name, "done")
@@ -88,7 +88,10 @@ def in_parallel(what: str, tasks: list[tuple], jobs: int) -> list[Outcome]:
         futures = [pool.submit(function, *arguments) for function, *arguments in tasks]
         try:
             for future in as_completed(futures):
-                outcomes.append(outcome := future.result())
+                try: outcome = future.result()
+                except Exception as error:  # a worker that was killed takes the others with it: say so, keep what is done
+                    outcome = Outcome(what, "failed", f"a process died: {type(error).__name__}: {error}\nlog: {log}")
+                outcomes.append(outcome)
                 if outcome.status == "failed": tqdm.write(f"FAILED {outcome.name}\n{outcome.detail}")
                 bar.update()
         except KeyboardInterrupt:

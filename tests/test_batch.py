@@ -68,15 +68,14 @@ def test_verify_finds_a_changed_digit(made, tmp_path):
 
 
 def test_a_failing_run_is_told_and_the_rest_goes_on(tmp_path):
-    """One record is damaged beforehand, so one run of the batch must fail."""
+    """A folder lies where one run keeps its checkpoint, so that run must fail."""
     from ldrld.experiments import EXPERIMENTS
     plan = EXPERIMENTS["same_architecture"].plan(str(TINY))
     bad = plan["name"].iloc[0]
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / bad).write_text("a file where the run's folder should be")
+    (tmp_path / "runs" / bad / "checkpoint.pt").mkdir(parents=True)
     got = ldrld("reproduce", "--profile", TINY, "--only", "same_architecture", "--out", tmp_path)
     assert got.returncode == 1
-    assert f"failed: {bad}: run/train.ipynb, cell" in got.stdout and "FileExistsError" in got.stdout
+    assert f"failed: {bad}: run/train.ipynb, cell" in got.stdout and "IsADirectoryError" in got.stdout
     assert len(list((tmp_path / "data/runs/tiny").glob("*.json"))) == 6
     assert pd.read_csv(tmp_path / "data/tables/tiny/same_architecture.csv")["n"].tolist() == [1, 2, 2]
 

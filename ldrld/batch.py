@@ -38,6 +38,7 @@ def execute(notebook: str, name: str, parameters: dict, folder: str) -> Outcome:
     target = paths.executed(folder) / f"{name}.ipynb"
     target.parent.mkdir(parents=True, exist_ok=True)
     source = paths.notebooks() / notebook
+    if not source.exists(): return Outcome(name, "failed", f"{notebook} is not under {paths.notebooks()}: call this in a checkout of ldrld, or set LDRLD_ROOT to one")
     unknown = set(parameters) - set(papermill.inspect_notebook(str(source)))
     if unknown: return Outcome(name, "failed", f"{notebook} has no parameter {', '.join(sorted(unknown))}")
     try:

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import typer
+try: import typer
+except ModuleNotFoundError: sys.exit('the ldrld command needs more than the loss does: pip install "ldrld[run]"')
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Reproduce LDRLD: run experiments, make tables and figures, check every number.")

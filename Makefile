@@ -13,7 +13,7 @@ reproduce: $(VENV)/ready  ## every table and figure of the quick profile, from n
 
 test: $(VENV)/ready  ## all tests
 	$(BIN)/ruff check ldrld tests setup.py
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lab: $(VENV)/ready  ## read and run the notebooks
 	$(BIN)/jupyter lab nbs $(if $(filter 0,$(shell id -u)),--allow-root)

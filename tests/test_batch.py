@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tests" / "tiny.yaml"
+pytestmark = pytest.mark.xdist_group("batch")  # they share what the first of them makes
 
 
 def ldrld(*words, cwd=ROOT, **env):

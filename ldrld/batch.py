@@ -14,9 +14,9 @@ from pathlib import Path
 from filelock import Timeout
 from tqdm import tqdm
 
-from ldrld import paths
+from ldrld import data, paths
 from ldrld.experiments import EXPERIMENTS, batch, profile
-from ldrld.runs import KEPT, Paused, RunConfig, load_record, lock_of, name_of, run
+from ldrld.runs import KEPT, Paused, RunConfig, load_record, lock_of, name_of, run, same_pictures
 
 __all__ = ["Outcome", "reproduce", "report", "finished"]
 
@@ -32,7 +32,10 @@ class Outcome:
 
 
 def execute(notebook: str, name: str, parameters: dict, folder: str) -> Outcome:
-    """Execute a source notebook with papermill into `runs/executed/`, the failure told by cell and traceback."""
+    """Execute a source notebook with papermill; a failure is told by cell and traceback.
+
+    notebook: path under `nbs/`.  name: of the executed copy.  parameters: injected.  folder: below `runs/executed/`.
+    """
     try: import papermill
     except ModuleNotFoundError: return Outcome(name, "failed", 'papermill is not installed; pip install "ldrld[run]", or train with --direct')
     target = paths.executed(folder) / f"{name}.ipynb"
@@ -68,7 +71,7 @@ def execute_run(config: dict, keep: tuple[str, ...], profile_name: str, notebook
 
 
 def finished(config: RunConfig, keep: tuple[str, ...], profile_name: str) -> bool:
-    """Whether a run has its record and all that is to be kept besides."""
+    """Whether the run `config` has its record in `profile_name`, and besides all that `keep` names."""
     name = name_of(config)
     return load_record(name, profile_name) is not None and all(KEPT[k](name, profile_name).exists() for k in keep)
 
@@ -79,19 +82,19 @@ def to_log(file: str) -> None:
 
 
 def in_parallel(what: str, tasks: list[tuple], jobs: int) -> list[Outcome]:
-    """Call each task's function in `jobs` processes of one thread each, with a progress bar; failures are told at once."""
+    """Carry out tasks (name, function, arguments) in `jobs` processes of one thread each; failures are told at once."""
     if not tasks: return []
     os.environ["OMP_NUM_THREADS"] = "1"  # two processes of two threads on two cores are slower than two of one
     outcomes, log = [], paths.executed("kernels.log")
     log.parent.mkdir(parents=True, exist_ok=True)
     pool = ProcessPoolExecutor(max(1, min(jobs, len(tasks))), multiprocessing.get_context("spawn"), to_log, (str(log),))
     with pool, tqdm(total=len(tasks), desc=what, unit="") as bar:
-        futures = [pool.submit(function, *arguments) for function, *arguments in tasks]
+        futures = {pool.submit(function, *arguments): name for name, function, *arguments in tasks}
         try:
             for future in as_completed(futures):
                 try: outcome = future.result()
                 except Exception as error:  # a worker that was killed takes the others with it: say so, keep what is done
-                    outcome = Outcome(what, "failed", f"a process died: {type(error).__name__}: {error}\nlog: {log}")
+                    outcome = Outcome(futures[future], "failed", f"a process died: {type(error).__name__}: {error}\nlog: {log}")
                 outcomes.append(outcome)
                 if outcome.status == "failed": tqdm.write(f"FAILED {outcome.name}\n{outcome.detail}")
                 bar.update()
@@ -102,10 +105,10 @@ def in_parallel(what: str, tasks: list[tuple], jobs: int) -> list[Outcome]:
 
 
 def report(p: str = "quick", only: tuple[str, ...] = (), jobs: int = 2) -> list[Outcome]:
-    """Make the tables and figures of a profile from its records."""
+    """Make the tables and figures of a profile from its records; arguments as in `reproduce`, one outcome a notebook."""
     p = str(Path(p).resolve()) if p.endswith((".yaml", ".yml")) else p
     chosen = [EXPERIMENTS[name] for name in (only or EXPERIMENTS)]
-    tasks = [(execute, f"paper/{e.notebook}.ipynb", e.notebook, {"profile": p}, profile(p).name) for e in chosen]
+    tasks = [(e.notebook, execute, f"paper/{e.notebook}.ipynb", e.notebook, {"profile": p}, profile(p).name) for e in chosen]
     return in_parallel("tables and figures", tasks, jobs)
 
 
@@ -120,11 +123,14 @@ def reproduce(p: str = "quick", only: tuple[str, ...] = (), jobs: int = 2, secon
     """
     folder, runs = profile(p).name, batch(p, only)
     todo = [(config, keep) for config, keep in runs if not finished(config, keep, folder)]
+    if todo and profile(p).dataset != "cifar100":  # whose files are checked: here new runs must see what the finished ones saw
+        images = data.load(profile(p).dataset)
+        for record in filter(None, (load_record(name_of(config), folder) for config, _ in runs)): same_pictures(record, images)
     print(f"{len(runs)} runs in profile {folder}, {len(runs) - len(todo)} finished before")
     if math.isfinite(seconds): os.environ["LDRLD_DEADLINE"] = str(time.time() + 0.9 * seconds)
-    task = lambda config, keep: (execute_run, config.model_dump(), keep, folder, notebooks)
+    task = lambda config, keep: (name_of(config), execute_run, config.model_dump(), keep, folder, notebooks)
     outcomes = in_parallel("teachers", [task(c, k) for c, k in todo if "weights" in k], jobs)
-    untrained = {o.name for o in outcomes if o.status != "done"}
+    untrained = {name_of(c) for c, k in todo if "weights" in k and not finished(c, k, folder)}
     students = [(c, k) for c, k in todo if "weights" not in k]
     ready = [(c, k) for c, k in students if not c.teacher or name_of(c.teacher) not in untrained]
     outcomes += [Outcome(name_of(c), "paused", "its teacher is not finished") for c, k in students if (c, k) not in ready]
@@ -142,5 +148,5 @@ def compare_with_committed(profile_name: str) -> str | None:
     if not both: return "none of these runs has a committed record to compare with"
     equal, largest = sum(a == b for a, b in both), max(abs(a - b) for a, b in both)
     mean = sum(a - b for a, b in both) / len(both)
-    return (f"{len(both)} runs have a committed record: {equal} repeat it exactly, the others differ by {largest:.2f} points "
-            f"at most and by {mean:+.3f} on average")
+    return (f"{len(both)} runs have a committed record: {equal} repeat it exactly; the largest difference is {largest:.2f} points, "
+            f"the mean over all {mean:+.3f}")

@@ -61,7 +61,7 @@ def end(outcomes, profile: str) -> None:
 @app.command()
 def reproduce(profile: Profile = "quick", only: Only = None, jobs: Jobs = 2, out: Out = None,
               time_budget: Annotated[str | None, typer.Option(help="Stop after about this long, e.g. 9m; call again to go on.")] = None,
-              direct: Annotated[bool, typer.Option("--direct", help="Train without notebooks: needs neither papermill nor Jupyter.")] = False):
+              direct: Annotated[bool, typer.Option("--direct", help="Train without notebooks; the tables and figures at the end still need papermill.")] = False):
     """Make every run that is not finished, then all tables and figures."""
     budget = seconds(time_budget) if time_budget else math.inf
     chosen = start(profile, only, out)
@@ -109,7 +109,6 @@ def run(settings: Annotated[list[str], typer.Argument(help="name=value, e.g. mod
             place = place.setdefault(folder, {})
             if not isinstance(place, dict): raise typer.BadParameter(f"{text!r}: {folder} was given as {place!r} before")
         place[last] = plain(value)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     from ldrld import paths
     from ldrld.runs import KEPT, Paused, RunConfig, explain, known
     from ldrld.runs import run as carry_out
@@ -155,7 +154,7 @@ def status(profile: Profile = "quick", out: Out = None):
 
 
 @app.command()
-def verify(profile: Annotated[list[str] | None, typer.Option(help="Default: every profile that has tables.")] = None, out: Out = None):
+def verify(profile: Annotated[list[str] | None, typer.Option(help="Default: quick, small and paper, where they have tables; a YAML file for one of your own.")] = None, out: Out = None):
     """Compute every number of every table again from its records."""
     for p in profile or (): start(p)
     if out is not None: os.environ["LDRLD_OUT"] = str(out.resolve())
@@ -169,11 +168,13 @@ def verify(profile: Annotated[list[str] | None, typer.Option(help="Default: ever
         for e in (e for e in EXPERIMENTS.values() if e.table):
             try: found = verify_table(e, p)
             except FileNotFoundError: missing.append(f"{p.name}/{e.name}")
+            except ValueError as error: wrong.append(f"{p.name}/{e.name}: {error}")
             else:
                 wrong += [f"{p.name}: {line}" for line in found]
                 checked += 1
     if missing: print(f"not made yet: {', '.join(missing)}")
     print("\n".join([*wrong, f"{checked} tables checked, {len(wrong)} things wrong"]))
+    print(f"records and tables: {os.path.relpath(paths.out() / 'data')}")
     if not checked: print(f"no table found under {paths.out()}; `ldrld report` makes them, --out says where they are")
     if wrong or not checked: raise typer.Exit(1)
 

@@ -21,12 +21,12 @@ from .runs import RunConfig, explain, known, name_of
 
 # %% ../nbs/82_experiments.ipynb #fc83c0ac
 class Profile(BaseModel):
-    "On which data, with which networks, for how long; strict, since people write their own."
+    "On which data, with which networks, for how long; an unknown field is an error, since people write their own."
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str
     data: str = Field(description="the data, as captions say it")
     dataset: str = Field(description="name of a data set in `ldrld.data`")
-    pairs: tuple[tuple[str, str], ...] = Field(min_length=1, description="(teacher, student); the first one serves the ablations")
+    pairs: tuple[tuple[str, str], ...] = Field(min_length=1, description="(teacher, student); which one serves the ablations: see `ablation_pair`")
     teacher: dict[str, Any] = Field(description="settings of a teacher's training: recipe, epochs, perhaps lr")
     student: dict[str, Any] = Field(description="settings of a student's training")
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
@@ -36,11 +36,14 @@ class Profile(BaseModel):
     @model_validator(mode="after")
     def _can_be_run(self):
         "Every network, data set and setting is known, and both schedules say how long."
+        for field in ("pairs", "seeds", "depths", "temperatures"):
+            if len(set(values := getattr(self, field))) < len(values): raise ValueError(f"{field}={values}: give each only once")
         for who, settings in (("teacher", self.teacher), ("student", self.student)):
             if missing := {"recipe", "epochs"} - settings.keys(): raise ValueError(f"{who}: {' and '.join(sorted(missing))} missing")
             for pair in self.pairs: RunConfig(dataset=self.dataset, model=pair[who == "student"], **settings)
         return self
 
+# those that come with the project
 PROFILES = {p.name: p for p in (
     Profile(name="quick", data="glyphs, 100 characters", dataset="glyphs", pairs=(("resnet14", "resnet8"),),
             teacher=dict(recipe="onecycle", epochs=20, lr=0.1), student=dict(recipe="onecycle", epochs=6, lr=0.1)),
@@ -61,7 +64,8 @@ def profile(
     if Path(p).stem in PROFILES: raise ValueError(f"{p}: {Path(p).stem!r} is the name of a built-in profile; give the file another")
     given = yaml.safe_load(Path(p).read_text(encoding="utf-8"))
     if not isinstance(given, dict): raise ValueError(f"{p}: expected the fields {', '.join(Profile.model_fields)}")
-    try: return Profile(**{"name": Path(p).stem, **given})
+    if "name" in given: raise ValueError(f"{p}: the file's own name is the profile's; leave `name` out")
+    try: return Profile(name=Path(p).stem, **given)
     except ValidationError as error: raise ValueError(f"{p}: {explain(error)}") from None
 
 # %% ../nbs/82_experiments.ipynb #f6e88089
@@ -110,16 +114,23 @@ class Experiment:
         lines = [{**values, "seed": c.seed, "name": name_of(c), "config": c} for values, c in self.lines(profile(p))]
         return pd.DataFrame(lines, columns=[*self.by, "seed", "name", "config"])
 
-EXPERIMENTS: dict[str, Experiment] = {}
+EXPERIMENTS: dict[str, Experiment] = {}  # filled by the decorator below
 
-def experiment(name: str, title: str, notebook: str, by: tuple[str, ...] = ("method",), **more):
+def experiment(
+    name: str,  # on the command line, and of the table's files
+    title: str,  # of the table
+    notebook: str,  # in `nbs/paper/`, without ending
+    by: tuple[str, ...] = ("method",),  # columns of a cell besides teacher and student
+    **more,  # other fields of `Experiment`
+):
     "Decorator: register a function of a profile as an experiment."
     def register(lines):
         EXPERIMENTS[name] = Experiment(name, title, notebook, ("teacher", "student", *by), lines, **more)
         return lines
     return register
 
-# %% ../nbs/82_experiments.ipynb #b607d833
+# %% ../nbs/82_experiments.ipynb #469d8ca4
+# how tables name the losses
 METHODS = {"CE": "ce", "KD": "kd", "LDRLD": "ldrld"}
 
 def on_pair(p: Profile, pair: tuple[str, str], values: dict, loss: str, **loss_args):
@@ -149,7 +160,7 @@ def depth(p):
     "The recursion depth d."
     for d in p.depths: yield from on_pair(p, ablation_pair(p), {"depth": d}, "ldrld", depth=d)
 
-@experiment("temperature", "How soft to compare", "50_temperature", by=("method", "temperature"))
+@experiment("temperature", "How soft to compare", "50_temperature", by=("method", "temperature"), baseline={"method": "KD"})
 def temperature(p):
     "The temperature T, of KD and of LDRLD."
     for method in ("KD", "LDRLD"):
@@ -183,12 +194,13 @@ def batch(
     only: tuple[str, ...] = (),  # names of experiments; none means all
 ) -> list[tuple[RunConfig, tuple[str, ...]]]:  # configuration, and what to keep besides the record
     "Every run that the experiments of a profile need, each once, teachers first."
-    runs = {}
+    runs, teachers = {}, {name_of(teacher_config(profile(p), teacher)) for teacher, _ in profile(p).pairs}
     def need(config, *keep): runs.setdefault(name_of(config), (config, set()))[1].update(keep)
     for name in only or EXPERIMENTS:
         e = EXPERIMENTS[known("only", name, list(EXPERIMENTS))]
         for config in e.plan(p)["config"]:
             if config.teacher: need(config.teacher, "weights", "logits")
-            need(config, *(("logits",) if e.logits and config.seed == 0 else ()))
+            if name_of(config) in teachers: need(config, "weights", "logits")
+            else: need(config, *(("logits",) if e.logits and config.seed == 0 else ()))
     first = lambda run: ("weights" not in run[1], run[0].seed)
     return [(config, tuple(sorted(keep))) for config, keep in sorted(runs.values(), key=first)]

@@ -108,16 +108,19 @@ def save_table(
     folder, readable = paths.tables(profile(p).name), shown(table) if readable is None else readable
     write_whole(folder / f"{name}.csv", table.to_csv(index=False))
     write_whole(folder / f"{name}.md", f"{readable.to_markdown(index=False, disable_numparse=True)}\n\n{text}\n")
-    latex = readable.replace({"±": "$\\\\pm$", "→": "$\\\\to$", "%": "\\\\%", "_": "\\\\_"}, regex=True).rename(columns=lambda c: c.replace("%", "\\%"))
+    latex = readable.replace({"±": "$\\\\pm$", "→": "$\\\\to$", "−": "$-$", "%": "\\\\%", "_": "\\\\_"}, regex=True).rename(columns=lambda c: c.replace("%", "\\%").replace("−", "$-$"))
     write_whole(folder / f"{name}.tex", latex.to_latex(index=False, caption=tex(text), label=f"tab:{name}"))
     return readable
 
-def tex(text: str) -> str:
+def tex(
+    text: str,  # Markdown
+) -> str:
     "A caption for LaTeX."
     text = re.sub(r"`([^`]*)`", r"\\texttt{\1}", text.replace("%", r"\%").replace("_", r"\_"))
-    return text.replace("±", r"$\pm$").replace("→", r"$\to$")
+    return text.replace("±", r"$\pm$").replace("→", r"$\to$").replace("−", "$-$").replace("α", r"$\alpha$").replace("β", r"$\beta$")
 
-# %% ../nbs/90_report.ipynb #1d9ebd65
+# %% ../nbs/90_report.ipynb #8f06b836
+# one look for all figures
 STYLE = {"figure.dpi": 110, "savefig.dpi": 200, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
          "axes.titlesize": 10, "legend.frameon": False, "svg.hashsalt": "ldrld", "figure.constrained_layout.use": True}
 COLOURS = {"teacher": "#444444", "CE": "#9a9a9a", "KD": "#2f6db3", "LDRLD": "#d1495b"}
@@ -209,11 +212,12 @@ def interval_plot(
     p: str | Profile = "quick",
 ) -> plt.Figure:
     "Paired differences to the first line of the table: mean and 95 % interval, every seed as a dot."
+    def by_seed(line): return {r.config.seed: r.last_accuracy for r in (load_record(n, profile(p).name) for n in line["runs"].split())}
     fig, ax = plt.subplots(figsize=(5.5, 0.8 + 0.5 * len(table)))
     if not table["n"].any(): not_run(ax)
-    base = accuracies(table.iloc[0], p)
+    base = by_seed(table.iloc[0])
     for y, (_, line) in enumerate(table.iterrows()):
-        seeds = [a - b for a, b in zip(accuracies(line, p), base)] if line["pairs"] == len(base) else []
+        seeds = [a - base[seed] for seed, a in by_seed(line).items() if seed in base] if y else []
         ax.scatter(seeds, [y] * len(seeds), s=12, color="#9a9a9a", zorder=2)
         ax.errorbar(line["difference"] if y else 0, y, xerr=None if math.isnan(line["low"]) else line["high"] - line["difference"],
                     fmt="o", color=COLOURS["LDRLD"], capsize=3, zorder=3)
@@ -223,8 +227,8 @@ def interval_plot(
     ax.invert_yaxis()
     return fig
 
-# %% ../nbs/90_report.ipynb #634989a6
-TOLERANCE = 1e-6
+# %% ../nbs/90_report.ipynb #e397d67a
+TOLERANCE = 1e-6  # in points
 
 def expected_line(
     values: list[float],  # last-epoch accuracies of a cell
@@ -237,7 +241,7 @@ def expected_line(
     line = {"n": len(values), "mean": mean(values), "sd": sd(values), "best": mean(best)}
     if pairs is None: return line
     d = [a - b for a, b in pairs]
-    half = stats.t(len(d) - 1).isf(0.025) * sd(d) / math.sqrt(len(d)) if len(d) > 1 else math.nan
+    half = float(stats.t(len(d) - 1).isf(0.025)) * sd(d) / math.sqrt(len(d)) if len(d) > 1 else math.nan
     return line | {"difference": mean(d), "low": mean(d) - half, "high": mean(d) + half, "pairs": len(d)}
 
 # %% ../nbs/90_report.ipynb #e844c585
@@ -253,18 +257,25 @@ def verify_table(
              for key, cell in e.plan(p).groupby(list(e.by), sort=False)}
     table = pd.read_csv(path, keep_default_na=False, na_values=[""]).to_dict("records")
     if len(table) != len(cells): return [f"{path.name}: {len(table)} lines where {len(cells)} cells are planned"]
-    wrong = []
+    wrong, made = [], [r for records in cells.values() for r in records.values()]
+    for what, found in {"pictures": {r.data.get("fingerprint") for r in made}, "precision": {r.precision_used for r in made}}.items():
+        if len(found) > 1: wrong.append(f"{path.name}: its runs differ in their {what}: {', '.join(sorted(map(str, found)))}")
     for (key, records), line in zip(cells.items(), table):
         where, base = f"{path.name}, {' · '.join(map(str, key))}", baseline_of(e, key) if e.baseline else None
         pairs = [(r.last_accuracy, cells[base][s].last_accuracy) for s, r in records.items() if s in cells[base]] if base in cells and base != key else []
         expected = expected_line([r.last_accuracy for r in records.values()], [r.best_accuracy for r in records.values()], pairs if base in cells else None)
         expected |= dict(zip(e.by, key)) | {"runs": " ".join(r.name for r in records.values())}
+        if extra := line.keys() - expected.keys(): wrong.append(f"{where}: columns that nobody computes: {', '.join(sorted(extra))}")
         for column, value in expected.items():
             if not same(line.get(column), value): wrong.append(f"{where}: {column} is {line.get(column)!r}, the records give {value!r}")
     return wrong
 
-def same(given, expected) -> bool:
+def same(
+    given,  # from the file
+    expected,  # from the records
+) -> bool:
     "Equal: numbers within rounding, missing for missing, text to the letter."
     if isinstance(expected, str): return ("" if isinstance(given, float) else str(given)) == expected
-    if given is None or math.isnan(expected) or math.isnan(given): return given is not None and math.isnan(expected) and math.isnan(given)
+    if not isinstance(given, (int, float)): return False
+    if math.isnan(expected) or math.isnan(given): return math.isnan(expected) and math.isnan(given)
     return abs(given - expected) <= TOLERANCE

@@ -40,11 +40,11 @@ class RunConfig(BaseModel):
     loss_args: dict[str, Any] = Field({}, description="its hyper-parameters; defaults are filled in")
     teacher: Optional["RunConfig"] = Field(None, description="the teacher's own configuration, for a loss that asks one")
     recipe: Literal[RECIPES] = Field("crd", description="learning-rate schedule, see `ldrld.train`")
-    epochs: int = Field(240, ge=1)
-    batch_size: int = Field(64, ge=1)
+    epochs: int = Field(240, ge=1, description="passes over the training pictures")
+    batch_size: int = Field(64, ge=1, description="pictures a step")
     lr: float = Field(0.05, gt=0, description="base learning rate; left out, the common recipe's for this network")
-    momentum: float = Field(0.9, ge=0, lt=1)
-    weight_decay: float = Field(5e-4, ge=0)
+    momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
+    weight_decay: float = Field(5e-4, ge=0, description="of SGD, on every parameter")
     precision: Literal["float32", "fast"] = Field("fast", description="of the convolutions, see `ldrld.train`")
     seed: int = Field(0, ge=0, description="of the initial weights, the order of the pictures and their crops")
 
@@ -68,7 +68,7 @@ class RunConfig(BaseModel):
     @field_validator("dataset")
     @classmethod
     def _dataset_is_known(cls, name):
-        if name in data.LOADERS or (paths.data_root() / name).is_dir(): return name
+        if name in data.LOADERS or Path(name).is_absolute() or (paths.data_root() / name).is_dir(): return name
         return str(Path(name).resolve()) if Path(name).is_dir() else known("dataset", name, list(data.LOADERS))
 
     @model_validator(mode="after")
@@ -102,14 +102,15 @@ def explain(
         said.append(f"{where}={e['input']!r}: {why}" if where and e["type"] != "value_error" else why)
     return "; ".join(said)
 
-# %% ../nbs/80_runs.ipynb #89849567
-SCHEMA = 1
+# %% ../nbs/80_runs.ipynb #3c21db64
+SCHEMA = 1  # of what a configuration's fields mean
 
 def name_of(
     config: RunConfig,
+    schema: int = SCHEMA,  # of the record, if it has one
 ) -> str:  # such as "glyphs-resnet8-ldrld-s0-1a2b3c4d5e"
     "The run's name: the same for the same settings, on any machine."
-    text = json.dumps([SCHEMA, config.model_dump()], sort_keys=True, separators=(",", ":"))
+    text = json.dumps([schema, config.model_dump()], sort_keys=True, separators=(",", ":"))
     digest = hashlib.sha256(text.encode()).hexdigest()[:10]
     return f"{re.sub(r'[^a-z0-9]+', '-', Path(config.dataset).name.lower())}-{config.model.lower()}-{config.loss}-s{config.seed}-{digest}"
 
@@ -154,8 +155,11 @@ def load_record(
     if not path.exists(): return None
     try: record = Record.model_validate_json(path.read_text(encoding="utf-8"), strict=False)
     except ValueError as error: raise ValueError(f"{path} is not a record of this schema; move it away and run again\n{error}") from error
-    if record.name != name or name_of(record.config) != name:
+    if record.name != name or name_of(record.config, record.schema_version) != name:
         raise ValueError(f"{path} holds the settings of {name_of(record.config)}: it was edited or renamed; move it away and run again")
+    tests = [row["test_accuracy"] for row in record.history]
+    if len(tests) != record.config.epochs or record.last_accuracy != tests[-1] or record.best_accuracy != max(tests):
+        raise ValueError(f"{path}: its accuracies do not follow from its epochs: it was edited; move it away and run again")
     return record
 
 def records(
@@ -190,7 +194,8 @@ def provenance(
             "libraries": {p: installed(p) for p in ("torch", "numpy", "scikit-learn", "matplotlib", "pillow")} | {"python": platform.python_version()},
             "machine": {"processor": processor, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu, "system": platform.system()}}
 
-# %% ../nbs/80_runs.ipynb #e29973f6
+# %% ../nbs/80_runs.ipynb #363048c9
+# where a run keeps what is kept besides its record
 KEPT = {"weights": lambda name, profile: paths.weights(profile) / f"{name}.safetensors",
         "logits": lambda name, profile: paths.records(profile) / "logits" / f"{name}.npz"}
 
@@ -245,7 +250,7 @@ def record_of(
     history: list[dict],  # one dict an epoch
     images,  # `ldrld.data.ImageData`
     dtype: str,  # what convolutions computed in
-    made: dict,  # from `provenance`, when the training began
+    made: dict,  # from `provenance`, when this process took the training up
 ) -> Record:
     "The record of a training that has reached its last epoch."
     best, seconds = max(history, key=lambda row: row["test_accuracy"]), sum(row["seconds"] for row in history)
@@ -269,17 +274,20 @@ def keep_besides(
         models.save_weights(deepcopy(model).half(), KEPT["weights"](name_of(config), profile), metadata=note)
     if "logits" in keep:
         z = logits_of(model, images.test_images[:1000], images.mean, images.std, precision_used(config.precision, device))
-        np.savez_compressed(KEPT["logits"](name_of(config), profile), logits=z.half().cpu().numpy(), labels=images.test_labels[:1000].numpy())
+        path = KEPT["logits"](name_of(config), profile)
+        part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        with open(part, "wb") as file: np.savez_compressed(file, logits=z.half().cpu().numpy(), labels=images.test_labels[:1000].numpy())
+        os.replace(part, path)
 
 # %% ../nbs/80_runs.ipynb #66ac7d37
 def same_pictures(
     record: Record,
     images,  # `ldrld.data.ImageData`
 ) -> None:
-    "`ValueError` if a folder's pictures are not those that a record was made with: its name knows the folder only."
+    "`ValueError` if the pictures are not those that a record was made with: a run's name knows the data's name only."
     if record.data["fingerprint"] == images.fingerprint: return
     raise ValueError(f"dataset={record.config.dataset!r}: its pictures have changed since {record.name} was made; "
-                     "give the new ones a folder of their own, or move the record away")
+                     "give the new ones another place (--out, or a folder of their own), or move the record away")
 
 def lock_of(
     name: str,  # a run's name
@@ -298,9 +306,10 @@ def run(
     "Carry out a run, or return its record if it is finished; an interrupted one is taken up where it stopped."
     name, say, device = name_of(config), report or (lambda line: None), default_device()
     checkpoint = paths.work(name) / "checkpoint.pt"
+    if device == "cpu": torch.set_num_threads(1)       # more of them add in another order: the result would not repeat
     with lock_of(name):
         record = load_record(name, profile)
-        if record and config.dataset not in data.LOADERS: same_pictures(record, data.load(config.dataset))
+        if record and config.dataset != "cifar100": same_pictures(record, data.load(config.dataset))
         if record and all(KEPT[k](name, profile).exists() for k in keep):
             say(f"{name}: finished before, {record.last_accuracy:.2f} %")
             return record
@@ -311,16 +320,20 @@ def run(
         loss = losses.build(config.loss, **config.loss_args).to(device)
         dtype = precision_used(config.precision, device)
         rows = train(model, loss, images, teacher, config.recipe, config.epochs, config.batch_size, config.lr,
-                     config.momentum, config.weight_decay, config.seed, dtype, str(checkpoint))
+                     config.momentum, config.weight_decay, config.seed, dtype, str(checkpoint),
+                     {"fingerprint": images.fingerprint, "precision": str(dtype)})
         history = list(reported(rows, name, config.epochs, epochs_trained(checkpoint), say))
         keep_besides(keep, model, images, config, profile, device)
+        if record and record.last_accuracy != history[-1]["test_accuracy"]:
+            say(f"{name}: trained again it reaches {history[-1]['test_accuracy']:.2f} %; the record, {record.last_accuracy:.2f} %, stays")
         if record is None:                             # a record is never written twice
             record = record_of(config, history, images, str(dtype).removeprefix("torch."), made)
             write_whole(paths.records(profile) / f"{name}.json", record.model_dump_json(indent=1) + "\n")
         checkpoint.unlink()
     return record
 
-# %% ../nbs/80_runs.ipynb #4e6fa556
+# %% ../nbs/80_runs.ipynb #0f48e375
+# types of papermill's parameters
 PLAIN = (str, int, float, bool, list, dict, tuple, type(None))
 
 def settings_from(

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from .train import Crops, autocast
 
-# %% ../nbs/75_teacher.ipynb #b0564d11
-PATTERN = np.int16(0x5A5A)
+# %% ../nbs/75_teacher.ipynb #9b68c730
+PATTERN = np.int16(0x5A5A)  # what the bits of a whole row give
 
 def seal(
     logits: Tensor,  # (rows, classes)

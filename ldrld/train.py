@@ -24,7 +24,7 @@ def released_factor(
     epochs: int = 240,  # length of the schedule; the warm-up and the three steps scale with it
 ) -> float:  # factor on the base learning rate
     "Learning rate of the official LDRLD repository (yema-web/LDRLD), relative to its base rate."
-    warmup, steps = epochs * 20 / 240, [epochs * e / 240 for e in (150, 180, 210)]
+    warmup, steps = epochs * 20 / 240, [-(-epochs * e // 240) for e in (150, 180, 210)]   # rounded up, as in `crd`
     passed = sum(epoch > s for s in steps)
     if passed: return 0.1 ** passed
     last = max(1, -(-warmup // 1) - 1)                     # the last warm-up epoch that reaches the optimiser
@@ -114,7 +114,10 @@ def precision_used(
     else: native = torch.device(device).type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if native else torch.float32
 
-def autocast(dtype: torch.dtype, device: str = "cpu"):
+def autocast(
+    dtype: torch.dtype,  # from `precision_used`
+    device: str = "cpu",  # where the tensors are
+):
     "Context in which convolutions and matrix products compute in `dtype`; does nothing for float32."
     return nullcontext() if dtype == torch.float32 else torch.autocast(torch.device(device).type, dtype)
 
@@ -149,11 +152,14 @@ def train(
     loss: nn.Module,  # from `ldrld.losses`: `loss.terms(student_logits, teacher_logits, target)` gives named terms
     data,  # `ldrld.data.ImageData`
     teacher=None,  # function (index, view, x) -> (batch, classes) logits, or None
-    recipe: str = "crd", epochs: int = 240, batch_size: int = 64,
-    lr: float = 0.05, momentum: float = 0.9, weight_decay: float = 5e-4,
+    recipe: str = "crd",  # one of `RECIPES`
+    epochs: int = 240,  # in all, those of a checkpoint included
+    batch_size: int = 64,  # the last one of an epoch may be smaller
+    lr: float = 0.05, momentum: float = 0.9, weight_decay: float = 5e-4,  # of SGD; `lr` is the base rate
     seed: int = 0,  # of the order of the pictures and their views
     dtype: torch.dtype = torch.float32,  # of the convolutions
     checkpoint: str | None = None,  # file to resume from and to write after each epoch
+    note: dict | None = None,  # what a resumed training must share with the one before, such as the data's fingerprint
 ):  # yields a dict for each epoch, those of a resumed checkpoint first
     "Train by stochastic gradient descent under a named recipe; resumes from `checkpoint` to the same result."
     device = next(model.parameters()).device
@@ -163,7 +169,7 @@ def train(
     optimizer = SGD(model.parameters(), lr, momentum=momentum, weight_decay=weight_decay)
     scheduler, per_batch = schedule(optimizer, recipe, epochs, -(-crops.n // batch_size))
     state = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-    history = resume(checkpoint, state, device)
+    history = resume(checkpoint, state, note, device)
     yield from history
     for epoch in range(len(history) + 1, epochs + 1):
         started, rate = time.perf_counter(), optimizer.param_groups[0]["lr"]
@@ -181,13 +187,14 @@ def train(
             for name, value in terms.items(): sums[name] = sums.get(name, 0) + value.detach() * len(y)
             hits += (z_s.detach().argmax(1) == y).sum()
         if not per_batch: scheduler.step()
+        hits, sums = hits.item(), {name: total.item() for name, total in sums.items()}    # waits for the device
         seconds = time.perf_counter() - started
         z = logits_of(model, data.test_images, data.mean, data.std, dtype)
         row = {"epoch": epoch, "lr": rate, "seconds": seconds,
-               "train_accuracy": 100 * hits.item() / crops.n, "test_accuracy": accuracy(z, data.test_labels),
-               "terms": {name: total.item() / crops.n for name, total in sums.items()}}
+               "train_accuracy": 100 * hits / crops.n, "test_accuracy": accuracy(z, data.test_labels),
+               "terms": {name: total / crops.n for name, total in sums.items()}}
         history.append(row)
-        save(checkpoint, state, history)
+        save(checkpoint, state, history, note)
         yield row
 
 # %% ../nbs/70_train.ipynb #a8899eb6
@@ -195,20 +202,23 @@ def save(
     checkpoint: str | None,  # file, or None to keep nothing
     state: dict,  # objects with a `state_dict`
     history: list[dict],  # what the epochs so far reported
+    note: dict | None = None,  # what a resumed training must share
 ) -> None:
     "Write a checkpoint, whole or not at all."
     if checkpoint is None: return
-    torch.save({"history": history, **{k: v.state_dict() for k, v in state.items()}}, f"{checkpoint}.tmp")
+    torch.save({"history": history, "note": note, **{k: v.state_dict() for k, v in state.items()}}, f"{checkpoint}.tmp")
     os.replace(f"{checkpoint}.tmp", checkpoint)
 
 def resume(
     checkpoint: str | None,  # file, or None
     state: dict,  # objects with `load_state_dict`
-    device="cpu",
+    note: dict | None = None,  # must equal the one that was saved
+    device: str = "cpu",
 ) -> list[dict]:  # what the epochs so far reported; empty where there is no checkpoint
-    "Restore a checkpoint, if there is one."
+    "Restore a checkpoint, if there is one; `ValueError` if it was begun under another note."
     if checkpoint is None or not os.path.exists(checkpoint): return []
     saved = torch.load(checkpoint, map_location=device, weights_only=True)
+    if saved["note"] != note: raise ValueError(f"{checkpoint} was begun with {saved['note']}, now it is {note}; delete it to start over")
     for name, obj in state.items(): obj.load_state_dict(saved[name])
     return saved["history"]
 

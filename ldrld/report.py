@@ -214,7 +214,7 @@ def interval_plot(
     "Paired differences to the first line of the table: mean and 95 % interval, every seed as a dot."
     def by_seed(line): return {r.config.seed: r.last_accuracy for r in (load_record(n, profile(p).name) for n in line["runs"].split())}
     fig, ax = plt.subplots(figsize=(5.5, 0.8 + 0.5 * len(table)))
-    if not table["n"].any(): not_run(ax)
+    if not table["pairs"].any(): not_run(ax)
     base = by_seed(table.iloc[0])
     for y, (_, line) in enumerate(table.iterrows()):
         seeds = [a - base[seed] for seed, a in by_seed(line).items() if seed in base] if y else []

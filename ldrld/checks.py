@@ -5,7 +5,8 @@ from numbers import Integral, Real
 
 import torch
 
-__all__ = ["number", "integer", "flag", "choice", "unknown_name", "student", "student_and_teacher", "labels"]
+__all__ = ["number", "integer", "flag", "choice", "unknown_name", "depth_fits", "logits", "transformed",
+           "labels", "mask"]
 
 
 def number(name: str, value, above: float | None = None, at_least: float | None = None) -> float:
@@ -44,46 +45,72 @@ def unknown_name(what: str, name: str, known) -> ValueError:
     return ValueError(f"unknown {what} {name!r}.{hint} Known: {', '.join(sorted(known))}")
 
 
-def _matrix(name: str, x) -> None:
+def depth_fits(depth: int, classes: int) -> int:
+    """`depth` as an int; ValueError unless it is a whole number from 2 to `classes`."""
+    if integer("depth", depth, at_least=2) > classes:
+        raise ValueError(f"depth must be at most the number of classes, {classes}, got {depth}")
+    return int(depth)
+
+
+def _kind(x) -> str:
+    return f"a tensor of {x.dtype}" if isinstance(x, torch.Tensor) else f"a {type(x).__name__}"
+
+
+def _logits(name: str, x) -> None:
     if not isinstance(x, torch.Tensor) or not x.is_floating_point():
-        found = f"a tensor of {x.dtype}" if isinstance(x, torch.Tensor) else f"a {type(x).__name__}"
-        raise ValueError(f"{name} must be a floating-point tensor of raw logits, got {found}")
-    if x.ndim == 2 and not len(x): raise ValueError(f"{name} has no rows, shape {tuple(x.shape)}; skip such a batch")
-    if x.ndim != 2 or x.shape[0] < 1 or x.shape[1] < 2:
-        raise ValueError(f"{name} must have shape (batch, classes) with at least one row and two classes, "
-                         f"got {tuple(x.shape)}; reshape token or pixel logits to (-1, classes)")
+        raise ValueError(f"{name} must be a floating-point tensor of raw logits, got {_kind(x)}")
+    if x.ndim >= 2 and x.shape[-1] >= 2 and not x.numel(): raise ValueError(f"{name} has no rows, shape {tuple(x.shape)}; skip such a batch")
+    if x.ndim < 2 or x.shape[-1] < 2:
+        raise ValueError(f"{name} must have shape (batch, classes) or (batch, sequence, vocabulary) with at least two "
+                         f"classes, got {tuple(x.shape)}")
 
 
-def student(student_logits) -> None:
-    """ValueError unless these are floating (batch, classes) logits."""
-    _matrix("student_logits", student_logits)
-
-
-def student_and_teacher(student_logits, teacher_logits) -> None:
-    """ValueError unless both are floating (batch, classes) logits of one shape on one device."""
-    _matrix("student_logits", student_logits)
-    _matrix("teacher_logits", teacher_logits)
+def logits(student_logits, teacher_logits, needs_teacher: bool = True) -> None:
+    """ValueError unless these are floating (…, classes) logits of one shape on one device; a teacher may not be needed."""
+    _logits("student_logits", student_logits)
+    if not needs_teacher and teacher_logits is None: return
+    _logits("teacher_logits", teacher_logits)
     if teacher_logits.shape != student_logits.shape:
         raise ValueError(f"teacher_logits must have the shape of student_logits, {tuple(student_logits.shape)}, "
                          f"got {tuple(teacher_logits.shape)}")
-    if teacher_logits.device != student_logits.device:
-        raise ValueError(f"teacher_logits must be on the device of student_logits, {student_logits.device}, "
-                         f"got {teacher_logits.device}")
+    _same_device("teacher_logits", teacher_logits, student_logits)
 
 
-def labels(target, student_logits) -> None:
-    """ValueError unless `target` holds one int64 class per row. Its range is checked on the CPU only: a GPU would wait."""
-    batch, classes = student_logits.shape
-    if not isinstance(target, torch.Tensor) or target.dtype != torch.int64:
-        found = f"a tensor of {target.dtype}" if isinstance(target, torch.Tensor) else f"a {type(target).__name__}"
-        raise ValueError(f"target must be an int64 tensor of class indices, got {found}; convert with .long()")
-    if target.shape != (batch,):
-        raise ValueError(f"target must have shape ({batch},), one class per row of student_logits, "
-                         f"got {tuple(target.shape)}")
-    if target.device != student_logits.device:
-        raise ValueError(f"target must be on the device of student_logits, {student_logits.device}, "
-                         f"got {target.device}")
-    if target.device.type == "cpu" and not torch.compiler.is_compiling():
-        low, high = (int(v) for v in target.aminmax())
-        if low < 0 or high >= classes:
-            raise ValueError(f"target must hold classes from 0 to {classes - 1}, got values from {low} to {high}")
+def _same_device(name: str, x: torch.Tensor, student_logits: torch.Tensor) -> None:
+    if x.device != student_logits.device:
+        raise ValueError(f"{name} must be on the device of student_logits, {student_logits.device}, got {x.device}")
+
+
+def _one_per_row(name: str, x, student_logits, dtype: torch.dtype, what: str) -> None:
+    if not isinstance(x, torch.Tensor) or x.dtype != dtype: raise ValueError(f"{name} must be {what}, got {_kind(x)}")
+    if x.shape != student_logits.shape[:-1]:
+        raise ValueError(f"{name} must have shape {tuple(student_logits.shape[:-1])}, one entry per row of "
+                         f"student_logits, got {tuple(x.shape)}")
+    _same_device(name, x, student_logits)
+
+
+def transformed() -> bool:
+    """Whether this runs within `torch.compile` or a transform of `torch.func`, where tensors have no values to look at."""
+    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def labels(target, student_logits, ignored: int) -> bool:
+    """ValueError unless `target` holds one int64 class, or `ignored`, per row; True if it was seen that none is ignored.
+
+    Values are looked at on the CPU only: a GPU would wait, and within `torch.compile` and `torch.func` there are none.
+    """
+    _one_per_row("target", target, student_logits, torch.int64, "an int64 tensor of class indices (convert with .long())")
+    if target.device.type != "cpu" or transformed(): return False
+    classes, (low, high) = student_logits.shape[-1], (int(v) for v in target.aminmax())
+    if low == ignored:
+        low = int(target.where(target != ignored, max(high, 0)).min())
+        if low >= 0 and high < classes: return False
+    if low < 0 or high >= classes:
+        raise ValueError(f"target must hold classes from 0 to {classes - 1}, or {ignored} for rows that do not count, "
+                         f"got values from {low} to {high}")
+    return True
+
+
+def mask(mask, student_logits) -> None:
+    """ValueError unless `mask` holds one bool per row of logits."""
+    _one_per_row("mask", mask, student_logits, torch.bool, "a bool tensor, true where a row counts")

@@ -25,9 +25,7 @@ def top_d(
     Raises ValueError for a `depth` that is no integer from 2 to classes, or an unknown `rank_by`.
     Source: the paper, arXiv 2507.15911; the official code ranks by the student, in every batch anew.
     """
-    classes = student_logits.shape[-1]
-    if checks.integer("depth", depth, at_least=2) > classes:
-        raise ValueError(f"depth must be at most the number of classes, {classes}, got {depth}")
+    checks.depth_fits(depth, student_logits.shape[-1])
     judge = checks.choice("rank_by", rank_by, ("student", "teacher")) == "student"
     pi = (student_logits if judge else teacher_logits).detach().topk(depth, dim=-1).indices
     return pi, student_logits.gather(-1, pi), teacher_logits.gather(-1, pi)

@@ -384,7 +384,7 @@ def test_wrong_hyperparameters(arguments, parts):
 
 @pytest.mark.parametrize("call, parts", [
     ((X[0], X[0]), ("student_logits", "(batch, classes)", "(10,)")),
-    ((X[:, :, None], X[:, :, None]), ("student_logits", "(4, 10, 1)", "reshape")),
+    ((X[:, :, None], X[:, :, None]), ("student_logits", "(4, 10, 1)", "two classes")),
     ((X, X[:3]), ("teacher_logits", "(3, 10)", "(4, 10)")),
     ((X, X[:, :9]), ("teacher_logits", "(4, 9)", "(4, 10)")),
     ((X, X[0]), ("teacher_logits", "(10,)")),

@@ -9,7 +9,7 @@ __all__ = ['CrossEntropy', 'KD']
 from torch import Tensor
 
 from .. import checks
-from ..loss import LDRLD, LogitLoss, cross_entropy_term
+from ..loss import LDRLD, LogitLoss, counted_rows, cross_entropy_term, mean_of, readable
 from .registry import register
 from ..relations import dway_kl
 
@@ -28,14 +28,15 @@ class CrossEntropy(LogitLoss):
 
     def terms(
         self,
-        student_logits: Tensor,  # (batch, classes), any floating type
+        student_logits: Tensor,  # (batch, classes) or (batch, sequence, vocabulary), any floating type
         teacher_logits: Tensor | None,  # ignored, may be None
-        target: Tensor,  # (batch,) int64 classes
+        target: Tensor,  # (batch,) or (batch, sequence) int64 classes; −100 does not count
+        mask: Tensor | None = None,  # like target, bool: which samples or tokens count; None: all
     ) -> dict[str, Tensor]:  # scalar "ce"
         "The cross-entropy. Raises ValueError for wrong logits, or a wrong or missing target."
-        checks.student(student_logits)
         if target is None: raise ValueError("target must be given for 'ce', which learns from labels alone, got None")
-        return cross_entropy_term(student_logits, target, self.ce_weight)
+        s, _, y, share = counted_rows(student_logits, None, target, mask, needs_teacher=False)
+        return cross_entropy_term(readable(s, share), y, share, self.ce_weight)
 
 # %% ../../nbs/40_logit_losses.ipynb #42847719
 @register("kd")
@@ -58,15 +59,16 @@ class KD(LogitLoss):
 
     def terms(
         self,
-        student_logits: Tensor,  # (batch, classes), any floating type
-        teacher_logits: Tensor,  # (batch, classes), taken as constant
-        target: Tensor | None = None,  # (batch,) int64 classes; without it there is no "ce"
+        student_logits: Tensor,  # (batch, classes) or (batch, sequence, vocabulary), any floating type
+        teacher_logits: Tensor,  # the same shape, taken as constant
+        target: Tensor | None = None,  # (batch,) or (batch, sequence) int64; −100 does not count; None: no "ce"
+        mask: Tensor | None = None,  # like target, bool: which samples or tokens count; None: all
     ) -> dict[str, Tensor]:  # scalars "ce", "kd"
         "The weighted terms; they add up to the loss. Raises ValueError for a wrong shape or type."
-        checks.student_and_teacher(student_logits, teacher_logits)
-        kl = dway_kl(student_logits, teacher_logits.detach(), self.temperature).mean()
-        return cross_entropy_term(student_logits, target, self.ce_weight) | {
-            "kd": self.kd_weight * self.temperature**2 * kl}
+        s, t, y, share = counted_rows(student_logits, teacher_logits, target, mask)
+        s, t = readable(s, share), readable(t.detach(), share)
+        return cross_entropy_term(s, y, share, self.ce_weight) | {
+            "kd": self.kd_weight * self.temperature**2 * mean_of(dway_kl(s, t, self.temperature), share)}
 
 # %% ../../nbs/40_logit_losses.ipynb #b88fc479
 register("ldrld")(LDRLD)

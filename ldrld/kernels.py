@@ -1,0 +1,2 @@
+def refusal(student, depth): return "no"
+fused = None

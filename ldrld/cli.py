@@ -61,13 +61,14 @@ def end(outcomes, profile: str) -> None:
 @app.command()
 def reproduce(profile: Profile = "quick", only: Only = None, jobs: Jobs = 2, out: Out = None,
               time_budget: Annotated[str | None, typer.Option(help="Stop after about this long, e.g. 9m; call again to go on.")] = None,
+              together: Annotated[int, typer.Option(min=1, help="Students at most that share a pass over the pictures; more are quicker, fewer leave their records sooner.")] = 5,
               direct: Annotated[bool, typer.Option("--direct", help="Train without notebooks; the tables and figures at the end still need papermill.")] = False):
     """Make every run that is not finished, then all tables and figures."""
     budget = seconds(time_budget) if time_budget else math.inf
     chosen = start(profile, only, out)
     from ldrld import batch
 
-    outcomes = batch.reproduce(profile, chosen, jobs, budget, notebooks=not direct)
+    outcomes = batch.reproduce(profile, chosen, jobs, budget, notebooks=not direct, together=together)
     if line := batch.compare_with_committed(Path(profile).stem): print(line)
     end(outcomes, profile)
 

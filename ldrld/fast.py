@@ -120,18 +120,18 @@ class OneGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, fused, plain, student, teacher, target, share, weights, *settings):
         terms, gradient = fused(student, teacher, target, share, weights, *settings, ctx.needs_input_grad[2])
-        ctx.fused, ctx.plain, ctx.settings = fused, plain, settings
-        ctx.save_for_backward(student, teacher, target, share, weights, gradient)
+        ctx.fused, ctx.plain, ctx.constants, ctx.settings = fused, plain, (teacher, target, share, weights), settings
+        ctx.save_for_backward(student, gradient)
         terms = terms.sum(0)
         ctx.mark_non_differentiable(terms)
         return terms.sum(), terms
 
     @staticmethod
     def backward(ctx, above, _):
-        *inputs, gradient = ctx.saved_tensors
+        student, gradient = ctx.saved_tensors
         if torch.is_grad_enabled():                                # somebody will differentiate what is returned here
-            value = ctx.plain(*inputs, *ctx.settings)
-            gradient = torch.autograd.grad(value, inputs[0], above, create_graph=True)[0]
+            constants = (x.clone() if x is not None and x.is_inference() else x for x in ctx.constants)
+            gradient = torch.autograd.grad(ctx.plain(student, *constants, *ctx.settings), student, above, create_graph=True)[0]
         elif ctx.fused is kernels.fused: kernels.scale_(gradient, above)
         elif above.is_cuda or above != 1: gradient = gradient * above
         return None, None, gradient, *[None] * (4 + len(ctx.settings))

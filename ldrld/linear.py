@@ -8,9 +8,9 @@ __all__ = ['linear_loss']
 # %% ../nbs/34_language.ipynb #a20a36be
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from .loss import IGNORED, LogitLoss, counted_rows
+from .loss import LogitLoss, counted_rows
 
 # %% ../nbs/34_language.ipynb #0f079fc4
 class _RowsAtATime(torch.autograd.Function):

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'KEPT', 'PLAIN', 'RunConfig', 'known', 'explain', 'name_of', 'Record', 'write_whole', 'load_record',
            'records', 'git', 'installed', 'provenance', 'default_device', 'teacher_for', 'Paused', 'reported',
-           'record_of', 'keep_besides', 'same_pictures', 'lock_of', 'run', 'settings_from']
+           'record_of', 'keep_besides', 'same_pictures', 'lock_of', 'start', 'company', 'run_together', 'run',
+           'settings_from']
 
 # %% ../nbs/80_runs.ipynb #9f89401a
 import hashlib
@@ -15,6 +16,7 @@ import platform
 import re
 import subprocess
 import time
+from contextlib import ExitStack
 from copy import deepcopy
 from datetime import datetime, timedelta, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -28,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from . import checks, data, losses, models, paths
 from .teacher import TeacherLogits
-from .train import RECIPES, Crops, base_lr, epochs_trained, logits_of, precision_used, train
+from .train import RECIPES, Crops, Student, base_lr, epochs_trained, logits_of, precision_used, train_together
 
 # %% ../nbs/80_runs.ipynb #80f4fe60
 class RunConfig(BaseModel):
@@ -129,6 +131,7 @@ class Record(BaseModel):
     history: list[dict[str, Any]] = Field(description="one entry an epoch: learning rate, accuracies, terms of the loss, seconds")
     data: dict[str, Any] = Field(description="sizes and fingerprint")
     teacher: str | None = Field(None, description="name of the teacher's record")
+    together: int = Field(1, description="students that shared the pass over the pictures; the seconds are this one's share")
     precision_used: str
     finished: str = Field(description="time, UTC")
     code: dict[str, Any] = Field(description="package version, git commit, whether files differed from it")
@@ -220,30 +223,31 @@ def teacher_for(
     dtype = precision_used(config.teacher.precision, device)
     crops = Crops(images.train_images, images.mean, images.std, images.padding, images.flip, device)
     key = hashlib.sha256(weights.read_bytes() + images.fingerprint.encode() + str((dtype, crops.views)).encode()).hexdigest()[:12]
-    return TeacherLogits(network, crops, classes, paths.work(name) / f"logits-{key}.bin", dtype)
+    on_gpu = torch.device(device).type == "cuda"
+    return TeacherLogits(network, crops, classes, paths.work(name) / f"logits-{key}.bin", dtype, 4096 if on_gpu else 64, resident=on_gpu)
 
 # %% ../nbs/80_runs.ipynb #e15b40c4
 class Paused(RuntimeError):
     "A run stopped at its deadline; its checkpoint waits for the next call."
 
 def reported(
-    rows,  # one dict an epoch, from `ldrld.train.train`
-    name: str, epochs: int,
+    epochs_rows,  # for each epoch a list with one dict a student, from `ldrld.train.train_together`
+    names: list[str], epochs: int,
     done: int,  # epochs that an earlier call trained: passed on without a word
     say,  # called with each line
-):  # yields the same rows
+):  # yields the same lists
     "Say after each epoch how far the training is and how long it will take; pause at `LDRLD_DEADLINE` (seconds since 1970)."
     spent, deadline = [], float(os.environ.get("LDRLD_DEADLINE", "inf"))
-    if done: say(f"{name}  goes on after epoch {done}/{epochs}")
-    for row in rows:
-        spent.append(row["seconds"])
-        yield row
-        if row["epoch"] <= done: continue
-        left = timedelta(seconds=round(np.median(spent) * (epochs - row["epoch"])))
-        say(f"{name}  epoch {row['epoch']}/{epochs}  loss {sum(row['terms'].values()):.3f}  "
-            f"test {row['test_accuracy']:.2f} %  {left} left")
-        if time.time() + np.median(spent) > deadline and row["epoch"] < epochs:
-            raise Paused(f"{name}: paused after epoch {row['epoch']} of {epochs}; the same call goes on from there")
+    if done: say(f"{', '.join(names)}  goes on after epoch {done}/{epochs}")
+    for epoch, rows in enumerate(epochs_rows, 1):
+        spent.append(sum(row["seconds"] for row in rows))
+        yield rows
+        if epoch <= done: continue
+        left = timedelta(seconds=round(np.median(spent) * (epochs - epoch)))
+        for name, row in zip(names, rows):
+            say(f"{name}  epoch {epoch}/{epochs}  loss {sum(row['terms'].values()):.3f}  test {row['test_accuracy']:.2f} %  {left} left")
+        if time.time() + np.median(spent) > deadline and epoch < epochs:
+            raise Paused(f"{', '.join(names)}: paused after epoch {epoch} of {epochs}; the same call goes on from there")
 
 def record_of(
     config: RunConfig,
@@ -251,6 +255,7 @@ def record_of(
     images,  # `ldrld.data.ImageData`
     dtype: str,  # what convolutions computed in
     made: dict,  # from `provenance`, when this process took the training up
+    together: int = 1,  # students that shared the pass
 ) -> Record:
     "The record of a training that has reached its last epoch."
     best, seconds = max(history, key=lambda row: row["test_accuracy"]), sum(row["seconds"] for row in history)
@@ -260,7 +265,7 @@ def record_of(
         images_per_second=len(images.train_labels) * len(history) / seconds,
         data={"fingerprint": images.fingerprint, "train": len(images.train_labels), "test": len(images.test_labels), "classes": len(images.classes)},
         teacher=name_of(config.teacher) if config.teacher else None,
-        precision_used=dtype,
+        precision_used=dtype, together=together,
         finished=datetime.now(timezone.utc).isoformat(timespec="seconds"), **made)
 
 def keep_besides(
@@ -297,6 +302,73 @@ def lock_of(
     paths.work(name).mkdir(parents=True, exist_ok=True)
     return FileLock(paths.work(name) / "lock", **more)
 
+def start(
+    config: RunConfig,
+    images,  # `ldrld.data.ImageData`
+    device: str,
+) -> Student:
+    "The student of a configuration, with its initial weights, ready to be trained."
+    torch.manual_seed(config.seed)
+    model = models.build(config.model, len(images.classes)).to(device)
+    loss = losses.build(config.loss, **config.loss_args).to(device)
+    note = {"fingerprint": images.fingerprint, "precision": str(precision_used(config.precision, device))}
+    checkpoint = str(paths.work(name_of(config)) / "checkpoint.pt")
+    return Student(model, loss, config.recipe, config.lr, config.momentum, config.weight_decay, checkpoint, note)
+
+def company(
+    config: RunConfig,
+) -> tuple:
+    "What runs must share to be trained together: then they see the same pictures in the same order. (And one teacher, or none.)"
+    return config.dataset, config.seed, config.epochs, config.batch_size, config.precision
+
+def run_together(
+    runs: list[tuple[RunConfig, tuple[str, ...]]],  # configurations, and what to keep of each: "weights", "logits"
+    profile: str = "quick",  # where the records go
+    report=print,  # called with each line of progress; None for silence
+) -> list[Record]:  # in the order of `runs`
+    """Carry out several runs in one pass over the pictures; each leaves the record it would have left alone.
+
+    Finished runs return their records; interrupted ones are taken up where they stopped.
+    Raises ValueError for runs that cannot share a pass, see `company`.
+    """
+    say, device, finished = report or (lambda line: None), default_device(), {}
+    teachers = {name_of(config.teacher): config.teacher for config, _ in runs if config.teacher}
+    if len({company(config) for config, _ in runs}) > 1 or len(teachers) > 1:
+        raise ValueError("runs: those trained together must share dataset, seed, epochs, batch_size, precision and teacher")
+    if device == "cpu": torch.set_num_threads(1)       # more of them add in another order: the result would not repeat
+    with ExitStack() as locks:
+        for name in sorted(name_of(config) for config, _ in runs): locks.enter_context(lock_of(name))
+        for config, _ in runs:
+            name = name_of(config)
+            record = finished[name] = load_record(name, profile)
+            if record and config.dataset != "cifar100": same_pictures(record, data.load(config.dataset))
+        todo = [(c, keep) for c, keep in runs if not finished[name_of(c)] or not all(KEPT[k](name_of(c), profile).exists() for k in keep)]
+        for config, _ in (run for run in runs if run not in todo):
+            say(f"{name_of(config)}: finished before, {finished[name_of(config)].last_accuracy:.2f} %")
+        if todo:
+            made, images, config = provenance(device), data.load(runs[0][0].dataset), todo[0][0]
+            asking = next((c for c, _ in todo if c.teacher), config)
+            teacher = teacher_for(asking, profile, images, device, report)
+            students, names = [start(c, images, device) for c, _ in todo], [name_of(c) for c, _ in todo]
+            dtype, done = precision_used(config.precision, device), min(epochs_trained(s.checkpoint) for s in students)
+            rows = train_together(students, images, teacher, config.epochs, config.batch_size, config.seed, dtype)
+            for _ in reported(rows, names, config.epochs, done, say): pass
+            for (c, keep), student in zip(todo, students):
+                finished[name_of(c)] = _leave(c, keep, student, finished[name_of(c)], profile, images, dtype, made, len(todo), say)
+    return [finished[name_of(config)] for config, _ in runs]
+
+def _leave(config, keep, student, record, profile, images, dtype, made, together, say) -> Record:
+    "Keep what is to be kept of a student that has learnt, write its record, and drop its checkpoint."
+    name, last = name_of(config), student.history[-1]["test_accuracy"]
+    keep_besides(keep, student.model, images, config, profile, student.device)
+    if record and record.last_accuracy != last:
+        say(f"{name}: trained again it reaches {last:.2f} %; the record, {record.last_accuracy:.2f} %, stays")
+    if record is None:                                 # a record is never written twice
+        record = record_of(config, student.history, images, str(dtype).removeprefix("torch."), made, together)
+        write_whole(paths.records(profile) / f"{name}.json", record.model_dump_json(indent=1) + "\n")
+    Path(student.checkpoint).unlink()
+    return record
+
 def run(
     config: RunConfig,
     profile: str = "quick",  # where the record goes
@@ -304,33 +376,7 @@ def run(
     report=print,  # called with each line of progress; None for silence
 ) -> Record:
     "Carry out a run, or return its record if it is finished; an interrupted one is taken up where it stopped."
-    name, say, device = name_of(config), report or (lambda line: None), default_device()
-    checkpoint = paths.work(name) / "checkpoint.pt"
-    if device == "cpu": torch.set_num_threads(1)       # more of them add in another order: the result would not repeat
-    with lock_of(name):
-        record = load_record(name, profile)
-        if record and config.dataset != "cifar100": same_pictures(record, data.load(config.dataset))
-        if record and all(KEPT[k](name, profile).exists() for k in keep):
-            say(f"{name}: finished before, {record.last_accuracy:.2f} %")
-            return record
-        made, images = provenance(device), data.load(config.dataset)
-        teacher = teacher_for(config, profile, images, device, report)
-        torch.manual_seed(config.seed)
-        model = models.build(config.model, len(images.classes)).to(device)
-        loss = losses.build(config.loss, **config.loss_args).to(device)
-        dtype = precision_used(config.precision, device)
-        rows = train(model, loss, images, teacher, config.recipe, config.epochs, config.batch_size, config.lr,
-                     config.momentum, config.weight_decay, config.seed, dtype, str(checkpoint),
-                     {"fingerprint": images.fingerprint, "precision": str(dtype)})
-        history = list(reported(rows, name, config.epochs, epochs_trained(checkpoint), say))
-        keep_besides(keep, model, images, config, profile, device)
-        if record and record.last_accuracy != history[-1]["test_accuracy"]:
-            say(f"{name}: trained again it reaches {history[-1]['test_accuracy']:.2f} %; the record, {record.last_accuracy:.2f} %, stays")
-        if record is None:                             # a record is never written twice
-            record = record_of(config, history, images, str(dtype).removeprefix("torch."), made)
-            write_whole(paths.records(profile) / f"{name}.json", record.model_dump_json(indent=1) + "\n")
-        checkpoint.unlink()
-    return record
+    return run_together([(config, keep)], profile, report)[0]
 
 # %% ../nbs/80_runs.ipynb #0f48e375
 # types of papermill's parameters

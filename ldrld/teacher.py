@@ -41,11 +41,13 @@ class TeacherLogits:
         path: str | Path | None = None,  # the table's file; None computes every time
         dtype: torch.dtype = torch.float32,  # of the teacher's convolutions
         batch_size: int = 64,  # computed at a time
+        resident: bool = False,  # fill the whole table now and hold it on the pictures' device: for a GPU, which then never waits
     ):
         self.teacher, self.crops, self.dtype, self.batch_size = teacher.eval(), crops, dtype, batch_size
         teacher.to(memory_format=torch.channels_last)
-        self.rows, self.computed = None, 0
+        self.rows, self.table, self.computed = None, None, 0
         if path is not None: self.rows = self._open(Path(path), (crops.n * crops.views, classes + 1))
+        if resident: self.fill(hold=True)
 
     def _open(self, path, shape):
         "The table, mapped into memory; made if it is not there or has another shape."
@@ -68,12 +70,27 @@ class TeacherLogits:
             with autocast(self.dtype, device): z.append(self.teacher(self.crops.at(i, v))[: self.batch_size - fill].half())
         return torch.cat(z)
 
+    def fill(self,
+        hold: bool = False,  # also keep the table in the memory of the pictures' device
+        at_once: int = 65536,  # entries
+        report=None,  # called with the number of entries done after each block
+    ) -> None:
+        "Compute every entry that is missing; what an earlier call computed is not computed again."
+        entries, device, held = torch.arange(self.crops.n * self.crops.views), self.crops.pixels.device, []
+        for block in entries.split(at_once):
+            z = self(block // self.crops.views, block % self.crops.views)
+            if hold: held.append(z.half())
+            if report: report(int(block[-1]) + 1)
+        if hold: self.table = torch.cat(held).to(device)
+
     def __call__(self,
         index: Tensor, view: Tensor,  # (batch,) which pictures, which view of each
         x: Tensor | None = None,  # the pictures themselves, not needed: a view says it all
     ) -> Tensor:  # (batch, classes) float32
         "The teacher's logits for the given views."
+        if self.table is not None: return self.table[index * self.crops.views + view].float()
         if self.rows is None: return self.compute(index, view).float()
+        index, view = index.cpu(), view.cpu()
         entry = (index * self.crops.views + view).numpy()
         rows = self.rows[entry]
         missing = ~whole(rows)

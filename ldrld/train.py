@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'released_factor', 'schedule', 'base_lr', 'Crops', 'draw', 'precision_used', 'autocast', 'logits_of',
-           'accuracy', 'train', 'save', 'resume', 'epochs_trained']
+           'accuracy', 'Student', 'train_together', 'train', 'save', 'resume', 'epochs_trained']
 
 # %% ../nbs/70_train.ipynb #6d16fbd7
 import os
@@ -146,10 +146,97 @@ def accuracy(
     "Top-1 accuracy in per cent."
     return 100 * (logits.argmax(1) == labels.to(logits.device)).float().mean().item()
 
+# %% ../nbs/70_train.ipynb #09144b73
+class Student:
+    "One of those that learn together: a network, its loss, and what optimises it."
+    def __init__(self,
+        model: nn.Module,  # trained in place
+        loss: nn.Module,  # from `ldrld.losses`
+        recipe: str = "crd",  # one of `RECIPES`
+        lr: float = 0.05, momentum: float = 0.9, weight_decay: float = 5e-4,  # of SGD; `lr` is the base rate
+        checkpoint: str | None = None,  # file to resume from and to write after each epoch
+        note: dict | None = None,  # what a resumed training must share with the one before, such as the data's fingerprint
+    ):
+        self.model, self.loss, self.recipe, self.checkpoint, self.note = model, loss, recipe, checkpoint, note
+        self.device = next(model.parameters()).device
+        model.to(memory_format=torch.channels_last)
+        self.optimizer = SGD(model.parameters(), lr, momentum=momentum, weight_decay=weight_decay)
+
+    def begin(self, epochs: int, steps: int) -> None:
+        "Make the schedule for so many epochs of so many steps; restore the checkpoint, if there is one."
+        self.scheduler, self.per_batch = schedule(self.optimizer, self.recipe, epochs, steps)
+        self.state = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler}
+        self.history = resume(self.checkpoint, self.state, self.note, self.device)
+
+    def begin_epoch(self) -> None:
+        "Nothing has been seen yet."
+        self.model.train()
+        self.rate, self.sums, self.seen = self.optimizer.param_groups[0]["lr"], {}, 0
+        self.hits, self.seconds = torch.zeros((), device=self.device), 0.0
+
+    def step(self,
+        x: Tensor,  # (batch, 3, H, W)
+        y: Tensor,  # (batch,) classes
+        z_t: Tensor | None,  # (batch, classes) teacher's logits, or None
+        dtype: torch.dtype,  # of the convolutions
+    ) -> None:
+        "One optimisation step."
+        started = time.perf_counter()
+        with autocast(dtype, self.device): z_s = self.model(x).float()
+        value, terms = self.loss.value_and_terms(z_s, z_t, y)
+        self.optimizer.zero_grad()
+        value.backward()
+        self.optimizer.step()
+        if self.per_batch: self.scheduler.step()
+        for name, term in terms.items(): self.sums[name] = self.sums.get(name, 0) + term * len(y)
+        self.hits += (z_s.detach().argmax(1) == y).sum()
+        self.seen += len(y)
+        self.seconds += time.perf_counter() - started
+
+    def end_epoch(self, epoch: int, seconds: float, test_accuracy: float) -> None:
+        "Report; write the checkpoint."
+        row = {"epoch": epoch, "lr": self.rate, "seconds": seconds,
+               "train_accuracy": 100 * self.hits.item() / self.seen, "test_accuracy": test_accuracy,
+               "terms": {name: total.item() / self.seen for name, total in self.sums.items()}}
+        self.history.append(row)
+        save(self.checkpoint, self.state, self.history, self.note)
+
+# %% ../nbs/70_train.ipynb #2713fef5
+def train_together(
+    students: list[Student],
+    data,  # `ldrld.data.ImageData`
+    teacher=None,  # function (index, view, x) -> (batch, classes) logits, or None
+    epochs: int = 240,  # in all, those of checkpoints included
+    batch_size: int = 64,  # the last one of an epoch may be smaller
+    seed: int = 0,  # of the order of the pictures and their views
+    dtype: torch.dtype = torch.float32,  # of the convolutions
+):  # yields for each epoch a list with a dict for each student, those of resumed checkpoints first
+    "Train a cohort by stochastic gradient descent; resumes from checkpoints to the same result."
+    device = students[0].device
+    crops = Crops(data.train_images, data.mean, data.std, data.padding, data.flip, device)
+    labels = data.train_labels.to(device)
+    for student in students: student.begin(epochs, -(-crops.n // batch_size))
+    for epoch in range(1, epochs + 1):
+        learning = [student for student in students if len(student.history) < epoch]
+        if learning:
+            started, asked = time.perf_counter(), teacher if any(s.loss.needs_teacher for s in learning) else None
+            for student in learning: student.begin_epoch()
+            order, views = (t.to(device) for t in draw(seed, epoch, crops.n, crops.views))
+            for index, view in zip(order.split(batch_size), views.split(batch_size)):
+                x, y = crops.at(index, view), labels[index]
+                z_t = asked(index, view, x) if asked else None
+                for student in learning: student.step(x, y, z_t, dtype)
+            if device.type == "cuda": torch.cuda.synchronize(device)
+            seconds, own = time.perf_counter() - started, [s.seconds if device.type == "cpu" else 0.0 for s in learning]
+            for student, alone in zip(learning, own):
+                z = logits_of(student.model, data.test_images, data.mean, data.std, dtype)
+                student.end_epoch(epoch, alone + (seconds - sum(own)) / len(learning), accuracy(z, data.test_labels))
+        yield [student.history[epoch - 1] for student in students]
+
 # %% ../nbs/70_train.ipynb #71488def
 def train(
     model: nn.Module,  # trained in place
-    loss: nn.Module,  # from `ldrld.losses`: `loss.terms(student_logits, teacher_logits, target)` gives named terms
+    loss: nn.Module,  # from `ldrld.losses`
     data,  # `ldrld.data.ImageData`
     teacher=None,  # function (index, view, x) -> (batch, classes) logits, or None
     recipe: str = "crd",  # one of `RECIPES`
@@ -161,41 +248,9 @@ def train(
     checkpoint: str | None = None,  # file to resume from and to write after each epoch
     note: dict | None = None,  # what a resumed training must share with the one before, such as the data's fingerprint
 ):  # yields a dict for each epoch, those of a resumed checkpoint first
-    "Train by stochastic gradient descent under a named recipe; resumes from `checkpoint` to the same result."
-    device = next(model.parameters()).device
-    model.to(memory_format=torch.channels_last)
-    crops = Crops(data.train_images, data.mean, data.std, data.padding, data.flip, device)
-    labels = data.train_labels.to(device)
-    optimizer = SGD(model.parameters(), lr, momentum=momentum, weight_decay=weight_decay)
-    scheduler, per_batch = schedule(optimizer, recipe, epochs, -(-crops.n // batch_size))
-    state = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-    history = resume(checkpoint, state, note, device)
-    yield from history
-    for epoch in range(len(history) + 1, epochs + 1):
-        started, rate = time.perf_counter(), optimizer.param_groups[0]["lr"]
-        sums, hits = {}, torch.zeros((), device=device)
-        model.train()
-        for index, view in zip(*(t.split(batch_size) for t in draw(seed, epoch, crops.n, crops.views))):
-            x, y = crops.at(index, view), labels[index]
-            with autocast(dtype, device): z_s = model(x).float()
-            z_t = teacher(index, view, x) if teacher else None
-            terms = loss.terms(z_s, z_t, y)
-            optimizer.zero_grad()
-            sum(terms.values()).backward()
-            optimizer.step()
-            if per_batch: scheduler.step()
-            for name, value in terms.items(): sums[name] = sums.get(name, 0) + value.detach() * len(y)
-            hits += (z_s.detach().argmax(1) == y).sum()
-        if not per_batch: scheduler.step()
-        hits, sums = hits.item(), {name: total.item() for name, total in sums.items()}    # waits for the device
-        seconds = time.perf_counter() - started
-        z = logits_of(model, data.test_images, data.mean, data.std, dtype)
-        row = {"epoch": epoch, "lr": rate, "seconds": seconds,
-               "train_accuracy": 100 * hits / crops.n, "test_accuracy": accuracy(z, data.test_labels),
-               "terms": {name: total / crops.n for name, total in sums.items()}}
-        history.append(row)
-        save(checkpoint, state, history, note)
-        yield row
+    "Train one network under a named recipe; resumes from `checkpoint` to the same result."
+    student = Student(model, loss, recipe, lr, momentum, weight_decay, checkpoint, note)
+    for (row,) in train_together([student], data, teacher, epochs, batch_size, seed, dtype): yield row
 
 # %% ../nbs/70_train.ipynb #a8899eb6
 def save(

@@ -137,6 +137,13 @@ def test_weights_first_made_in_inference_mode_serve_training():
     assert torch.autograd.gradgradcheck(lambda z: LDRLD(depth=6, epsilon=1.25)(z, z_t[:2], target[:2]), z_s[:2].clone().requires_grad_())
 
 
+def test_a_teacher_asked_in_inference_mode():
+    z_s, z_t, target = sample(rows=3, classes=9)
+    with torch.inference_mode(): z_i = z_t.clone()
+    for a, b in zip(evaluate("analytic", z_s, z_i, target)[:2], evaluate("plain", z_s, z_t, target)[:2]): torch.testing.assert_close(a, b)
+    assert torch.autograd.gradgradcheck(lambda z: LDRLD()(z, z_i, target), z_s.clone().requires_grad_())
+
+
 def test_the_terms_that_are_logged_carry_no_gradient():
     z_s, z_t, target = sample()
     for name in losses.available():

@@ -94,7 +94,8 @@ def caption(
     seeds = f"{n.min()}" if n.min() == n.max() else f"{n.min()} to {n.max()}"
     text = (f"{title}. Top-1 test accuracy in per cent on {p.data} ({p.student['epochs']} epochs, recipe `{p.student['recipe']}`): mean ± standard "
             f"deviation (number of seeds) after the last epoch; the best epoch beside it was chosen on the test data. Seeds per cell: {seeds} of {len(p.seeds)}.")
-    if baseline and "difference" in table: text += f" Differences to {', '.join(f'{k} {v}' for k, v in baseline.items())} are paired by seed, with their 95 % interval."
+    if baseline and "difference" in table and table["difference"].notna().any():
+        text += f" Differences to {', '.join(f'{k} {v}' for k, v in baseline.items())} are paired by seed{', with their 95 % interval' * bool(table['low'].notna().any())}."
     return text
 
 def save_table(

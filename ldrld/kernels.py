@@ -41,9 +41,11 @@ def _untempered(x, e, POWER: tl.constexpr):
 def _load(row, at, valid, MASKED: tl.constexpr, AGAIN: tl.constexpr):
     "Logits in float32. AGAIN: they will be read once more, so the cache had better hold on to them."
     policy: tl.constexpr = "evict_last" if AGAIN else "evict_first"
-    if MASKED: z = tl.load(row + at, mask=valid, other=_LOWEST, eviction_policy=policy)
-    else: z = tl.load(row + at, eviction_policy=policy)
-    return z.to(tl.float32)
+    if MASKED:
+        z = tl.load(row + at, mask=valid, other=0.0, eviction_policy=policy)
+        z = tl.where(valid, z.to(tl.float32), _LOWEST)
+    else: z = tl.load(row + at, eviction_policy=policy).to(tl.float32)
+    return z
 
 # %% ../nbs/36_triton.ipynb #ba2680d8
 @_jit
@@ -54,14 +56,15 @@ def _add(m_s, sum_s, sum_ce, m_t, sum_t, sum_d, s, t, valid, scale,
     x_s, x_t = s - n_s[None, :], t - n_t[None, :]
     e_s, e_t = tl.exp2(x_s * scale), tl.exp2(x_t * scale)
     if MASKED: e_s, e_t = tl.where(valid, e_s, 0.0), tl.where(valid, e_t, 0.0)
-    r_s, r_t = tl.exp2((m_s - n_s) * scale), tl.exp2((m_t - n_t) * scale)
+    d_s, d_t = m_s - n_s, m_t - n_t
+    r_s, r_t = tl.exp2(d_s * scale), tl.exp2(d_t * scale)
     if TARGET:
         e_ce = _untempered(x_s, e_s, POWER)
         if MASKED: e_ce = tl.where(valid, e_ce, 0.0)
-        sum_ce = sum_ce * _untempered(m_s - n_s, r_s, POWER) + tl.sum(e_ce, 0)
+        sum_ce = sum_ce * _untempered(d_s, r_s, POWER) + tl.sum(e_ce, 0)
+    sum_d = (sum_d + sum_t * (d_t - d_s)) * r_t + tl.sum(e_t * (x_t - x_s), 0)
     sum_s = sum_s * r_s + tl.sum(e_s, 0)
     sum_t = sum_t * r_t + tl.sum(e_t, 0)
-    sum_d = sum_d * r_t + tl.sum(e_t * (t - s), 0)
     return n_s, sum_s, sum_ce, n_t, sum_t, sum_d
 
 # %% ../nbs/36_triton.ipynb #71763e58
@@ -117,8 +120,8 @@ def _select(student, teacher, m, classes, depth: tl.constexpr, BY_STUDENT: tl.co
     others = keys != _TAKEN
     at = best[:, None] + tl.arange(0, G)[None, :] * L
     valid = (tl.arange(0, D)[:, None] < depth) & (at < classes)
-    s = tl.load(student + at, mask=valid, other=_LOWEST).to(tl.float32)
-    t = tl.load(teacher + at, mask=valid, other=_LOWEST).to(tl.float32)
+    s = tl.load(student + at, mask=valid, other=0.0).to(tl.float32)
+    t = tl.load(teacher + at, mask=valid, other=0.0).to(tl.float32)
     if BY_STUDENT: keys = _keys(s, at, valid)
     else: keys = _keys(t, at, valid)
     pi, keys = _take(keys, depth, D)
@@ -131,12 +134,12 @@ def _rest(m_s, sum_s, m_t, sum_t, sum_d, lanes, s, t, left, scale):
     m_s, m_t = tl.where(lanes, m_s, _LOWEST), tl.where(lanes, m_t, _LOWEST)
     s, t = tl.where(left, s, _LOWEST), tl.where(left, t, _LOWEST)
     n_s, n_t = tl.maximum(tl.max(m_s), tl.max(s)), tl.maximum(tl.max(m_t), tl.max(t))
-    r_s = tl.where(lanes, tl.exp2((m_s - n_s) * scale), 0.0)
-    r_t = tl.where(lanes, tl.exp2((m_t - n_t) * scale), 0.0)
-    e_s = tl.where(left, tl.exp2((s - n_s) * scale), 0.0)
-    e_t = tl.where(left, tl.exp2((t - n_t) * scale), 0.0)
+    d_s, d_t, x_s, x_t = m_s - n_s, m_t - n_t, s - n_s, t - n_t
+    r_s, r_t = tl.where(lanes, tl.exp2(d_s * scale), 0.0), tl.where(lanes, tl.exp2(d_t * scale), 0.0)
+    e_s, e_t = tl.where(left, tl.exp2(x_s * scale), 0.0), tl.where(left, tl.exp2(x_t * scale), 0.0)
+    sum_d = (sum_d + sum_t * (d_t - d_s)) * r_t
     return (n_s, tl.sum(sum_s * r_s) + tl.sum(e_s), n_t, tl.sum(sum_t * r_t) + tl.sum(e_t),
-            tl.sum(sum_d * r_t) + tl.sum(e_t * (t - s)))
+            tl.sum(sum_d) + tl.sum(e_t * (x_t - x_s)))
 
 # %% ../nbs/36_triton.ipynb #287b3493
 @_jit
@@ -149,13 +152,13 @@ def _logistic(x):
 
 # %% ../nbs/36_triton.ipynb #f24378d8
 @_jit
-def _pairs(z_s, z_t, weights, depth: tl.constexpr, D: tl.constexpr):
-    "The weighted two-way divergences of all pairs, and their gradient (D,). Logits (D,) are divided by T already."
+def _pairs(z_s, z_t, weights, temperature, depth: tl.constexpr, D: tl.constexpr):
+    "The weighted two-way divergences of all pairs, and their gradient (D,) but for 1/T."
     i, j = tl.arange(0, D)[:, None], tl.arange(0, D)[None, :]
     w = tl.load(weights + i * depth + j, mask=(i < j) & (j < depth), other=0.0)
     a, b = z_t[:, None] - z_t[None, :], z_s[:, None] - z_s[None, :]
     sign = tl.where(a > 0.0, -1.0, 1.0)
-    a, b = sign * a, sign * b
+    a, b = sign * a / temperature, sign * b / temperature
     p_t, soft_t = _logistic(a)
     p_s, soft_s = _logistic(b)
     slope = w * sign * (p_s - p_t)
@@ -163,11 +166,11 @@ def _pairs(z_s, z_t, weights, depth: tl.constexpr, D: tl.constexpr):
 
 # %% ../nbs/36_triton.ipynb #38971461
 @_jit
-def _together(z_s, z_t, depth: tl.constexpr, D: tl.constexpr):
-    "The divergence of the softmax over the selected classes, and its gradient (D,)."
+def _together(z_s, z_t, temperature, depth: tl.constexpr, D: tl.constexpr):
+    "The divergence of the softmax over the selected classes, and its gradient (D,) but for 1/T."
     valid = tl.arange(0, D) < depth
-    x_s = z_s - tl.max(tl.where(valid, z_s, _LOWEST))
-    x_t = z_t - tl.max(tl.where(valid, z_t, _LOWEST))
+    x_s = (z_s - tl.max(tl.where(valid, z_s, _LOWEST))) / temperature
+    x_t = (z_t - tl.max(tl.where(valid, z_t, _LOWEST))) / temperature
     e_s, e_t = tl.where(valid, tl.exp(x_s), 0.0), tl.where(valid, tl.exp(x_t), 0.0)
     sum_s, sum_t = tl.sum(e_s), tl.sum(e_t)
     value = tl.sum(e_t * (x_t - x_s)) / sum_t + tl.log(sum_s) - tl.log(sum_t)
@@ -215,8 +218,8 @@ def _row(student, teacher, target, part, weights, terms, grad, classes, scale, t
     chosen = (tl.arange(0, D) < depth) & (pi < classes)
     z_s = tl.load(student + pi, mask=chosen, other=0.0).to(tl.float32)
     z_t = tl.load(teacher + pi, mask=chosen, other=0.0).to(tl.float32)
-    pairs, slope_pairs = _pairs(z_s / temperature, z_t / temperature, weights, depth, D)
-    llki, slope_llki = _together(z_s / temperature, z_t / temperature, depth, D)
+    pairs, slope_pairs = _pairs(z_s, z_t, weights, temperature, depth, D)
+    llki, slope_llki = _together(z_s, z_t, temperature, depth, D)
     slope = (f_pairs * slope_pairs + f_llki * slope_llki) / temperature
     tl.store(terms + 1, part * f_pairs * pairs)
     tl.store(terms + 2, part * f_llki * llki)
@@ -232,7 +235,7 @@ def _row(student, teacher, target, part, weights, terms, grad, classes, scale, t
         slope += f_ce * (tl.exp2((z_s - n_ce) * _LOG2_E) / all_ce - tl.where(pi == y, 1.0, 0.0))
     if REST:
         n_s, all_s, n_t, all_t, all_d = _rest(m_s, sum_s, m_t, sum_t, sum_d, lanes, s, t, left, scale)
-        rntk = f_rntk * ((all_d / all_t - (n_t - n_s)) / temperature + tl.log(all_s) - tl.log(all_t))
+        rntk = f_rntk * (all_d / (all_t * temperature) + tl.log(all_s) - tl.log(all_t))
         if GRAD:
             log_s, log_t, f_rest = tl.log2(all_s), tl.log2(all_t), part * f_rntk / temperature
             if TARGET: f_all = part * f_ce * tl.exp2((n_s - n_ce) * _LOG2_E + POWER * log_s - tl.log2(all_ce))

@@ -11,7 +11,10 @@ from ldrld.kernels import fused, scale_
 from ldrld.loss import relation_terms
 from ldrld.relations import dway_kl, pair_indices, pair_kl, remaining_kl
 
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # 2^x that becomes infinite or 0
+# NumPy warns where a GPU does not: of 2^x that overflows, or of the difference of two such, at selected classes in the
+# second pass, before they are written over; and of NaN in the tests that have some.
+pytestmark = [pytest.mark.filterwarnings(f"ignore:{what}:RuntimeWarning")
+              for what in ("overflow encountered", "invalid value encountered", "All-NaN")]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TERMS = ("ce", "pairs", "llki", "rntk")
@@ -90,7 +93,7 @@ def agree(got, right, dtype=F32, rtol=1e-5, factors=FACTORS):
                                            (131072, 20, 6.0)])
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=lambda d: str(d)[6:])
 def test_agrees_with_autograd(classes, d, T, dtype, device):
-    rows = 4 if classes <= 5000 else 2
+    rows = 2
     student, teacher, target = sample(rows, classes, dtype, device=device)
     share, weights = shares(rows, device), adw_weights(d, device=device)
     pi = selected(student, teacher, d, T, "student")  # rounding to 16 bits makes ties
@@ -98,8 +101,8 @@ def test_agrees_with_autograd(classes, d, T, dtype, device):
           reference(student, teacher, target, share, weights, T, pi=pi), dtype)
 
 
-@pytest.mark.parametrize("lanes, stack", [(8, 1), (8, 4), (16, 2), (64, 1), (64, 2)])
-@pytest.mark.parametrize("classes", [33, 64, 100, 129, 256])
+@pytest.mark.parametrize("lanes, stack", [(8, 4), (16, 1), (16, 2), (64, 1)])
+@pytest.mark.parametrize("classes", [33, 64, 100, 129])
 def test_any_division_into_lanes_and_blocks(lanes, stack, classes, device, monkeypatch):
     """Whole blocks, blocks and a tail, a tail alone, lanes without a class: all with few classes, against plain top-d."""
     def options(*args):
@@ -108,8 +111,8 @@ def test_any_division_into_lanes_and_blocks(lanes, stack, classes, device, monke
 
     given = kernels._options
     monkeypatch.setattr(kernels, "_options", options)
-    student, teacher, target = sample(8, classes, device=device, seed=classes)
-    share, weights = shares(8, device), adw_weights(7, device=device)
+    student, teacher, target = sample(2, classes, device=device, seed=classes)
+    share, weights = shares(2, device), adw_weights(7, device=device)
     for rank_by in ("student", "teacher"):
         agree(fused(student, teacher, target, share, weights, 4.0, FACTORS, rank_by),
               reference(student, teacher, target, share, weights, 4.0, rank_by=rank_by))
@@ -204,14 +207,12 @@ def test_ties_below_the_selection_leave_it_unique(device):
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("classes", [100, 3000])
 def test_logits_of_ten_thousand(dtype, classes, device):
-    """2e-5: a difference of 1e4 is divided by T and rounded, 1e4/4·6e-8 = 1.5e-4, inside an exponential; where that is not
-    below e^-100 the difference is a few hundred at most."""
+    """2e-5 in place of 1e-5: differences of logits of up to 100, which e^(−100/T) lets count, divided by T and rounded."""
     g = torch.Generator().manual_seed(0)
     student, teacher = ((1e4 * (2 * torch.rand(4, classes, generator=g) - 1)).to(device, dtype) for _ in range(2))
+    pi = torch.rand(4, classes, generator=g).topk(7).indices.to(device)
+    student = (student / 2).scatter(1, pi, (9984 - 512 * torch.arange(7.0, device=device).expand(4, 7)).to(dtype))
     target, share, weights = torch.arange(4, device=device), shares(4, device), adw_weights(7, device=device)
-    pi = (student + 0).float().argsort(dim=1, descending=True, stable=True)[:, :7]
-    assert all(len(set(row)) == 7 for row in student.gather(1, pi).tolist())
-    if student.float().topk(8).values.diff().eq(0).any(): pytest.skip("a tie at the end of the selection")
     agree(fused(student, teacher, target, share, weights, 4.0, FACTORS),
           reference(student, teacher, target, share, weights, 4.0, pi=pi), dtype, rtol=2e-5)
 
@@ -245,10 +246,23 @@ def test_masked_classes_at_the_lowest_number_of_the_type(device):
         assert not grad[:, 300:].any()
 
 
+@pytest.mark.parametrize("T", [4.0, 3.0])
+@pytest.mark.parametrize("offset", [100.0, -1e4, 1e4])
+def test_an_offset_of_all_logits_changes_little(offset, T, device):
+    """Both networks' logits are multiples of 1/64, so that the offset itself is exact in float32."""
+    student, teacher, target = sample(3, 2000, device=device)
+    student, teacher = (student * 64).round() / 64, (teacher * 64).round() / 64
+    share, weights = shares(3, device), adw_weights(7, device=device)
+    pi = selected(student, teacher, 7, T, "student")
+    right = reference(student, teacher, target, share, weights, T, pi=pi)
+    agree(fused(student + offset, teacher, target, share, weights, T, FACTORS), right)
+    agree(fused(student, teacher + offset, target, share, weights, T, FACTORS), right)
+
+
 def test_a_student_that_equals_its_teacher(device):
     student, _, target = sample(3, 900, scale=10.0, device=device)
     terms, grad = fused(student, student, None, shares(3, device), adw_weights(7, device=device), 4.0, FACTORS)
-    assert terms[:, :3].abs().max() == 0 and terms[:, 3].abs().max() < 1e-4 and grad.abs().max() < 1e-6
+    assert terms.abs().max() == 0 and grad.abs().max() == 0
 
 
 def test_one_class_remains(device):
@@ -290,14 +304,14 @@ def test_a_target_that_is_no_class_is_not_silent(device):
 
 @pytest.mark.parametrize("classes", [100, 128, 3000])
 def test_rows_that_lie_apart_in_memory(classes, device):
-    student, teacher, target = sample(4, classes, device=device)
-    args = target, shares(4, device), adw_weights(7, device=device), 4.0, FACTORS
+    student, teacher, target = sample(2, classes, device=device)
+    args = target, shares(2, device), adw_weights(7, device=device), 4.0, FACTORS
     right = fused(student, teacher, *args)
-    apart, turned = torch.full((8, classes + 13), torch.nan, device=device), teacher.T.contiguous().T
+    apart, turned = torch.full((4, classes + 13), torch.nan, device=device), teacher.T.contiguous().T
     apart[::2, 13:] = student
     for s, t in ((apart[::2, 13:], teacher), (student, turned), (apart[::2, 13:], turned)):
         for a, b in zip(fused(s, t, *args), right): assert a.equal(b)
-    one = teacher[:1].expand(4, classes)
+    one = teacher[:1].expand(2, classes)
     for a, b in zip(fused(student, one, *args), fused(student, one.contiguous(), *args)): assert a.equal(b)
 
 
@@ -322,9 +336,9 @@ def test_scale(size, dtype, device):
         assert y.equal(x * factor)  # powers of two, so that there is nothing to round
 
 
-def test_scale_with_many_turns(device, monkeypatch):
+def test_scale_with_many_turns(device):
     """More numbers than 1,024 programs take in one turn."""
-    x = torch.ones(1024 * 4096 + 5, dtype=BF16, device=device)
+    x = torch.ones(1024 * 4096 + 5, device=device)
     assert scale_(x, torch.tensor(2.0, dtype=BF16, device=device)).eq(2).all()
 
 

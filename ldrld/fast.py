@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['positions', 'NOTHING', 'AT_ONCE', 'BACKENDS', 'kl_and_gradient', 'pairs_and_gradient', 'largest', 'some_rows',
-           'analytic', 'OneGradient', 'choose']
+           'analytic', 'kernel', 'kernel_gradient', 'kernel_serves', 'OneGradient', 'choose']
 
 # %% ../nbs/32_fast.ipynb #bc36a241
 from functools import lru_cache
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import checks, kernels
+from . import checks
 from .relations import pair_indices
 
 # %% ../nbs/32_fast.ipynb #bcc7a689
@@ -113,6 +113,27 @@ def analytic(
         elif with_grad: gradient = g.mul_(part).to(student.dtype)
     return torch.cat(parts), gradient
 
+# %% ../nbs/32_fast.ipynb #bb11b49c
+def kernel(student, teacher, target, share, weights, temperature, factors, rank_by="student", with_grad=True):
+    "`analytic`, by the Triton kernel."
+    from ldrld import kernels
+    if share is None: share = torch.full((len(student),), 1 / len(student), device=student.device)
+    return kernels.fused(student, teacher, target, share.float(), weights.float(), temperature, factors, rank_by, with_grad)
+
+def kernel_gradient(ctx, gradient: Tensor, above: Tensor) -> Tensor:
+    "The kernel's gradient times what comes from above, in place."
+    from ldrld import kernels
+    if getattr(ctx, "given_away", False):
+        raise RuntimeError("this loss went backward before, and its gradient is gone; set its attribute backend to 'analytic' to go backward more than once")
+    ctx.given_away = True
+    return kernels.scale_(gradient, above)
+
+def kernel_serves(student: Tensor, depth: int) -> bool:
+    "Whether the kernel takes these logits: on a GPU, not in float64, at most 64 classes deep, with Triton installed."
+    if not student.is_cuda or student.dtype == torch.float64: return False
+    from ldrld import kernels
+    return depth <= kernels.MAX_DEPTH and kernels.available()
+
 # %% ../nbs/32_fast.ipynb #650e1fa3
 class OneGradient(torch.autograd.Function):
     "LDRLD as one node of autograd's graph: its value, its four terms without gradient; the gradient is made in the forward."
@@ -132,7 +153,7 @@ class OneGradient(torch.autograd.Function):
         if torch.is_grad_enabled():                                # somebody will differentiate what is returned here
             constants = (x.clone() if x is not None and x.is_inference() else x for x in ctx.constants)
             gradient = torch.autograd.grad(ctx.plain(student, *constants, *ctx.settings), student, above, create_graph=True)[0]
-        elif ctx.fused is kernels.fused: kernels.scale_(gradient, above)
+        elif ctx.fused is kernel: gradient = kernel_gradient(ctx, gradient, above)
         elif above.is_cuda or above != 1: gradient = gradient * above
         return None, None, gradient, *[None] * (4 + len(ctx.settings))
 
@@ -143,15 +164,12 @@ def choose(
     backend: str,  # one of `BACKENDS`
     student: Tensor,  # (rows, classes)
     depth: int,  # d
-):  # `analytic`, `kernels.fused`, or None for the plain formulas
+):  # `analytic`, `kernel`, or None for the plain formulas
     """Which evaluation serves: the Triton kernel on a GPU, what is above elsewhere; the plain formulas within
     `torch.compile`, which fuses them itself, and within transforms of `torch.func`, which ask for any derivative.
 
-    Raises ValueError for an unknown backend, or one that cannot serve here.
+    Raises ValueError for an unknown backend.
     """
     checks.choice("backend", backend, BACKENDS)
     if backend == "plain" or (backend == "auto" and checks.transformed()): return None
-    if backend == "analytic": return analytic
-    refusal = kernels.refusal(student, depth)
-    if backend == "triton" and refusal: raise ValueError(f"backend='triton' cannot serve: {refusal}; leave it at 'auto'")
-    return analytic if refusal or (backend == "auto" and not student.is_cuda) else kernels.fused
+    return kernel if backend == "triton" or (backend == "auto" and kernel_serves(student, depth)) else analytic

@@ -311,12 +311,13 @@ def _check_device(name: str, tensor: Tensor) -> None:
 # %% ../nbs/36_triton.ipynb #cca55a9e
 def _check(student, teacher, target, share, weights, temperature, rank_by) -> None:
     "ValueError unless these are arguments for `fused`."
-    checks.student_and_teacher(student, teacher)
+    checks.logits(student, teacher)
     _check_device("student", student)
     for name, x in (("student", student), ("teacher", teacher)):
         if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"{name} must be float32, bfloat16 or float16, got {x.dtype}; the kernel computes in "
                              "float32, so use the eager path for more")
+    if student.ndim != 2: raise ValueError(f"student must have shape (rows, classes), got {tuple(student.shape)}")
     rows, classes = student.shape
     depth = weights.shape[0] if weights.ndim else 0
     if weights.shape != (depth, depth) or not 2 <= depth <= min(MAX_DEPTH, classes):

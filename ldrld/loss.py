@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IGNORED', 'relation_terms', 'LogitLoss', 'counted_rows', 'mean_of', 'readable', 'cross_entropy_term', 'plain_terms',
-           'plain_loss', 'kept_weights', 'LDRLD']
+           'plain_loss', 'kept_weights', 'RelationLoss', 'LDRLD']
 
 # %% ../nbs/30_loss.ipynb #0c20ea2f
 import inspect
@@ -138,15 +138,45 @@ def kept_weights(*arguments) -> Tensor:
     "`adw_weights`, computed once for the same arguments."
     return adw_weights(*arguments)
 
-# %% ../nbs/30_loss.ipynb #07bbae23
-class LDRLD(LogitLoss):
+# %% ../nbs/30_loss.ipynb #3aa4d987
+class RelationLoss(LogitLoss):
+    """How LDRLD is evaluated: term by term as its formulas read, or all at once. A subclass holds the hyper-parameters."""
+    backend = "auto"  # how it is evaluated, one of `fast.BACKENDS`: the result is the same, to rounding
+
+    def _arguments(self, student_logits, teacher_logits, target, mask, weights):
+        "What `plain_terms` and the faster ways take."
+        s, t, y, share = counted_rows(student_logits, teacher_logits, target, mask)
+        checks.depth_fits(self.depth, s.shape[-1])
+        wide = torch.promote_types(torch.promote_types(s.dtype, t.dtype), torch.float32)
+        weights = weights(self.depth, self.epsilon, self.delta, self.decay, self.weighting, wide, s.device)
+        return s, t.detach(), y, share, weights, self.temperature, self.factors, self.rank_by
+
+    def terms(
+        self,
+        student_logits: Tensor,  # (batch, classes) or (batch, sequence, vocabulary), any floating type
+        teacher_logits: Tensor,  # the same shape, taken as constant
+        target: Tensor | None = None,  # (batch,) or (batch, sequence) int64; −100 does not count; None: no "ce"
+        mask: Tensor | None = None,  # like target, bool: which samples or tokens count; None: all
+    ) -> dict[str, Tensor]:  # scalars "ce", "pairs", "llki", "rntk", each with its own gradient
+        "The weighted terms; they add up to the loss. Raises ValueError for a wrong shape, type or class count."
+        return plain_terms(*self._arguments(student_logits, teacher_logits, target, mask, adw_weights))
+
+    def value_and_terms(self, student_logits, teacher_logits, target=None, mask=None) -> tuple[Tensor, dict[str, Tensor]]:
+        "The loss, with one gradient for all terms, made together with them (`32_fast`); and the terms, to log."
+        fused = fast.choose(self.backend, student_logits, self.depth)
+        if fused is None: return super().value_and_terms(student_logits, teacher_logits, target, mask)
+        arguments = self._arguments(student_logits, teacher_logits, target, mask, kept_weights)
+        value, terms = fast.OneGradient.apply(fused, plain_loss, *arguments)
+        names = ("ce", "pairs", "llki", "rntk")[arguments[2] is None :]
+        return value, dict(zip(names, terms.unbind()[-len(names) :]))
+
+# %% ../nbs/30_loss.ipynb #32e07e18
+class LDRLD(RelationLoss):
     """Local dense relational logit distillation: r·CE + α·(pairs + LLKI) + β·RNTK, a mean over the batch.
 
     Raises ValueError, naming the argument, for a hyper-parameter out of its range.
     Source: the paper, arXiv 2507.15911; normalisation and the factor T² as in the official code (yema-web/LDRLD).
     """
-    backend = "auto"  # how it is evaluated, one of `fast.BACKENDS`: the result is the same, to rounding
-
     def __init__(
         self,
         alpha: float = 10.5,  # α ≥ 0, weight of the local terms, that is pairs and LLKI
@@ -183,30 +213,3 @@ class LDRLD(LogitLoss):
         if self.normalize: local /= self.depth * (self.depth - 1) // 2 + 1
         return {"ce": self.ce_weight, "pairs": local * self.pairs_weight, "llki": local * self.llki_weight,
                 "rntk": self.beta * self.temperature**2}
-
-    def _arguments(self, student_logits, teacher_logits, target, mask, weights):
-        "What `plain_terms` and the faster ways take."
-        s, t, y, share = counted_rows(student_logits, teacher_logits, target, mask)
-        checks.depth_fits(self.depth, s.shape[-1])
-        wide = torch.promote_types(torch.promote_types(s.dtype, t.dtype), torch.float32)
-        weights = weights(self.depth, self.epsilon, self.delta, self.decay, self.weighting, wide, s.device)
-        return s, t.detach(), y, share, weights, self.temperature, self.factors, self.rank_by
-
-    def terms(
-        self,
-        student_logits: Tensor,  # (batch, classes) or (batch, sequence, vocabulary), any floating type
-        teacher_logits: Tensor,  # the same shape, taken as constant
-        target: Tensor | None = None,  # (batch,) or (batch, sequence) int64; −100 does not count; None: no "ce"
-        mask: Tensor | None = None,  # like target, bool: which samples or tokens count; None: all
-    ) -> dict[str, Tensor]:  # scalars "ce", "pairs", "llki", "rntk", each with its own gradient
-        "The weighted terms; they add up to the loss. Raises ValueError for a wrong shape, type or class count."
-        return plain_terms(*self._arguments(student_logits, teacher_logits, target, mask, adw_weights))
-
-    def value_and_terms(self, student_logits, teacher_logits, target=None, mask=None) -> tuple[Tensor, dict[str, Tensor]]:
-        "The loss, with one gradient for all terms, made together with them (`32_fast`); and the terms, to log."
-        fused = fast.choose(self.backend, student_logits, self.depth)
-        if fused is None: return super().value_and_terms(student_logits, teacher_logits, target, mask)
-        arguments = self._arguments(student_logits, teacher_logits, target, mask, kept_weights)
-        value, terms = fast.OneGradient.apply(fused, plain_loss, *arguments)
-        names = ("ce", "pairs", "llki", "rntk")[arguments[2] is None :]
-        return value, dict(zip(names, terms.unbind()[-len(names) :]))

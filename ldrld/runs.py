@@ -302,6 +302,7 @@ def lock_of(
     paths.work(name).mkdir(parents=True, exist_ok=True)
     return FileLock(paths.work(name) / "lock", **more)
 
+# %% ../nbs/80_runs.ipynb #a1a89f36
 def start(
     config: RunConfig,
     images,  # `ldrld.data.ImageData`
@@ -321,6 +322,7 @@ def company(
     "What runs must share to be trained together: then they see the same pictures in the same order. (And one teacher, or none.)"
     return config.dataset, config.seed, config.epochs, config.batch_size, config.precision
 
+# %% ../nbs/80_runs.ipynb #fd59a77e
 def run_together(
     runs: list[tuple[RunConfig, tuple[str, ...]]],  # configurations, and what to keep of each: "weights", "logits"
     profile: str = "quick",  # where the records go
@@ -357,6 +359,7 @@ def run_together(
                 finished[name_of(c)] = _leave(c, keep, student, finished[name_of(c)], profile, images, dtype, made, len(todo), say)
     return [finished[name_of(config)] for config, _ in runs]
 
+# %% ../nbs/80_runs.ipynb #82dfb3ea
 def _leave(config, keep, student, record, profile, images, dtype, made, together, say) -> Record:
     "Keep what is to be kept of a student that has learnt, write its record, and drop its checkpoint."
     name, last = name_of(config), student.history[-1]["test_accuracy"]

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'KEPT', 'PLAIN', 'RunConfig', 'known', 'explain', 'name_of', 'Record', 'write_whole', 'load_record',
            'records', 'git', 'installed', 'provenance', 'default_device', 'teacher_for', 'Paused', 'reported',
-           'record_of', 'keep_besides', 'same_pictures', 'lock_of', 'start', 'company', 'run_together', 'run',
-           'settings_from']
+           'record_of', 'keep_besides', 'same_pictures', 'lock_of', 'compiled', 'start', 'company', 'run_together',
+           'run', 'settings_from']
 
 # %% ../nbs/80_runs.ipynb #9f89401a
 import hashlib
@@ -195,7 +195,7 @@ def provenance(
     changed = git("status", "--porcelain", "--", "ldrld")
     return {"code": {"version": installed("ldrld"), "commit": git("rev-parse", "HEAD"), "changed": bool(changed)},
             "libraries": {p: installed(p) for p in ("torch", "numpy", "scikit-learn", "matplotlib", "pillow")} | {"python": platform.python_version()},
-            "machine": {"processor": processor, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu, "system": platform.system()}}
+            "machine": {"processor": processor, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu, "compiled": compiled(), "system": platform.system()}}
 
 # %% ../nbs/80_runs.ipynb #363048c9
 # where a run keeps what is kept besides its record
@@ -302,7 +302,11 @@ def lock_of(
     paths.work(name).mkdir(parents=True, exist_ok=True)
     return FileLock(paths.work(name) / "lock", **more)
 
-# %% ../nbs/80_runs.ipynb #a1a89f36
+# %% ../nbs/80_runs.ipynb #4e187f01
+def compiled() -> bool:
+    "Whether `LDRLD_COMPILE=1` asks for compiled networks."
+    return os.environ.get("LDRLD_COMPILE") == "1"
+
 def start(
     config: RunConfig,
     images,  # `ldrld.data.ImageData`
@@ -314,7 +318,7 @@ def start(
     loss = losses.build(config.loss, **config.loss_args).to(device)
     note = {"fingerprint": images.fingerprint, "precision": str(precision_used(config.precision, device))}
     checkpoint = str(paths.work(name_of(config)) / "checkpoint.pt")
-    return Student(model, loss, config.recipe, config.lr, config.momentum, config.weight_decay, checkpoint, note)
+    return Student(model, loss, config.recipe, config.lr, config.momentum, config.weight_decay, checkpoint, note, compiled())
 
 def company(
     config: RunConfig,

@@ -130,3 +130,78 @@ def test_every_loss_can_be_configured():
     for name in losses.available():
         teacher = TEACHER if losses.build(name).needs_teacher else None
         assert RunConfig(loss=name, teacher=teacher, **SHORT).loss_args == losses.build(name).hyperparameters
+
+
+# ---- together ---------------------------------------------------------------------------------------------------
+
+CE = RunConfig(model="resnet8", seed=1, **SHORT)
+LDRLD = RunConfig(model="resnet8", loss="ldrld", loss_args={"depth": 4}, teacher=TEACHER, seed=1, **SHORT)
+
+
+def without_times(record):
+    history = [{k: v for k, v in row.items() if k != "seconds"} for row in record.history]
+    return record.last_accuracy, history, record.config, record.teacher
+
+
+def test_together_each_learns_what_it_learns_alone(out, monkeypatch):
+    alone = [runs.run(config, "alone", report=None) for config in (CE, STUDENT, LDRLD)]
+    together = runs.run_together([(CE, ()), (STUDENT, ("logits",)), (LDRLD, ("weights",))], "together", report=None)
+    assert [without_times(r) for r in together] == [without_times(r) for r in alone]
+    assert [r.together for r in alone] == [1, 1, 1] and [r.together for r in together] == [3, 3, 3]
+    assert runs.KEPT["logits"](name_of(STUDENT), "together").exists() and runs.KEPT["weights"](name_of(LDRLD), "together").exists()
+    assert not list(out.rglob("checkpoint.pt"))
+
+
+def test_one_that_is_finished_and_one_that_is_ahead_join_those_that_begin(out, monkeypatch):
+    whole = [runs.run(config, "whole", report=None) for config in (CE, STUDENT, LDRLD)]
+    runs.run(CE, "t", report=None)
+    runs.run(TEACHER, "t", keep=("weights",), report=None)
+    monkeypatch.setenv("LDRLD_DEADLINE", "0")
+    with pytest.raises(runs.Paused, match="paused after epoch 1 of 2"): runs.run(STUDENT, "t", report=None)
+    monkeypatch.delenv("LDRLD_DEADLINE")
+    said = []
+    records = runs.run_together([(CE, ()), (STUDENT, ()), (LDRLD, ())], "t", report=said.append)
+    assert [without_times(r) for r in records] == [without_times(r) for r in whole]
+    assert records[0].together == 1 and any("finished before" in line for line in said)
+
+
+def test_a_cohort_that_was_paused_goes_on(out, monkeypatch):
+    cohort = [(CE, ()), (STUDENT, ())]
+    whole = runs.run_together(cohort, "whole", report=None)
+    runs.run(TEACHER, "t", keep=("weights",), report=None)
+    monkeypatch.setenv("LDRLD_DEADLINE", "0")
+    with pytest.raises(runs.Paused, match="paused after epoch 1 of 2"): runs.run_together(cohort, "t", report=None)
+    assert len(list(out.rglob("checkpoint.pt"))) == 2 and not list((out / "data/runs/t").glob("*-kd-*"))
+    monkeypatch.delenv("LDRLD_DEADLINE")
+    assert [without_times(r) for r in runs.run_together(cohort, "t", report=None)] == [without_times(r) for r in whole]
+
+
+@pytest.mark.parametrize("other", [{"seed": 2}, {"epochs": 3}, {"batch_size": 32}, {"precision": "float32"}])
+def test_runs_that_see_other_pictures_are_not_trained_together(out, other):
+    with pytest.raises(ValueError, match="must share dataset, seed, epochs, batch_size, precision and teacher"):
+        runs.run_together([(CE, ()), (RunConfig(**{**CE.model_dump(), **other}), ())], "t")
+
+
+def test_cohorts_are_packed_in_order_and_evenly():
+    from ldrld.batch import cohorts
+    make = lambda loss, seed, **args: (RunConfig(model="resnet8", loss=loss, loss_args=args, teacher=None if loss == "ce" else TEACHER, seed=seed, **SHORT), ())
+    todo = [make("ldrld", seed, depth=d) for d in (2, 3, 4, 5, 6, 7) for seed in (0, 1)] + [make("ce", 0)]
+    packed = cohorts(todo, 5)
+    assert [len(c) for c in packed] == [3, 3, 3, 3, 1] and sum(packed, [])[:3] == [todo[0], todo[2], todo[4]]
+    assert all(len({(config.seed, config.teacher and name_of(config.teacher)) for config, _ in c}) == 1 for c in packed)
+    assert [len(c) for c in cohorts(todo, 1)] == [1] * 13
+
+
+def test_a_compiled_network_learns_the_same_to_rounding(out, monkeypatch):
+    from ldrld.data import load
+    from ldrld.train import Student, train_together
+    monkeypatch.setattr(torch, "compile", lambda model, **how: torch._dynamo.optimize("aot_eager")(model))  # inductor needs a C++ compiler
+    digits, results = load("digits"), []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        student = Student(models.build("resnet8", 10), losses.build("ce"), "onecycle", 0.1, compiled=compiled)
+        (row,), = train_together([student], digits, epochs=1, batch_size=512)
+        results.append((row["terms"]["ce"], student.model.state_dict()["fc.weight"]))
+    assert student.answer is not student.model and results[0][0] == pytest.approx(results[1][0], rel=1e-3)
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-2, atol=1e-3)
+    torch._dynamo.reset()

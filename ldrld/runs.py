@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'KEPT', 'PLAIN', 'RunConfig', 'known', 'explain', 'name_of', 'Record', 'write_whole', 'load_record',
-           'records', 'git', 'installed', 'provenance', 'default_device', 'teacher_for', 'Paused', 'reported',
-           'record_of', 'keep_besides', 'same_pictures', 'lock_of', 'compiled', 'start', 'company', 'run_together',
+           'records', 'git', 'installed', 'compiled', 'provenance', 'default_device', 'teacher_for', 'Paused',
+           'reported', 'record_of', 'keep_besides', 'same_pictures', 'lock_of', 'start', 'company', 'run_together',
            'run', 'settings_from']
 
 # %% ../nbs/80_runs.ipynb #9f89401a
@@ -184,6 +184,10 @@ def installed(
     try: return version(package)
     except PackageNotFoundError: return "-"
 
+def compiled() -> bool:
+    "Whether `LDRLD_COMPILE=1` asks for compiled networks."
+    return os.environ.get("LDRLD_COMPILE") == "1"
+
 def provenance(
     device: str = "cpu",
 ) -> dict:  # the fields `code`, `libraries` and `machine` of a record
@@ -302,11 +306,7 @@ def lock_of(
     paths.work(name).mkdir(parents=True, exist_ok=True)
     return FileLock(paths.work(name) / "lock", **more)
 
-# %% ../nbs/80_runs.ipynb #4e187f01
-def compiled() -> bool:
-    "Whether `LDRLD_COMPILE=1` asks for compiled networks."
-    return os.environ.get("LDRLD_COMPILE") == "1"
-
+# %% ../nbs/80_runs.ipynb #a1a89f36
 def start(
     config: RunConfig,
     images,  # `ldrld.data.ImageData`

@@ -67,10 +67,11 @@ def clock(
     function: Callable,  # called without arguments
     threads: int = 1,  # of PyTorch's operators
     seconds: float = 0.05,  # that one measurement should last
+    number: int | None = None,  # calls of a measurement, instead of `seconds`
 ) -> Callable[[], float]:  # each call measures once: seconds a call of `function`
     "A measurement of a function's time, for `alternate`."
     def once(number): return Timer("function()", globals={"function": function}, num_threads=threads).timeit(number).median
-    number = max(1, round(seconds / once(1)))
+    number = number or max(1, round(seconds / once(1)))
     return lambda: once(number)
 
 # %% ../nbs/86_bench.ipynb #63e4801b

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['BENCHES', 'STYLE', 'COLOURS', 'NOT_RUN', 'TOLERANCE', 'collect', 'paired', 'summarise', 'baseline_of', 'shown',
            'folder_of', 'caption', 'save_table', 'tex', 'save_figure', 'logits', 'not_run', 'pair_map', 'accuracies',
-           'line_with_band', 'reference_lines', 'interval_plot', 'expected_line', 'verify_table', 'same']
+           'line_with_band', 'reference_lines', 'interval_plot', 'quartile_lines', 'expected_line', 'verify_table',
+           'same']
 
 # %% ../nbs/90_report.ipynb #f99156d2
 import math
@@ -234,6 +235,27 @@ def interval_plot(
     ax.margins(y=0.2)
     ax.invert_yaxis()
     return fig
+
+# %% ../nbs/90_report.ipynb #0214ad59
+def quartile_lines(
+    ax: plt.Axes,
+    points: pd.DataFrame,  # contender, x, median, q1, q3
+    x: str,  # the column along the axis
+    scale: float = 1.0,  # multiplies the values
+) -> None:
+    "A line and a band for each contender, on logarithmic axes."
+    if points.empty: return not_run(ax)
+    looks = {"KD": ("-", 3.0), "LDRLD": ("-", 1.5), "LDRLD, plain": ("--", 1.0)}      # so that lines in one place can be told apart
+    colours = COLOURS | {"reference": "#9a9a9a", "LDRLD, plain": "#444444"}
+    for i, (name, p) in enumerate(points.groupby("contender", sort=False)):
+        (style, width), colour = looks.get(name, ("-", 1.5)), colours.get(name, f"C{i}")
+        ax.plot(p[x], p["median"] * scale, style, marker="o", markersize=3, linewidth=width, color=colour, label=name)
+        ax.fill_between(p[x], p["q1"] * scale, p["q3"] * scale, color=colour, alpha=0.2, linewidth=0)
+    ax.set(xscale="log", yscale="log", xlabel=x)
+    ax.yaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter(lambda v, _: f"{v:,g}")
+        axis.set_minor_formatter(mpl.ticker.NullFormatter())
 
 # %% ../nbs/90_report.ipynb #e397d67a
 TOLERANCE = 1e-6  # in points

@@ -264,7 +264,7 @@ def loss_targets(scale, device):
     "64 × 100 and 256 × 1000 logits, d = 7; with one thread without and with labels, with all cores without."
     shapes = ((8, 20), (16, 50)) if scale == "small" else ((64, 100), (256, 1000))
     ways = [dict(threads=1, labels=False), dict(threads=1, labels=True)]
-    if torch.device(device).type == "cpu" and os.cpu_count() > 1: ways.append(dict(threads=os.cpu_count(), labels=False))
+    if torch.device(device).type == "cpu" and os.cpu_count() > 1 and scale != "small": ways.append(dict(threads=os.cpu_count(), labels=False))
     return [partial(time_losses, list(LOSSES), device, batch=b, classes=c, depth=7, **way, **pace(scale)) for way in ways for b, c in shapes]
 
 # %% ../nbs/86_bench.ipynb #c41516ee
@@ -282,8 +282,8 @@ def time_beside_copy(
 
 @benchmark("loss-vocabulary", "Time of the loss over a vocabulary, beside that of copying", "92_loss_cost")
 def loss_vocabulary(scale, device):
-    "4096 × 131,072 logits on a GPU, 256 rows on a CPU, d = 7."
-    batch, classes = (8, 500) if scale == "small" else (256 if torch.device(device).type == "cpu" else 4096, 131_072)
+    "4096 × 131,072 logits on a GPU, 32 rows on a CPU, d = 7."
+    batch, classes = (8, 500) if scale == "small" else (32 if torch.device(device).type == "cpu" else 4096, 131_072)
     return [partial(time_beside_copy, device, batch=batch, classes=classes, dtype=dtype, **pace(scale)) for dtype in ("float32", "bfloat16")]
 
 # %% ../nbs/86_bench.ipynb #1a1be897
@@ -305,7 +305,7 @@ def loss_memory(scale, device):
     shapes = [(8, 100)] if scale == "small" else [(256, c) for c in (1024, 4096, 16_384, 32_768, 65_536, 131_072)]
     if scale == "full": shapes.append((2048, 131_072))
     named = lambda b, c: [name for name in LOSSES if name != "reference" or b * c <= 2**20]
-    return [partial(weigh_losses, named(b, c), device, rounds=3, batch=b, classes=c, depth=7, dtype=dtype) for b, c in shapes for dtype in ("float32", "bfloat16")]
+    return [partial(weigh_losses, named(b, c), device, rounds=3 if b < 2048 else 1, batch=b, classes=c, depth=7, dtype=dtype) for b, c in shapes for dtype in ("float32", "bfloat16")]
 
 # %% ../nbs/86_bench.ipynb #d3630e8e
 class Measurement(BaseModel):

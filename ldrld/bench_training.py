@@ -98,6 +98,7 @@ class Setting:
     steps: int = 20  # batches in a slice
     rounds: int = 10  # slices that count
     device: str = "cpu"
+    cores: int = os.cpu_count() or 1  # that contenders may use
 
     def networks(self) -> tuple[nn.Module, nn.Module]:  # student, teacher
         "Both with random weights, which take as long as trained ones."
@@ -168,7 +169,7 @@ def usual(
         teacher = watch.around("teacher", teacher)
         watch.follow(student, loss)
     loop = usual_loop(student, teacher, loss, s.images, s.batch_size, workers, s.device)
-    measure = clock(lambda: next(loop), threads or os.cpu_count(), number=steps or s.steps)
+    measure = clock(lambda: next(loop), threads or s.cores, number=steps or s.steps)
     return lambda: measure() / s.batch_size
 
 def ours(
@@ -192,7 +193,7 @@ def ours(
         watch.follow(student, loss)
     epochs = train(student, loss, images, table, batch_size=s.batch_size, dtype=dtype)
     def measure():
-        with set_torch_threads(threads or os.cpu_count()): return next(epochs)["seconds"] / crops.n
+        with set_torch_threads(threads or s.cores): return next(epochs)["seconds"] / crops.n
     for _ in range(WARM_UP): measure()
     return measure
 
@@ -234,14 +235,14 @@ def with_workers(
 ) -> list[Point]:
     "The usual loop with two worker processes, beside the same without."
     made = {f"usual loop, {w} workers, {t} threads": usual(s, "", workers=w, threads=t, steps=2)
-            for w in (0, 2) for t in sorted({1, os.cpu_count()})}
+            for w in (0, 2) for t in sorted({1, s.cores})}
     return [point(name, values, "s/picture", **s.size | {"steps": 2}) for name, values in alternate(made, min(s.rounds, 3)).items()]
 
 @benchmark("training", "Pictures a second that a student learns from", "96_training_speed")
 def training(scale, device):
     "Two pairs of the CIFAR-100 tables: throughput and parts; and workers. CIFAR-100 where it is, else glyphs."
     if scale == "small":
-        settings = [Setting(data.load("digits"), "resnet14", "resnet8", batch_size=16, steps=2, rounds=2, device=device)]
+        settings = [Setting(data.load("digits"), "resnet14", "resnet8", batch_size=16, steps=2, rounds=2, device=device, cores=1)]
     else:
         try: images = data.load("cifar100")
         except FileNotFoundError: images = data.load("glyphs")

@@ -234,20 +234,21 @@ def with_workers(
     s: Setting,
 ) -> list[Point]:
     "The usual loop with two worker processes, beside the same without."
-    made = {f"usual loop, {w} workers, {t} threads": usual(s, "", workers=w, threads=t, steps=2)
+    made = {f"usual loop, {w} workers, {t} thread{'s' * (t > 1)}": usual(s, "", workers=w, threads=t, steps=2)
             for w in (0, 2) for t in sorted({1, s.cores})}
     return [point(name, values, "s/picture", **s.size | {"steps": 2}) for name, values in alternate(made, min(s.rounds, 3)).items()]
 
 @benchmark("training", "Pictures a second that a student learns from", "96_training_speed")
 def training(scale, device):
-    "Two pairs of the CIFAR-100 tables: throughput and parts; and workers. CIFAR-100 where it is, else glyphs."
+    "Pairs of the CIFAR-100 tables, throughput and parts; and workers. CIFAR-100 where it is, else glyphs."
     if scale == "small":
         settings = [Setting(data.load("digits"), "resnet14", "resnet8", batch_size=16, steps=2, rounds=2, device=device, cores=1)]
     else:
         try: images = data.load("cifar100")
         except FileNotFoundError: images = data.load("glyphs")
-        steps = 20 if torch.device(device).type == "cpu" else 100
-        settings = [Setting(images, *pair, steps=steps, device=device) for pair in (("resnet56", "resnet20"), ("resnet32", "resnet8"))]
+        pairs, steps = [("resnet56", "resnet20"), ("resnet32", "resnet8")], 20
+        if torch.device(device).type == "cuda": pairs, steps = [("resnet32x4", "resnet8x4"), *pairs], 100
+        settings = [Setting(images, *pair, steps=steps, device=device) for pair in pairs]
     return [partial(case, s) for s in settings for case in (throughput, breakdown)] + [partial(with_workers, settings[-1])]
 
 # %% ../nbs/88_bench_training.ipynb #f081022b
@@ -269,6 +270,7 @@ class TrainingAim:
     times: float
     contender: str = "ours"  # at its best, too, among those whose names begin so
     students: int = 0  # that share the making of the teacher's logits; 0 where they are at hand
+    gpu: bool = False  # whether it is meant for a GPU, else for a CPU
 
 AIMS = (
     TrainingAim("resnet56", "resnet20", "one student, logits at hand", 3.5),
@@ -276,6 +278,8 @@ AIMS = (
     TrainingAim("resnet56", "resnet20", "8 students, logits made once for all", 3, students=8),
     TrainingAim("resnet32", "resnet8", "8 students, logits made once for all", 3, students=8),
     TrainingAim("resnet56", "resnet20", "a cohort of students together, logits at hand", 4, contender="cohort"),
+    TrainingAim("resnet56", "resnet20", "one student, logits at hand", 10, gpu=True),
+    TrainingAim("resnet32", "resnet8", "one student, logits at hand", 10, gpu=True),
 )
 
 def usual_at_best(

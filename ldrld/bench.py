@@ -431,14 +431,17 @@ def frame(
 def compared(
     points: pd.DataFrame,  # from `frame`
     baseline: str,  # a contender
+    faster: bool = False,  # how many times faster than the baseline, else how many times its value
 ) -> pd.DataFrame:  # one line for each other point of the same setting: contender, setting, median, q1, q3, n of the ratios
-    "Every contender as a multiple of one of them, round by round."
+    "Every contender beside one of them, round by round."
     setting = [c for c in points.columns if c not in ("contender", "unit", "median", "q1", "q3", "n", "values")]
     base = points[points["contender"] == baseline].set_index(setting)["values"]
     lines = []
     for p in points[points["contender"] != baseline].to_dict("records"):
         key = tuple(p[c] for c in setting) if len(setting) > 1 else p[setting[0]]
-        if key in base.index: lines.append({"contender": p["contender"], **{c: p[c] for c in setting}, **ratio(p["values"], base[key])})
+        if key not in base.index: continue
+        values = (base[key], p["values"]) if faster else (p["values"], base[key])
+        lines.append({"contender": p["contender"], **{c: p[c] for c in setting}, **ratio(*values)})
     return pd.DataFrame(lines, columns=["contender", *setting, "median", "q1", "q3", "n"])
 
 def conditions(

@@ -180,6 +180,32 @@ def verify(profile: Annotated[list[str] | None, typer.Option(help="Default: quic
     if wrong or not checked: raise typer.Exit(1)
 
 
+@app.command()
+def bench(names: Annotated[list[str] | None, typer.Argument(help="loss-targets, loss-depth, loss-classes, loss-vocabulary, loss-memory, loss-linear, training. Default: all.")] = None,
+          small: Annotated[bool, typer.Option("--small", help="Small sizes, a few seconds each: shows that all works, and is kept apart.")] = False,
+          full: Annotated[bool, typer.Option("--full", help="Also what needs some ten gigabytes of memory.")] = False,
+          again: Annotated[bool, typer.Option("--again", help="Measure anew what was measured on this machine before.")] = False, out: Out = None):
+    """Measure what the loss and training cost on this machine, then draw all measurements."""
+    if small and full: raise typer.BadParameter("--small and --full exclude each other")
+    if out is not None: os.environ["LDRLD_OUT"] = str(out.resolve())
+    from ldrld import batch, paths
+    from ldrld.bench import BENCHMARKS, folder_for, measure
+    from ldrld.bench_training import training  # noqa: F401, registers itself
+    from ldrld.runs import known
+
+    try: chosen = [BENCHMARKS[known("benchmark", name, list(BENCHMARKS))] for name in names or BENCHMARKS]
+    except ValueError as error: raise typer.BadParameter(str(error)) from None
+    scale = "small" if small else "full" if full else "usual"
+    for b in chosen: measure(b.name, scale, again)
+    folder = folder_for(scale)
+    notebooks = dict.fromkeys(b.notebook for b in chosen)
+    outcomes = batch.in_parallel("tables and figures", [(n, batch.execute, f"paper/{n}.ipynb", n, {"profile": folder}, folder) for n in notebooks], 1)
+    for what, place in {"measurements": paths.measurements(folder), "tables": paths.tables(folder), "figures": paths.figures(folder),
+                        "executed notebooks": paths.executed(folder)}.items():
+        if place.exists(): print(f"{what}: {os.path.relpath(place)}")
+    if any(o.status == "failed" for o in outcomes): raise typer.Exit(1)
+
+
 @app.command("data")
 def data_command(name: Annotated[str, typer.Argument(help="glyphs, digits, cifar100, or a folder of pictures.")],
                  root: Annotated[Path | None, typer.Option(help="Where data sets lie. Default: data/ of the project.")] = None):

@@ -61,7 +61,7 @@ def profile(
     "A profile by its name or from its file, whose stem then names it."
     if isinstance(p, Profile): return p
     if not str(p).endswith((".yaml", ".yml")): return PROFILES[known("profile", str(p), list(PROFILES))]
-    if Path(p).stem in PROFILES: raise ValueError(f"{p}: {Path(p).stem!r} is the name of a built-in profile; give the file another")
+    if Path(p).stem in (*PROFILES, "bench", "bench-small"): raise ValueError(f"{p}: the name {Path(p).stem!r} is taken, by a built-in profile or the benchmarks; give the file another")
     given = yaml.safe_load(Path(p).read_text(encoding="utf-8"))
     if not isinstance(given, dict): raise ValueError(f"{p}: expected the fields {', '.join(Profile.model_fields)}")
     if "name" in given: raise ValueError(f"{p}: the file's own name is the profile's; leave `name` out")

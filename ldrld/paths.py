@@ -5,7 +5,7 @@
 import os
 from pathlib import Path
 
-__all__ = ["root", "out", "data_root", "records", "tables", "figures", "weights", "work", "executed", "published", "notebooks"]
+__all__ = ["root", "out", "data_root", "records", "tables", "figures", "weights", "work", "executed", "published", "notebooks", "measurements"]
 
 
 def root() -> Path:
@@ -56,6 +56,11 @@ def work(name: str = "") -> Path:
 def executed(profile: str) -> Path:
     """Executed notebooks: logs, kept away from `nbs/`, where nbdev would take them for sources."""
     return out() / "runs" / "executed" / profile
+
+
+def measurements(folder: str = "bench") -> Path:
+    """What benchmarks measured, one folder a machine and one JSON file a benchmark; `bench-small` for trials."""
+    return out() / "data" / folder
 
 
 def published() -> Path:

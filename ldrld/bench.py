@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from . import paths
 from .adw import adw_weights
+from .linear import linear_loss
 from .loss import LDRLD
 from .runs import default_device, installed, known, provenance, write_whole
 
@@ -151,7 +152,6 @@ def with_backend(
 ) -> LDRLD:
     "The loss with a given way of computing it, instead of the one that it chooses by itself."
     loss = LDRLD(depth=depth)
-    if backend != "plain" and not hasattr(loss, "backend"): raise ValueError(f"backend={backend!r}: this LDRLD has one way of computing only, 'plain'")
     loss.backend = backend
     return loss
 
@@ -322,6 +322,8 @@ def through_logits(
 LINEAR_LOSSES: dict[str, Callable] = {
     "KD": lambda depth: through_logits(plain_kd),
     "LDRLD": lambda depth: through_logits(LDRLD(depth=depth)),
+    "LDRLD, logits never stored": lambda depth: lambda h_s, w_s, h_t, w_t, target=None:
+        linear_loss(LDRLD(depth=depth), h_s, w_s, h_t, w_t, target, at_once=2**21)[0],
 }
 
 def linear_task(

@@ -199,7 +199,7 @@ def bench(names: Annotated[list[str] | None, typer.Argument(help="loss-targets, 
     for b in chosen: measure(b.name, scale, again)
     folder = folder_for(scale)
     notebooks = dict.fromkeys(b.notebook for b in chosen)
-    outcomes = batch.in_parallel("tables and figures", [(n, batch.execute, f"paper/{n}.ipynb", n, {"profile": folder}, folder) for n in notebooks], 1)
+    outcomes = batch.in_parallel("tables and figures", [([n], batch.execute_one, f"paper/{n}.ipynb", n, {"profile": folder}, folder) for n in notebooks], 1)
     for what, place in {"measurements": paths.measurements(folder), "tables": paths.tables(folder), "figures": paths.figures(folder),
                         "executed notebooks": paths.executed(folder)}.items():
         if place.exists(): print(f"{what}: {os.path.relpath(place)}")

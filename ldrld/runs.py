@@ -341,7 +341,8 @@ def run_together(
     teachers = {name_of(config.teacher): config.teacher for config, _ in runs if config.teacher}
     if len({company(config) for config, _ in runs}) > 1 or len(teachers) > 1:
         raise ValueError("runs: those trained together must share dataset, seed, epochs, batch_size, precision and teacher")
-    if device == "cpu": torch.set_num_threads(1)       # more of them add in another order: the result would not repeat
+    # more threads add in another order: the result would differ by rounding, and two processes would starve each other
+    if device == "cpu": torch.set_num_threads(int(os.environ.get("LDRLD_THREADS", 1)))
     with ExitStack() as locks:
         for name in sorted(name_of(config) for config, _ in runs): locks.enter_context(lock_of(name))
         for config, _ in runs:

@@ -495,6 +495,7 @@ AIMS = (
     Aim("loss-memory", dict(batch=2048, classes=131_072, dtype="bfloat16"), "KD", 1.25),
 )
 
+# %% ../nbs/86_bench.ipynb #bd709c68
 def verdicts(
     aims: Iterable[Aim],
     folder: str = "bench",  # "bench" | "bench-small"

@@ -286,7 +286,7 @@ def training(scale, device):
     else:
         try: images = data.load("cifar100")
         except FileNotFoundError: images = data.load("glyphs")
-        pairs, steps = [("resnet56", "resnet20"), ("resnet32", "resnet8")], 20
+        pairs, steps = [("resnet56", "resnet20"), ("resnet32", "resnet8")], 10
         if torch.device(device).type == "cuda": pairs, steps = [("resnet32x4", "resnet8x4"), *pairs], 100
         compiler = shutil.which("c++") is not None
         settings = [Setting(images, *pair, steps=steps, rounds=6, device=device, compiler=compiler) for pair in pairs]
@@ -322,7 +322,7 @@ def teach(s: Setting, weights, epochs: int, seeds: int) -> list[Point]:
 
 @benchmark("training-accuracy", "Accuracy of the usual loop and of ours", "96_training_speed")
 def training_accuracy(scale, device):
-    "10,000 pictures of CIFAR-100, four epochs, five seeds; the `small` profile's resnet20 teaches a resnet8."
+    "10,000 pictures of CIFAR-100, three epochs, four seeds, one thread; the `small` profile's resnet20 teaches a resnet8."
     if scale == "small":
         images = replace(shortened(data.load("digits"), 320))
         return [partial(teach, Setting(images, "resnet8", "resnet8", device=device, cores=1), None, 1, 2)]
@@ -330,7 +330,7 @@ def training_accuracy(scale, device):
     kept = torch.randperm(len(images.train_labels), generator=torch.Generator().manual_seed(0))[: 156 * 64]
     images = replace(images, train_images=images.train_images[kept], train_labels=images.train_labels[kept])
     weights = next(paths.weights("small").glob("cifar100-resnet20-*.safetensors"))
-    return [partial(teach, Setting(images, "resnet20", "resnet8", device=device), weights, 4, 5)]
+    return [partial(teach, Setting(images, "resnet20", "resnet8", device=device, cores=1), weights, 3, 4)]
 
 # %% ../nbs/88_bench_training.ipynb #f081022b
 def shared(

@@ -181,7 +181,7 @@ def verify(profile: Annotated[list[str] | None, typer.Option(help="Default: quic
 
 
 @app.command()
-def bench(names: Annotated[list[str] | None, typer.Argument(help="loss-targets, loss-depth, loss-classes, loss-vocabulary, loss-memory, loss-linear, training, training-accuracy. Default: all.")] = None,
+def bench(names: Annotated[list[str] | None, typer.Argument(help="loss-targets, loss-depth, loss-classes, loss-vocabulary, loss-memory, loss-linear, training, training-shared, training-accuracy. Default: all.")] = None,
           small: Annotated[bool, typer.Option("--small", help="Small sizes, a few seconds each: shows that all works, and is kept apart.")] = False,
           full: Annotated[bool, typer.Option("--full", help="Also what needs some ten gigabytes of memory.")] = False,
           again: Annotated[bool, typer.Option("--again", help="Measure anew what was measured on this machine before.")] = False, out: Out = None):

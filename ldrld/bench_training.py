@@ -323,7 +323,7 @@ def teach(s: Setting, weights, epochs: int, seeds: int) -> list[Point]:
 
 @benchmark("training-accuracy", "Accuracy of the usual loop and of ours", "96_training_speed")
 def training_accuracy(scale, device):
-    "10,000 pictures of CIFAR-100, three epochs, four seeds, one thread; the `small` profile's resnet20 teaches a resnet8."
+    "10,000 pictures of CIFAR-100, two epochs, three seeds, one thread; the `small` profile's resnet20 teaches a resnet8."
     if scale == "small":
         images = replace(shortened(data.load("digits"), 320))
         return [partial(teach, Setting(images, "resnet8", "resnet8", device=device, cores=1), None, 1, 2)]
@@ -331,7 +331,7 @@ def training_accuracy(scale, device):
     kept = torch.randperm(len(images.train_labels), generator=torch.Generator().manual_seed(0))[: 156 * 64]
     images = replace(images, train_images=images.train_images[kept], train_labels=images.train_labels[kept])
     weights = next(paths.weights("small").glob("cifar100-resnet20-*.safetensors"))
-    return [partial(teach, Setting(images, "resnet20", "resnet8", device=device, cores=1), weights, 3, 4)]
+    return [partial(teach, Setting(images, "resnet20", "resnet8", device=device, cores=1), weights, 2, 3)]
 
 # %% ../nbs/88_bench_training.ipynb #555aacac
 SHARED: dict[str, Callable] = {

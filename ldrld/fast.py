@@ -162,9 +162,9 @@ def kernel_gradient(ctx, gradient: Tensor, above: Tensor) -> Tensor:
     ctx.given_away = True
     return kernels.scale_(gradient, above)
 
-def kernel_serves(student: Tensor, depth: int) -> bool:
+def kernel_serves(student: Tensor, teacher: Tensor, depth: int) -> bool:
     "Whether the kernel takes these logits: on a GPU, not in float64, at most 64 classes deep, with Triton installed."
-    if not student.is_cuda or student.dtype == torch.float64: return False
+    if not student.is_cuda or torch.float64 in (student.dtype, teacher.dtype): return False
     from ldrld import kernels
     return depth <= kernels.MAX_DEPTH and kernels.available()
 
@@ -196,7 +196,7 @@ BACKENDS = ("auto", "plain", "analytic", "triton")
 
 def choose(
     backend: str,  # one of `BACKENDS`
-    student: Tensor,  # (rows, classes)
+    student: Tensor, teacher: Tensor,  # (…, classes) logits
     depth: int,  # d
 ):  # `analytic`, `kernel`, or None for the plain formulas
     """Which evaluation serves: the Triton kernel on a GPU, what is above elsewhere; the plain formulas within
@@ -206,4 +206,4 @@ def choose(
     """
     checks.choice("backend", backend, BACKENDS)
     if backend == "plain" or (backend == "auto" and checks.transformed()): return None
-    return kernel if backend == "triton" or (backend == "auto" and kernel_serves(student, depth)) else analytic
+    return kernel if backend == "triton" or (backend == "auto" and kernel_serves(student, teacher, depth)) else analytic

@@ -164,7 +164,7 @@ class RelationLoss(LogitLoss):
     def value_and_terms(self, student_logits, teacher_logits, target=None, mask=None) -> tuple[Tensor, dict[str, Tensor]]:
         "The loss, with one gradient for all terms, made together with them (`32_fast`); and the terms, to log."
         checks.logits(student_logits, teacher_logits)
-        fused = fast.choose(self.backend, student_logits, self.depth)
+        fused = fast.choose(self.backend, student_logits, teacher_logits, self.depth)
         if fused is None: return super().value_and_terms(student_logits, teacher_logits, target, mask)
         arguments = self._arguments(student_logits, teacher_logits, target, mask, kept_weights)
         value, terms = fast.OneGradient.apply(fused, plain_loss, *arguments)

@@ -19,7 +19,7 @@ def test_the_loss_against_its_formulas(rows, classes, dtype, tolerance):
     # only equal logits at the edge of the selection could be chosen differently: give the upper ones room
     student.scatter_(1, student.topk(8).indices, torch.arange(40, 24, -2, device="cuda", dtype=dtype).expand(rows, -1))
     loss, z = LDRLD(), student.clone().requires_grad_()
-    assert choose("auto", student, 7) is kernel
+    assert choose("auto", student, teacher, 7) is kernel
     value = loss(z, teacher, target)
     gradient = torch.autograd.grad(value, z)[0].double()
     loss.backend, wide = "plain", student.double().requires_grad_()

@@ -303,6 +303,7 @@ def weigh_losses(
     points = []
     for name in contenders:
         run = task(name, device=device, **size)
+        run()                                                      # small constants are made once and kept
         points.append(point(name, [peak_bytes(run, device) for _ in range(rounds)], "B", **size))
     return points
 

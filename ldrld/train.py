@@ -197,7 +197,8 @@ class Student:
         self.seconds += time.perf_counter() - started
 
     def end_epoch(self, epoch: int, seconds: float, test_accuracy: float) -> None:
-        "Report; write the checkpoint."
+        "Step a schedule that goes by epochs; report; write the checkpoint."
+        if not self.per_batch: self.scheduler.step()
         row = {"epoch": epoch, "lr": self.rate, "seconds": seconds,
                "train_accuracy": 100 * self.hits.item() / self.seen, "test_accuracy": test_accuracy,
                "terms": {name: total.item() / self.seen for name, total in self.sums.items()}}

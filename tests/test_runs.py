@@ -205,3 +205,21 @@ def test_a_compiled_network_learns_the_same_to_rounding(out, monkeypatch):
     assert student.answer is not student.model and results[0][0] == pytest.approx(results[1][0], rel=1e-3)
     torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-2, atol=1e-3)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("recipe", ["crd", "ldrld-released", "onecycle"])
+def test_training_follows_the_schedule_of_its_recipe(out, recipe):
+    from ldrld.data import load
+    from ldrld.train import schedule, train
+    digits, epochs = load("digits"), 8
+    rows = list(train(models.build("resnet8", 10), losses.build("ce"), digits, recipe=recipe, epochs=epochs, lr=0.1, batch_size=600))
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.1, momentum=0.9)
+    steps = -(-len(digits.train_labels) // 600)
+    scheduler, per_batch = schedule(optimizer, recipe, epochs, steps)
+    rates = []
+    for _ in range(epochs):
+        rates.append(optimizer.param_groups[0]["lr"])
+        for _ in range(steps if per_batch else 1):
+            optimizer.step()
+            scheduler.step()
+    assert [row["lr"] for row in rows] == pytest.approx(rates) and len(set(rates)) > 2

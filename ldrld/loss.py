@@ -38,7 +38,11 @@ def relation_terms(
 # %% ../nbs/30_loss.ipynb #e2c5fe45
 class LogitLoss(nn.Module):
     """A loss on logits: the sum of named terms. A subclass keeps its arguments as attributes and writes `terms`."""
-    needs_teacher = True
+    needs_teacher = True  # whether it asks what a teacher says
+    needs_features = False  # whether it looks at what the networks compute on the way, see `44_features`
+    alters_pictures = False  # whether it trains on pictures of its own making, from `pictures`
+    pair_settings: dict[tuple[str, str], dict] = {}  # published hyper-parameters by (teacher, student), CIFAR-100
+    ramp = 1.0  # factor of the terms that warm up, set by `at_epoch`
 
     @property
     def hyperparameters(self) -> dict:  # every argument of the constructor with its value
@@ -60,6 +64,19 @@ class LogitLoss(nn.Module):
         given = {} if mask is None else {"mask": mask}
         terms = self.terms(student_logits, teacher_logits, target, **given)
         return sum(terms.values()), {name: term.detach() for name, term in terms.items()}
+
+    def prepare(self, student: nn.Module, teacher: nn.Module | None, example: Tensor, data=None) -> "LogitLoss":
+        "Make what the loss keeps or trains for these networks, from an example batch; here nothing. Returns the loss."
+        return self
+
+    def at_epoch(self, epoch: int, epochs: int = 240, seed: int = 0) -> None:
+        "To be called before each epoch, counted from 1: a loss with a `warmup`, a share of the training, ramps up linearly."
+        warmup = getattr(self, "warmup", 0.0) * epochs
+        self.ramp = min(epoch / warmup, 1.0) if warmup > 0 else 1.0
+
+    def deployed(self, student: nn.Module) -> nn.Module:
+        "What is used after training: the student itself, unless the method keeps some of its parts."
+        return student
 
     def extra_repr(self) -> str: return ", ".join(f"{k}={v!r}" for k, v in self.hyperparameters.items())
 

@@ -146,7 +146,7 @@ def test_a_teacher_asked_in_inference_mode():
 
 def test_the_terms_that_are_logged_carry_no_gradient():
     z_s, z_t, target = sample()
-    for name in losses.available():
+    for name in losses.available("logits"):
         loss = losses.build(name)
         value, terms = loss.value_and_terms(z_s.clone().requires_grad_(), z_t, target)
         assert value.requires_grad and not any(term.requires_grad for term in terms.values())
@@ -163,7 +163,7 @@ def test_an_unknown_backend_is_refused():
 
 # ---- compile, autocast, functional transforms --------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", losses.available())
+@pytest.mark.parametrize("name", losses.available("logits"))
 def test_compiles_whole_also_under_autocast_and_with_padding(name):
     z_s, z_t, target = sample(dtype=torch.float32)
     target[2] = -100
@@ -175,7 +175,7 @@ def test_compiles_whole_also_under_autocast_and_with_padding(name):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name", losses.available())
+@pytest.mark.parametrize("name", losses.available("logits"))
 def test_functional_transforms(name):
     z_s, z_t, target = sample()
     loss = losses.build(name)
@@ -195,7 +195,7 @@ def text(name="ldrld", dtype=torch.float64):
     return losses.build(name), z_s.view(3, 4, 40), z_t.view(3, 4, 40), target
 
 
-@pytest.mark.parametrize("name", losses.available())
+@pytest.mark.parametrize("name", losses.available("logits"))
 def test_padding_counts_for_nothing(name):
     loss, z_s, z_t, target = text(name)
     counts = target != -100
@@ -209,7 +209,7 @@ def test_padding_counts_for_nothing(name):
         assert (gradient[~counts] == 0).all() and (gradient[counts] != 0).any(-1).all()
 
 
-@pytest.mark.parametrize("name", losses.available())
+@pytest.mark.parametrize("name", losses.available("logits"))
 def test_nothing_that_counts_is_no_loss(name):
     loss, z_s, z_t, target = text(name)
     z = z_s.requires_grad_()
@@ -247,7 +247,7 @@ def test_targets_out_of_range_beside_padding(wrong):
 
 # ---- logits that are never stored --------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", losses.available())
+@pytest.mark.parametrize("name", losses.available("logits"))
 @pytest.mark.parametrize("at_once", [1, 100, 10**6])
 def test_linear_loss(name, at_once):
     g = torch.Generator().manual_seed(0)

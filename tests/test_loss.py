@@ -126,7 +126,7 @@ def test_gradcheck(name, d):
     assert torch.autograd.gradcheck(lambda z: loss(z, z_t, target), z_s.clone().requires_grad_())
 
 
-@pytest.mark.parametrize("name", losses.available())
+@pytest.mark.parametrize("name", losses.available("logits"))
 def test_the_teacher_gets_no_gradient(name):
     z_s, z_t, target = sample()
     z_s.requires_grad_(), z_t.requires_grad_()
@@ -175,7 +175,7 @@ def test_extreme_logits_give_finite_values_and_gradients(kind, dtype):
                     torch.testing.assert_close(value.double(), sixty_four, rtol=1e-5, atol=rounding, msg=where)
 
 
-@pytest.mark.parametrize("name", losses.available())
+@pytest.mark.parametrize("name", losses.available("logits"))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_loss_is_finite_at_the_extremes(name, dtype):
     for kind in ("corners", "wide", "opposite", "all ties"):
@@ -191,7 +191,7 @@ def test_the_pair_divergence_keeps_its_digits_where_plain_float32_loses_them():
     assert two_way_kl(b, a).min() > -2e-7
 
 
-@pytest.mark.parametrize("name", losses.available())
+@pytest.mark.parametrize("name", losses.available("logits"))
 def test_autocast_changes_nothing(name):
     z_s, z_t, target = sample(dtype=torch.float32)
     loss = losses.build(name)
@@ -210,7 +210,7 @@ def test_mixed_types_take_the_wider():
 
 # ---- invariances ------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", losses.available())
+@pytest.mark.parametrize("name", losses.available("logits"))
 def test_a_constant_per_sample_changes_nothing(name):
     z_s, z_t, target = sample()
     loss, shift = losses.build(name), 50 * torch.randn(len(z_s), 1, dtype=torch.float64)
@@ -218,7 +218,7 @@ def test_a_constant_per_sample_changes_nothing(name):
         torch.testing.assert_close(loss(*shifted, target), loss(z_s, z_t, target), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", losses.available())
+@pytest.mark.parametrize("name", losses.available("logits"))
 def test_the_order_of_classes_and_samples_does_not_matter(name):
     z_s, z_t, target = sample()
     loss = losses.build(name)
@@ -228,7 +228,7 @@ def test_the_order_of_classes_and_samples_does_not_matter(name):
     torch.testing.assert_close(permuted, loss(z_s, z_t, target), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", losses.available())
+@pytest.mark.parametrize("name", losses.available("logits"))
 def test_the_loss_is_the_mean_over_samples(name):
     z_s, z_t, target = sample()
     loss = losses.build(name)
@@ -236,7 +236,7 @@ def test_the_loss_is_the_mean_over_samples(name):
     torch.testing.assert_close(singles.mean(), loss(z_s, z_t, target), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", losses.available())
+@pytest.mark.parametrize("name", losses.available("logits"))
 def test_terms_add_up(name):
     z_s, z_t, target = sample()
     loss = losses.build(name)
@@ -316,13 +316,13 @@ def test_weights_take_type_and_device():
 # ---- the registry -----------------------------------------------------------------------------------------------
 
 def test_every_loss_knows_its_hyperparameters():
-    for name in losses.available():
+    for name in losses.available("logits"):
         loss = losses.build(name)
         assert json.loads(json.dumps(loss.hyperparameters)) == loss.hyperparameters
         assert losses.build(name, **loss.hyperparameters).hyperparameters == loss.hyperparameters
         assert loss.needs_teacher == (name != "ce") and not list(loss.state_dict())
     assert losses.build("ldrld", alpha=3).hyperparameters == losses.build("ldrld", alpha=3.0).hyperparameters
-    assert {"ce", "kd", "ldrld"} <= set(losses.available())
+    assert {"ce", "kd", "ldrld"} <= set(losses.available("logits"))
 
 
 def test_a_new_loss_is_one_decorator():
@@ -339,7 +339,7 @@ def test_a_new_loss_is_one_decorator():
         z_s, z_t, _ = sample()
         loss = losses.build("test-mse", weight=3)
         torch.testing.assert_close(loss(z_s, z_t), 3 * ((z_s - z_t) ** 2).mean())
-        assert loss.hyperparameters == {"weight": 3.0} and "test-mse" in losses.available()
+        assert loss.hyperparameters == {"weight": 3.0} and "test-mse" in losses.available("logits")
         with pytest.raises(ValueError, match="'ldrld' is taken by LDRLD"): losses.register("ldrld")(MSE)
     finally:
         losses.registry._losses.pop("test-mse", None)
@@ -433,7 +433,7 @@ def test_unknown_names_are_met_with_near_ones():
 
 def test_compiles_without_a_graph_break():
     z_s, z_t, target = sample(dtype=torch.float32)
-    for name in losses.available():
+    for name in losses.available("logits"):
         loss = losses.build(name)
         compiled = torch.compile(loss, backend="eager", fullgraph=True)
         plain, fast = (value_and_grad(f, z_s, z_t, target) for f in (loss, compiled))

@@ -21,9 +21,16 @@ def register(name: str):
     return add
 
 
-def available() -> list[str]:
-    """Names that `build` knows, in alphabetical order."""
-    return sorted(_losses)
+def available(kind: str | None = None) -> list[str]:
+    """Names that `build` knows, in alphabetical order.
+
+    kind: "logits" for losses that a loop can call with logits and labels alone, "features" for those that look inside the
+    networks, "pictures" for those that train on pictures of their own making; None for all.
+    """
+    if kind not in (None, "logits", "features", "pictures"): raise ValueError(f"kind must be 'logits', 'features' or 'pictures', got {kind!r}")
+    of = lambda loss: ("features" if getattr(loss, "needs_features", False) else
+                       "pictures" if getattr(loss, "alters_pictures", False) else "logits")
+    return sorted(name for name, loss in _losses.items() if kind in (None, of(loss)))
 
 
 def build(name: str, **hyperparameters) -> nn.Module:

@@ -14,7 +14,6 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from .mobile import MobileNetV2
 from .parts import Features
@@ -88,6 +87,8 @@ def describe(
     side: int = 32,  # height and width of the picture in pixels
 ) -> dict:
     """Size and shapes of a network: parameters, MACs in millions, state-dict entries, feature shapes, fingerprint."""
+    from torch.utils.flop_counter import FlopCounterMode   # slow to import, and needed here only
+
     with torch.device("meta"):
         model = build(name, num_classes).eval()
         with FlopCounterMode(display=False) as counter:

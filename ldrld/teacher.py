@@ -13,6 +13,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
+from .models.parts import Features
 from .train import Crops, autocast
 
 # %% ../nbs/75_teacher.ipynb #9b68c730
@@ -86,6 +87,14 @@ class TeacherLogits:
             if hold: held.append(z.half())
             if report: report(int(block[-1]) + 1)
         if hold: self.table = torch.cat(held).to(device)
+
+    @torch.no_grad()
+    def look(self,
+        x: Tensor,  # (batch, 3, H, W) pictures, cropped or made up as one likes
+    ) -> tuple[Tensor, Features]:  # (batch, classes) float32, and what the teacher computed on the way
+        "Ask the teacher itself, and look inside while it answers: no table holds feature maps, nor pictures made on the fly."
+        with autocast(self.dtype, x.device): z, inside = self.teacher(x, features=True)
+        return z.float(), inside
 
     def __call__(self,
         index: Tensor, view: Tensor,  # (batch,) which pictures, which view of each

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'released_factor', 'schedule', 'base_lr', 'Crops', 'draw', 'precision_used', 'autocast', 'logits_of',
-           'accuracy', 'Student', 'train_together', 'train', 'save', 'resume', 'epochs_trained']
+           'accuracy', 'Batch', 'asked_for', 'Student', 'train_together', 'train', 'save', 'resume', 'epochs_trained']
 
 # %% ../nbs/70_train.ipynb #6d16fbd7
 import os
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -146,6 +148,28 @@ def accuracy(
     "Top-1 accuracy in per cent."
     return 100 * (logits.argmax(1) == labels.to(logits.device)).float().mean().item()
 
+# %% ../nbs/70_train.ipynb #d8a58576
+class Batch(NamedTuple):
+    "What the students of a cohort are shown, and what the teacher says about it: asked once, for all of them."
+    index: Tensor  # (batch,) which training pictures
+    x: Tensor  # (batch, 3, H, W) their crops
+    y: Tensor  # (batch,) classes
+    z_t: Tensor | None = None  # (batch, classes) teacher's logits, from its table
+    inside: tuple | None = None  # teacher's logits and Features, computed now
+    look: Callable | None = None  # asks the teacher about other pictures: x -> (logits, Features)
+
+def asked_for(
+    students: list,  # of `Student`
+    teacher,  # function (index, view, x) -> logits, perhaps with a method `look`
+) -> tuple:  # the function to ask for logits, and the one to look inside; None for what nobody needs
+    "What a cohort asks of its teacher. ValueError if it cannot give that."
+    asking = [s.loss for s in students if s.loss.needs_teacher]
+    live = [loss for loss in asking if loss.needs_features or loss.alters_pictures]
+    if live and not hasattr(teacher, "look"):
+        raise ValueError(f"teacher: {type(live[0]).__name__} needs one that can be asked about any picture and looked into, such as ldrld.teacher.TeacherLogits; "
+                         f"got {type(teacher).__name__}")
+    return (teacher if len(asking) > len(live) else None), (teacher.look if any(loss.needs_features for loss in live) else None)
+
 # %% ../nbs/70_train.ipynb #09144b73
 class Student:
     "One of those that learn together: a network, its loss, and what optimises it."
@@ -163,30 +187,50 @@ class Student:
         model.to(memory_format=torch.channels_last)
         graphs = "reduce-overhead" if self.device.type == "cuda" else "default"
         self.answer = torch.compile(model, mode=graphs, dynamic=False) if compiled else model
-        self.optimizer = SGD(model.parameters(), lr, momentum=momentum, weight_decay=weight_decay)
+        parts = [p for p in loss.parameters() if p.requires_grad]
+        self.optimizer = SGD([*model.parameters(), *parts], lr, momentum=momentum, weight_decay=weight_decay)
 
     def begin(self, epochs: int, steps: int) -> None:
         "Make the schedule for so many epochs of so many steps; restore the checkpoint, if there is one."
         self.scheduler, self.per_batch = schedule(self.optimizer, self.recipe, epochs, steps)
         self.state = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler}
+        if self.loss.state_dict(): self.state["loss"] = self.loss
         self.history = resume(self.checkpoint, self.state, self.note, self.device)
 
-    def begin_epoch(self) -> None:
+    def begin_epoch(self, epoch: int, epochs: int, seed: int) -> None:
         "Nothing has been seen yet."
         self.model.train()
+        self.loss.train()
+        self.loss.at_epoch(epoch, epochs, seed)
         self.rate, self.sums, self.seen = self.optimizer.param_groups[0]["lr"], {}, 0
         self.hits, self.seconds = torch.zeros((), device=self.device), 0.0
 
+    def loss_of(self,
+        batch: Batch,
+        dtype: torch.dtype,  # of the convolutions
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:  # the loss, its terms, (batch, classes) the student's logits
+        "What the student's loss says about a batch: from logits, from logits and features, or on pictures of its own."
+        if self.loss.needs_features:
+            z_t, inside_t = batch.inside or (None, None)
+            with autocast(dtype, self.device):
+                z_s, inside = self.answer(batch.x, features=True)
+                value, terms = self.loss.value_and_terms(z_s.float(), z_t, batch.y, inside, inside_t, batch.index)
+            return value, terms, z_s.float()
+        x, z_t = batch.x, batch.z_t
+        if self.loss.alters_pictures:
+            x = self.loss.pictures(x)
+            z_t, _ = batch.look(x)
+        with autocast(dtype, self.device): z_s = self.answer(x).float()
+        self.last = z_s.detach(), z_t, batch.y
+        return *self.loss.value_and_terms(z_s, z_t, batch.y), z_s[: len(batch.y)]
+
     def step(self,
-        x: Tensor,  # (batch, 3, H, W)
-        y: Tensor,  # (batch,) classes
-        z_t: Tensor | None,  # (batch, classes) teacher's logits, or None
+        batch: Batch,
         dtype: torch.dtype,  # of the convolutions
     ) -> None:
         "One optimisation step."
-        started = time.perf_counter()
-        with autocast(dtype, self.device): z_s = self.answer(x).float()
-        value, terms = self.loss.value_and_terms(z_s, z_t, y)
+        started, y = time.perf_counter(), batch.y
+        value, terms, z_s = self.loss_of(batch, dtype)
         self.optimizer.zero_grad()
         value.backward()
         self.optimizer.step()
@@ -196,12 +240,20 @@ class Student:
         self.seen += len(y)
         self.seconds += time.perf_counter() - started
 
+    def pulls(self) -> dict[str, float]:
+        "How hard each term of a loss on logits pulls at them: the norm of its gradient on the last batch."
+        if self.loss.needs_features: return {}
+        z_s, z_t, y = self.last
+        z_s = z_s.requires_grad_()
+        of = {name: term for name, term in self.loss.terms(z_s, z_t, y).items() if term.requires_grad}
+        return {name: torch.autograd.grad(term, z_s, retain_graph=True)[0].norm().item() for name, term in of.items()}
+
     def end_epoch(self, epoch: int, seconds: float, test_accuracy: float) -> None:
         "Step a schedule that goes by epochs; report; write the checkpoint."
         if not self.per_batch: self.scheduler.step()
         row = {"epoch": epoch, "lr": self.rate, "seconds": seconds,
                "train_accuracy": 100 * self.hits.item() / self.seen, "test_accuracy": test_accuracy,
-               "terms": {name: total.item() / self.seen for name, total in self.sums.items()}}
+               "terms": {name: total.item() / self.seen for name, total in self.sums.items()}, "pulls": self.pulls()}
         self.history.append(row)
         save(self.checkpoint, self.state, self.history, self.note)
 
@@ -209,7 +261,7 @@ class Student:
 def train_together(
     students: list[Student],
     data,  # `ldrld.data.ImageData`
-    teacher=None,  # function (index, view, x) -> (batch, classes) logits, or None
+    teacher=None,  # function (index, view, x) -> (batch, classes) logits, or None; for losses on features, a `TeacherLogits`
     epochs: int = 240,  # in all, those of checkpoints included
     batch_size: int = 64,  # the last one of an epoch may be smaller
     seed: int = 0,  # of the order of the pictures and their views
@@ -223,17 +275,17 @@ def train_together(
     for epoch in range(1, epochs + 1):
         learning = [student for student in students if len(student.history) < epoch]
         if learning:
-            started, asked = time.perf_counter(), teacher if any(s.loss.needs_teacher for s in learning) else None
-            for student in learning: student.begin_epoch()
+            started, asked, looked = time.perf_counter(), *asked_for(learning, teacher)
+            for student in learning: student.begin_epoch(epoch, epochs, seed)
             order, views = (t.to(device) for t in draw(seed, epoch, crops.n, crops.views))
             for index, view in zip(order.split(batch_size), views.split(batch_size)):
                 x, y = crops.at(index, view), labels[index]
-                z_t = asked(index, view, x) if asked else None
-                for student in learning: student.step(x, y, z_t, dtype)
+                batch = Batch(index, x, y, asked(index, view, x) if asked else None, looked(x) if looked else None, getattr(teacher, "look", None))
+                for student in learning: student.step(batch, dtype)
             if device.type == "cuda": torch.cuda.synchronize(device)
             seconds, own = time.perf_counter() - started, [s.seconds if device.type == "cpu" else 0.0 for s in learning]
             for student, alone in zip(learning, own):
-                z = logits_of(student.model, data.test_images, data.mean, data.std, dtype)
+                z = logits_of(student.loss.deployed(student.model), data.test_images, data.mean, data.std, dtype)
                 student.end_epoch(epoch, alone + (seconds - sum(own)) / len(learning), accuracy(z, data.test_labels))
         yield [student.history[epoch - 1] for student in students]
 

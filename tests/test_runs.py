@@ -18,6 +18,11 @@ TEACHER = RunConfig(model="resnet8", **SHORT)
 STUDENT = RunConfig(model="resnet8", loss="kd", teacher=TEACHER, seed=1, **SHORT)
 
 
+def test_a_teacher_shares_the_split_but_neither_few_pictures_nor_wrong_labels():
+    config = RunConfig(model="resnet8", loss="kd", teacher="resnet14", holdout=0.2, train_share=0.5, label_noise=0.1, **SHORT)
+    assert (config.teacher.holdout, config.teacher.train_share, config.teacher.label_noise) == (0.2, 1.0, 0.0)
+
+
 @pytest.fixture
 def out(tmp_path, monkeypatch):
     monkeypatch.setenv("LDRLD_OUT", str(tmp_path))
@@ -39,7 +44,7 @@ def test_a_name_depends_on_every_setting_and_on_nothing_else():
     name = name_of(RunConfig(**base))
     assert name == name_of(RunConfig(**base, loss_args={"depth": 7, "temperature": 4})) == name_of(RunConfig(**{**base, "model": "ResNet8"}))
     others = [{"epochs": 3}, {"seed": 5}, {"lr": 0.2}, {"loss_args": {"depth": 6}}, {"teacher": "resnet14"}, {"precision": "float32"}, {"batch_size": 32},
-              {"weight_decay": 0.0}, {"momentum": 0.8}, {"recipe": "crd"}]
+              {"weight_decay": 0.0}, {"momentum": 0.8}, {"recipe": "crd"}, {"train_share": 0.5}, {"label_noise": 0.1}, {"holdout": 0.1}]
     assert len({name, *(name_of(RunConfig(**{**base, **other})) for other in others)}) == 1 + len(others)
 
 
@@ -62,6 +67,26 @@ def test_a_run_leaves_a_record_and_is_not_done_twice(out):
     z = runs.logits_of(models.load_weights(models.build("resnet8", 10), weights), *[getattr(runs.data.load("digits"), f) for f in ("test_images", "mean", "std")])
     kept = __import__("numpy").load(runs.KEPT["logits"](record.name, "t"))["logits"]
     assert (z.argmax(1).numpy() == kept.argmax(1)).mean() > 0.98  # weights in half precision, logits from the full ones
+
+
+def test_measures_say_more_than_accuracy(out):
+    teacher, student = runs.run(TEACHER, "t", report=None), runs.run(STUDENT, "t", keep=("insight",), report=None)
+    assert {"agreement", "overlap", "kendall"} & teacher.measures.keys() == set() and student.measures["kendall"] <= 1
+    assert student.measures["parameters"] == student.measures["used_parameters"] and student.measures["extra_parameters"] == 0
+    assert 0 <= student.measures["ece"] <= 100 and student.measures["top5"] >= student.last_accuracy
+    kept = __import__("numpy").load(runs.KEPT["insight"](student.name, "t"))
+    assert kept["maps"].shape[0] == kept["pictures"].shape[0] == 8 and kept["pooled"].shape[1] == 64
+
+
+@pytest.mark.parametrize("settings", [{"train_share": 0.3}, {"label_noise": 0.3}, {"holdout": 0.3}])
+def test_a_run_on_altered_data(out, settings):
+    """One table of the teacher's answers cannot serve two selections of pictures."""
+    altered = RunConfig(model="resnet8", loss="kd", teacher=TEACHER.model_copy(update={"holdout": settings.get("holdout", 0.0)}), seed=1, **settings, **SHORT)
+    plain, record = runs.run(STUDENT, "t", report=None), runs.run(altered, "t", report=None)
+    assert record.name != plain.name and record.history != plain.history
+    assert record.data["train"] < plain.data["train"] or "label_noise" in settings
+    assert (record.data["test"] != plain.data["test"]) == ("holdout" in settings)
+    assert record.data["fingerprint"] == plain.data["fingerprint"]
 
 
 def test_a_lost_file_is_made_again_and_the_record_stays(out):
@@ -176,9 +201,9 @@ def test_a_cohort_that_was_paused_goes_on(out, monkeypatch):
     assert [without_times(r) for r in runs.run_together(cohort, "t", report=None)] == [without_times(r) for r in whole]
 
 
-@pytest.mark.parametrize("other", [{"seed": 2}, {"epochs": 3}, {"batch_size": 32}, {"precision": "float32"}])
+@pytest.mark.parametrize("other", [{"seed": 2}, {"epochs": 3}, {"batch_size": 32}, {"precision": "float32"}, {"train_share": 0.5}, {"label_noise": 0.1}])
 def test_runs_that_see_other_pictures_are_not_trained_together(out, other):
-    with pytest.raises(ValueError, match="must share dataset, seed, epochs, batch_size, precision and teacher"):
+    with pytest.raises(ValueError, match="must share dataset, seed, epochs"):
         runs.run_together([(CE, ()), (RunConfig(**{**CE.model_dump(), **other}), ())], "t")
 
 

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['CIFAR100_MEAN', 'CIFAR100_STD', 'LOADERS', 'ImageData', 'fingerprint', 'mean_and_std', 'image_data', 'digits',
-           'cifar100', 'folder', 'load']
+           'cifar100', 'folder', 'load', 'altered']
 
 # %% ../../nbs/60_data.ipynb #1fb654e3
 import hashlib
 import pickle
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -242,3 +242,39 @@ def load(
         if (candidate / "train").is_dir() and (candidate / "test").is_dir(): return folder(candidate)
     raise ValueError(f'name is "{name}"; expected {", ".join(f"{known!r}" for known in LOADERS)}, or a folder with '
                      f"train/<class>/ and test/<class>/ in it, here or in {_shown(root)}")
+
+# %% ../../nbs/60_data.ipynb #126f05e1
+def _some_of_each(labels: torch.Tensor, share: float, generator: torch.Generator) -> torch.Tensor:
+    "Sorted indices of a share of every class, at least one picture of each."
+    chosen = []
+    for c in labels.unique():
+        members = (labels == c).nonzero().flatten()
+        chosen.append(members[torch.randperm(len(members), generator=generator)][: max(1, round(share * len(members)))])
+    return torch.cat(chosen).sort().values
+
+
+def altered(
+    data: ImageData,
+    train_share: float = 1.0,  # of the training pictures of each class, 0 < share <= 1
+    label_noise: float = 0.0,  # share of the training labels replaced by another class, 0 <= share < 1
+    holdout: float = 0.0,  # share of the training pictures of each class that take the test split's place, 0 <= share < 1
+    seed: int = 0,  # of the drawing of shares and wrong labels; what is held out is the same for every seed
+) -> ImageData:
+    "The same data with fewer pictures, wrong labels or a held-out split; `ValueError` for a share out of its range."
+    for name, value, fits in (("train_share", train_share, 0 < train_share <= 1), ("label_noise", label_noise, 0 <= label_noise < 1),
+                              ("holdout", holdout, 0 <= holdout < 1)):
+        if not fits: raise ValueError(f"{name}={value!r}: expected a share between 0 and 1")
+    if holdout:
+        aside = _some_of_each(data.train_labels, holdout, torch.Generator().manual_seed(0))
+        rest = torch.ones(len(data.train_labels), dtype=torch.bool).index_fill(0, aside, False)
+        data = replace(data, test_images=data.train_images[aside], test_labels=data.train_labels[aside],
+                       train_images=data.train_images[rest], train_labels=data.train_labels[rest])
+    generator = torch.Generator().manual_seed(seed)
+    if train_share < 1:
+        kept = _some_of_each(data.train_labels, train_share, generator)
+        data = replace(data, train_images=data.train_images[kept], train_labels=data.train_labels[kept])
+    if label_noise:
+        wrong = torch.randperm(len(data.train_labels), generator=generator)[: round(label_noise * len(data.train_labels))]
+        others = torch.randint(1, len(data.classes), (len(wrong),), generator=generator)
+        data = replace(data, train_labels=data.train_labels.index_put((wrong,), (data.train_labels[wrong] + others) % len(data.classes)))
+    return data

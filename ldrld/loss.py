@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import checks, fast
 from .adw import adw_weights, check_weighting
-from .relations import dway_kl, pair_indices, pair_kl, remaining_kl, top_d
+from .relations import RANKINGS, dway_kl, pair_indices, pair_kl, remaining_kl, top_d
 
 # %% ../nbs/30_loss.ipynb #763e0a50
 def relation_terms(
@@ -24,13 +24,14 @@ def relation_terms(
     teacher_logits: Tensor,  # (batch, classes)
     weights: Tensor,  # (d, d) pair weights, from `adw_weights`; d is the depth
     temperature: float = 4.0,  # T
-    rank_by: str = "student",  # whose logits select the classes: "student" | "teacher"
+    rank_by: str = "student",  # who selects the classes: "student" | "teacher" | "label"
+    target: Tensor | None = None,  # (batch,) int64, for "label"
 ) -> dict[str, Tensor]:  # "pairs", "llki", "rntk", each (batch,), without α, β and T²
     """The three divergences of LDRLD for every sample: weighted pairs, selected classes together, remaining classes.
 
     Source: the paper, arXiv 2507.15911, as quoted in a reading note (Paper-Notes), and the official code.
     """
-    pi, z_s, z_t = top_d(student_logits, teacher_logits, len(weights), rank_by)
+    pi, z_s, z_t = top_d(student_logits, teacher_logits, len(weights), rank_by, target)
     return {"pairs": (weights[pair_indices(len(weights), weights.device)] * pair_kl(z_s, z_t, temperature)).sum(-1),
             "llki": dway_kl(z_s, z_t, temperature),
             "rntk": remaining_kl(student_logits, teacher_logits, pi, temperature)}
@@ -136,11 +137,11 @@ def plain_terms(
     weights: Tensor,  # (d, d) pair weights
     temperature: float,  # T
     factors: dict[str, float],  # of "ce", "pairs", "llki", "rntk"
-    rank_by: str = "student",  # "student" | "teacher"
+    rank_by: str = "student",  # "student" | "teacher" | "label"
 ) -> dict[str, Tensor]:  # scalars "ce", "pairs", "llki", "rntk"
     "The terms of LDRLD by its formulas, differentiable by autograd."
     student, teacher = readable(student, share), readable(teacher, share)
-    terms = relation_terms(student, teacher, weights, temperature, rank_by)
+    terms = relation_terms(student, teacher, weights, temperature, rank_by, target)
     return cross_entropy_term(student, target, share, factors["ce"]) | {
         name: factors[name] * mean_of(value, share) for name, value in terms.items()}
 
@@ -181,7 +182,8 @@ class RelationLoss(LogitLoss):
     def value_and_terms(self, student_logits, teacher_logits, target=None, mask=None) -> tuple[Tensor, dict[str, Tensor]]:
         "The loss, with one gradient for all terms, made together with them (`32_fast`); and the terms, to log."
         checks.logits(student_logits, teacher_logits)
-        fused = fast.choose(self.backend, student_logits, teacher_logits, self.depth)
+        # a ranking by the label is an experiment of ours: the faster ways do without it
+        fused = None if self.rank_by == "label" else fast.choose(self.backend, student_logits, teacher_logits, self.depth)
         if fused is None: return super().value_and_terms(student_logits, teacher_logits, target, mask)
         arguments = self._arguments(student_logits, teacher_logits, target, mask, kept_weights)
         value, terms = fast.OneGradient.apply(fused, plain_loss, *arguments)
@@ -206,7 +208,7 @@ class LDRLD(RelationLoss):
         delta: float = 2.0,  # δ ≥ 0 in the pair weights
         decay: float = 0.05,  # λ in the pair weights
         weighting: str = "adw",  # pair weights: "adw" | "irw" | "erd" | "none" (all ones)
-        rank_by: str = "student",  # whose logits select the classes: "student" | "teacher"
+        rank_by: str = "student",  # who selects the classes: "student" | "teacher" | "label" (the true class, then the student's)
         normalize: bool = True,  # divide the local terms by d(d−1)/2 + 1, always, as the official code does
         pairs_weight: float = 1.0,  # ≥ 0, of the pairs within the local terms (ours, for ablation)
         llki_weight: float = 1.0,  # ≥ 0, of LLKI within the local terms (ours, for ablation)
@@ -216,7 +218,7 @@ class LDRLD(RelationLoss):
         self.depth, self.weighting = int(depth), weighting
         self.epsilon, self.delta, self.decay = float(epsilon), float(delta), float(decay)
         self.temperature = checks.number("temperature", temperature, above=0.0)
-        self.rank_by = checks.choice("rank_by", rank_by, ("student", "teacher"))
+        self.rank_by = checks.choice("rank_by", rank_by, RANKINGS)
         self.normalize = checks.flag("normalize", normalize)
         self.alpha = checks.number("alpha", alpha, at_least=0.0)
         self.beta = checks.number("beta", beta, at_least=0.0)

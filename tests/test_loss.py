@@ -106,6 +106,19 @@ def test_agrees_with_the_literal_recursion(d, rank_by):
         torch.testing.assert_close(ours_grad, slow_grad, rtol=1e-9, atol=1e-12)
 
 
+def test_ranking_by_the_label_is_ranking_by_a_student_sure_of_it():
+    z_s, z_t, target = sample(8, 12)
+    target[3] = -100
+    sure = z_s.scatter(1, target.clamp(min=0)[:, None], 1e6)
+    pi = top_d(z_s, z_t, 5, "label", target)[0]
+    assert pi.equal(top_d(sure, z_t, 5)[0])
+    ours = LDRLD(depth=5, rank_by="label")
+    kept = target >= 0
+    expected = LDRLD(depth=5, rank_by="label")(z_s[kept], z_t[kept], target[kept])
+    torch.testing.assert_close(ours(z_s, z_t, target), expected)
+    with pytest.raises(ValueError, match="target must be given for rank_by='label'"): ours(z_s, z_t)
+
+
 @pytest.mark.parametrize("weighting", ["adw", "irw", "erd", "none"])
 def test_every_weighting_against_the_literal_recursion(weighting):
     z_s, z_t, _ = sample(8, 12)

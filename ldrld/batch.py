@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from ldrld import data, paths
 from ldrld.experiments import EXPERIMENTS, batch, profile
+from ldrld.report import to_report
 from ldrld.runs import KEPT, Paused, RunConfig, company, load_record, lock_of, name_of, run_together, same_pictures
 
 __all__ = ["Outcome", "reproduce", "report", "finished", "cohorts"]
@@ -135,9 +136,9 @@ def in_parallel(what: str, tasks: list[tuple], jobs: int) -> list[Outcome]:
 
 
 def report(p: str = "quick", only: tuple[str, ...] = (), jobs: int = 2) -> list[Outcome]:
-    """Make the tables and figures of a profile from its records; arguments as in `reproduce`, one outcome a notebook."""
+    """Make tables and figures of a profile from its records, see `ldrld.report.to_report`; arguments as in `reproduce`, one outcome a notebook."""
     p = str(Path(p).resolve()) if p.endswith((".yaml", ".yml")) else p
-    chosen = [EXPERIMENTS[name] for name in (only or EXPERIMENTS)]
+    chosen = [EXPERIMENTS[name] for name in (only or to_report(p))]
     tasks = [([e.notebook], execute_one, f"paper/{e.notebook}.ipynb", e.notebook, {"profile": p}, profile(p).name) for e in chosen]
     return in_parallel("tables and figures", tasks, jobs)
 
@@ -146,7 +147,7 @@ def reproduce(p: str = "quick", only: tuple[str, ...] = (), jobs: int = 2, secon
               notebooks: bool = True, together: int = 5) -> list[Outcome]:
     """Make every run of a profile that is not finished, then its tables and figures.
 
-    p: "quick", "small", "paper" or a YAML file.  only: names of experiments, none for all.  jobs: processes at a time.
+    p: "quick", "small", "paper" or a YAML file.  only: names of experiments, none for those that the profile selects.  jobs: processes at a time.
     seconds: time budget; runs pause after the epoch in which it ends, and go on at the next call.
     notebooks: run training in its notebook through papermill, else directly.
     together: students at most that share a pass over the pictures.

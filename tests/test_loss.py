@@ -386,7 +386,7 @@ X, Y = torch.zeros(4, 10), torch.zeros(4, dtype=torch.long)
     ({"weighting": "adv"}, ("weighting", "'adv'", "'adw'", "'none'")),
     ({"weighting": None}, ("weighting", "None")),
     ({"weighting": ["adw"]}, ("weighting", "['adw']")),
-    ({"rank_by": "label"}, ("rank_by", "'label'", "'student'", "'teacher'")),
+    ({"rank_by": "labels"}, ("rank_by", "'labels'", "'student'", "'teacher'", "'label'")),
     ({"normalize": "yes"}, ("normalize", "'yes'", "True")),
     ({"normalize": 1}, ("normalize", "1", "True")),
 ])

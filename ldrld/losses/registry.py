@@ -5,7 +5,7 @@ from torch import nn
 
 from ldrld.checks import unknown_name
 
-__all__ = ["register", "available", "build"]
+__all__ = ["register", "available", "build", "needs_teacher", "published_settings"]
 
 _losses: dict[str, type[nn.Module]] = {}
 
@@ -43,3 +43,18 @@ def build(name: str, **hyperparameters) -> nn.Module:
     for argument in hyperparameters:
         if argument not in known: raise unknown_name(f"hyper-parameter of {name!r}", argument, known)
     return _losses[name](**hyperparameters)
+
+
+def needs_teacher(name: str) -> bool:
+    """Whether the loss called `name` asks what a teacher says. ValueError for an unknown name."""
+    if name not in _losses: raise unknown_name("loss", name, _losses)
+    return _losses[name].needs_teacher
+
+
+def published_settings(name: str, teacher: str, student: str) -> dict:
+    """Hyper-parameters that were published for the loss `name` on a pair of CIFAR-100 networks; empty where none were found.
+
+    teacher, student: names in `ldrld.models.available()`. ValueError for an unknown loss.
+    """
+    if name not in _losses: raise unknown_name("loss", name, _losses)
+    return dict(getattr(_losses[name], "pair_settings", {}).get((teacher, student), {}))

@@ -2,5 +2,6 @@
 from ldrld.losses.registry import available, build, register
 from ldrld.losses import features, logits  # noqa: F401
 from ldrld.losses import reuse  # noqa: F401
+from ldrld.losses import teacherless  # noqa: F401
 
 __all__ = ["available", "build", "register"]

@@ -35,7 +35,7 @@ def heads_of(
     student: nn.Module,  # with its last linear layer as `student.head`
     teacher: nn.Module,  # likewise
 ) -> tuple[nn.Linear, nn.Linear]:
-    "The linear layers from pooled vector to logits. ValueError if a network shows none, or if their classes differ in number."
+    "The linear layers from pooled vector to logits. ValueError if a network shows none, or if they have unlike classes."
     for who, network in (("student", student), ("teacher", teacher)):
         if not isinstance(getattr(network, "head", None), nn.Linear):
             raise ValueError(f"{who}: {type(network).__name__} has no linear layer called `head`; a loss that reuses a "
@@ -53,7 +53,8 @@ def last_shape(
 ) -> tuple[int, int, int]:  # channels, height, width
     "The shape of the map that the head averages. ValueError if the network does not show it."
     last = shapes_of(network, example, who).last
-    if last is None: raise ValueError(f"{who}: the features of {type(network).__name__} have no `last`, the map that its head averages")
+    if last is None:
+        raise ValueError(f"{who}: the features of {type(network).__name__} have no `last`, the map that its head averages")
     return last
 
 
@@ -87,15 +88,16 @@ def conflicts(
 
 # %% ../../nbs/47_classifier_reuse.ipynb #412960e5
 def inner_loss(
+    what: str,  # the argument that names it, for messages
     name: str,  # of a registered loss on logits that has a teacher
     arguments: dict,  # its hyper-parameters, where not its defaults
     ce_weight: float | None = None,  # None: what the loss has
     warmup: float | None = None,  # None: what the loss has
 ) -> tuple[nn.Module, float, float]:  # the loss without cross-entropy and warm-up; weight and share that go with it
     "A loss on logits for use inside another. ValueError for a name that is none, and for hyper-parameters as in `build`."
-    if name not in available("logits"): raise checks.unknown_name("loss on logits", name, available("logits"))
+    if name not in available("logits"): raise checks.unknown_name(what, name, available("logits"))
     alone = build(name, **arguments)
-    if not alone.needs_teacher: raise ValueError(f"a loss with a teacher is needed here, got {name!r}")
+    if not alone.needs_teacher: raise ValueError(f"{what} must be a loss on logits with a teacher, got {name!r}")
     if ce_weight is None: ce_weight = alone.ce_weight
     if warmup is None: warmup = getattr(alone, "warmup", 0.0)
     off = {"ce_weight": 0.0} | ({"warmup": 0.0} if "warmup" in alone.hyperparameters else {})
@@ -128,7 +130,7 @@ class SDD(FeatureLoss):
     ):
         super().__init__()
         self.distance, self.distance_args = distance, dict(distance_args or {})
-        self.base, self.ce_weight, self.warmup = inner_loss(distance, self.distance_args, ce_weight, warmup)
+        self.base, self.ce_weight, self.warmup = inner_loss("distance", distance, self.distance_args, ce_weight, warmup)
         if not len(regions): raise ValueError("regions must name at least one grid, such as [1, 2, 4], got none")
         self.regions = [checks.integer("regions", side, at_least=1) for side in regions]
         self.conflict_weight = checks.number("conflict_weight", conflict_weight, at_least=1.0)
@@ -148,7 +150,8 @@ class SDD(FeatureLoss):
     def terms(self, student_logits, teacher_logits, target=None, student_features=None, teacher_features=None, index=None):
         "The \"ce\" and the terms of the distance, weighted. Arguments as in `FeatureLoss`; the target is needed."
         self.features_given(student_features, teacher_features)
-        if target is None: raise ValueError("target must be given for 'sdd', whose weights ask whether the teacher is right, got None")
+        if target is None:
+            raise ValueError("target must be given for 'sdd', whose weights ask whether the teacher is right, got None")
         s, t, y, share = counted_rows(student_logits, teacher_logits.detach(), target)
         z_s = regional_logits(s, student_features.last, self._heads[0], self.regions)
         with torch.no_grad(): z_t = regional_logits(t, teacher_features.last, self._heads[1], self.regions)
@@ -277,7 +280,8 @@ class CATKD(FeatureLoss):
         self._heads = heads_of(student, teacher)
         for who, network in (("student", student), ("teacher", teacher)):
             if min(size := last_shape(network, example, who)[1:]) < self.resolution:
-                raise ValueError(f"resolution must be at most {min(size)}, the side of the {who}'s last map, got {self.resolution}")
+                raise ValueError(f"resolution must be at most {min(size)}, the side of the {who}'s last map, "
+                                 f"got {self.resolution}")
         return self
 
     def terms(self, student_logits, teacher_logits, target=None, student_features=None, teacher_features=None, index=None):
@@ -443,7 +447,8 @@ class FCFD(Hybrids):
         maps = [m.detach() for m in handed_on(self._networks[1], teacher_features)]
         bridged = [b(m) for b, m in zip(self.to_teacher, handed_on(self._networks[0], student_features))]
         logits = [self.hybrid(path, bridged, maps) for path in self.draw(self.hybrids)]
-        kl = lambda z: self.temperature**2 * mean_of(dway_kl(readable(z, share), readable(t.detach(), share), self.temperature), share)
+        t, tau = readable(t.detach(), share), self.temperature
+        kl = lambda z: tau**2 * mean_of(dway_kl(readable(z, share), t, tau), share)
         pooled = wide(bridged[-1]).relu().mean((2, 3)), wide(teacher_features.pooled).detach()
         features = F.mse_loss(*pooled) + sum(F.mse_loss(wide(a), wide(b)) for a, b in zip(bridged, maps))
         return cross_entropy_term(readable(s, share), y, share, self.ce_weight) | {

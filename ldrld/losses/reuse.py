@@ -35,7 +35,7 @@ def heads_of(
     student: nn.Module,  # with its last linear layer as `student.head`
     teacher: nn.Module,  # likewise
 ) -> tuple[nn.Linear, nn.Linear]:
-    "The linear layers from pooled vector to logits. ValueError if a network shows none, or if they have unlike classes."
+    "The linear layers from pooled vector to logits. ValueError if a network shows none, or their classes differ."
     for who, network in (("student", student), ("teacher", teacher)):
         if not isinstance(getattr(network, "head", None), nn.Linear):
             raise ValueError(f"{who}: {type(network).__name__} has no linear layer called `head`; a loss that reuses a "
@@ -54,7 +54,7 @@ def last_shape(
     "The shape of the map that the head averages. ValueError if the network does not show it."
     last = shapes_of(network, example, who).last
     if last is None:
-        raise ValueError(f"{who}: the features of {type(network).__name__} have no `last`, the map that its head averages")
+        raise ValueError(f"{who}: the features of {type(network).__name__} lack `last`, the map that its head averages")
     return last
 
 
@@ -94,7 +94,7 @@ def inner_loss(
     ce_weight: float | None = None,  # None: what the loss has
     warmup: float | None = None,  # None: what the loss has
 ) -> tuple[nn.Module, float, float]:  # the loss without cross-entropy and warm-up; weight and share that go with it
-    "A loss on logits for use inside another. ValueError for a name that is none, and for hyper-parameters as in `build`."
+    "A loss on logits for use inside another. ValueError for a name or a hyper-parameter that is none."
     if name not in available("logits"): raise checks.unknown_name(what, name, available("logits"))
     alone = build(name, **arguments)
     if not alone.needs_teacher: raise ValueError(f"{what} must be a loss on logits with a teacher, got {name!r}")
@@ -147,7 +147,8 @@ class SDD(FeatureLoss):
         super().at_epoch(epoch, epochs, seed)
         self.base.at_epoch(epoch, epochs, seed)
 
-    def terms(self, student_logits, teacher_logits, target=None, student_features=None, teacher_features=None, index=None):
+    def terms(self, student_logits, teacher_logits, target=None,
+              student_features=None, teacher_features=None, index=None) -> dict[str, Tensor]:
         "The \"ce\" and the terms of the distance, weighted. Arguments as in `FeatureLoss`; the target is needed."
         self.features_given(student_features, teacher_features)
         if target is None:
@@ -217,7 +218,8 @@ class SimKD(FeatureLoss):
         self.projector = three_layers(c_s, c_t, self.reduction).to(example.device)
         return self
 
-    def terms(self, student_logits, teacher_logits, target=None, student_features=None, teacher_features=None, index=None):
+    def terms(self, student_logits, teacher_logits, target=None,
+              student_features=None, teacher_features=None, index=None) -> dict[str, Tensor]:
         "The \"ce\" of the combined network and \"features\", weighted. Arguments as in `FeatureLoss`."
         self.features_given(student_features, teacher_features)
         s, _, y, share = counted_rows(student_logits, teacher_logits, target)
@@ -284,7 +286,8 @@ class CATKD(FeatureLoss):
                                  f"got {self.resolution}")
         return self
 
-    def terms(self, student_logits, teacher_logits, target=None, student_features=None, teacher_features=None, index=None):
+    def terms(self, student_logits, teacher_logits, target=None,
+              student_features=None, teacher_features=None, index=None) -> dict[str, Tensor]:
         "The \"ce\" and \"maps\", weighted. Arguments as in `FeatureLoss`."
         self.features_given(student_features, teacher_features)
         s, _, y, share = counted_rows(student_logits, teacher_logits, target)
@@ -323,14 +326,14 @@ def bridge(
     wanted: tuple[int, int, int],  # shape of the map that is expected
     rectified: bool,  # whether the receiver is used to maps without negative values
 ) -> nn.Sequential:
-    "Convolution and batch norm from one shape to another, of equal, half or twice the size. ValueError for another ratio."
+    "Convolution and batch norm between shapes of equal, half or twice the size. ValueError for another ratio."
     (c_in, *size), (c_out, *to) = source, wanted
     if size == to: layer = conv(c_in, c_out, 3)
     elif size == [2 * n for n in to]: layer = conv(c_in, c_out, 3, stride=2, bias=True)
     elif [2 * n for n in size] == to: layer = nn.ConvTranspose2d(c_in, c_out, 4, 2, 1)
     else:
-        raise ValueError(f"'fcfd' bridges maps of equal, half or twice the size, got {tuple(source)} to {tuple(wanted)} "
-                         "(channels, height, width); choose networks whose stages differ by one halving at most")
+        raise ValueError("'fcfd' bridges maps of equal, half or twice the size, got (channels, height, width) "
+                         f"{tuple(source)} to {tuple(wanted)}; choose networks whose stages differ by one halving at most")
     made = nn.Sequential(layer, nn.BatchNorm2d(c_out), *([nn.LeakyReLU(0.1)] if rectified else []))
     he_init(made)
     return made
@@ -359,18 +362,18 @@ def bridges_between(
     student: nn.Module,  # with `tail`
     teacher: nn.Module,  # with `tail`
     example: Tensor,  # (batch, 3, side, side)
-) -> tuple[nn.ModuleList, nn.ModuleList]:  # student's to teacher's maps, every stage; teacher's to student's, all but the last
+) -> tuple[nn.ModuleList, nn.ModuleList]:  # student's to teacher's maps; teacher's to student's, but for the last
     "Bridges for all stages. ValueError for networks without `tail`, or whose stages differ in number or do not fit."
     shapes = []
     for who, network in (("student", student), ("teacher", teacher)):
         if not hasattr(network, "tail"):
-            raise ValueError(f"{who}: {type(network).__name__} has no `tail(i, x)` to go on from the middle with; 'fcfd' "
-                             "needs it, the networks of ldrld.models have it")
+            raise ValueError(f"{who}: {type(network).__name__} has no `tail(i, x)`, with which 'fcfd' goes on from the "
+                             "middle; the networks of ldrld.models have it")
         shapes.append(handed_on(network, shapes_of(network, example, who)))
     s, t = shapes
     if len(s) != len(t):
-        raise ValueError(f"'fcfd' needs networks with equally many stages, got a student with {len(s)} and a teacher with "
-                         f"{len(t)}; resnet*, wrn* and Shuffle* have 3, vgg*, MobileNetV2 and ResNet50 have 4")
+        raise ValueError("'fcfd' needs networks with equally many stages, got a student with "
+                         f"{len(s)} and a teacher with {len(t)}; resnet*, wrn* and Shuffle* have 3, vgg*, MobileNetV2 and ResNet50 have 4")
     rectified = [not isinstance(network, NOT_RECTIFIED) for network in (student, teacher)]
     return (nn.ModuleList(bridge(a, b, rectified[1]) for a, b in zip(s, t)).to(example.device),
             nn.ModuleList(bridge(b, a, rectified[0]) for a, b in zip(s[:-1], t[:-1])).to(example.device))
@@ -436,11 +439,12 @@ class FCFD(Hybrids):
         super().__init__()
         self.temperature = checks.number("temperature", temperature, above=0.0)
         self.hybrids = checks.integer("hybrids", hybrids, at_least=1)
-        for name, value in (("kd_weight", kd_weight), ("hybrid_weight", hybrid_weight), ("feature_weight", feature_weight),
-                            ("ce_weight", ce_weight), ("warmup", warmup)):
-            setattr(self, name, checks.number(name, value, at_least=0.0))
+        weights = {"kd_weight": kd_weight, "hybrid_weight": hybrid_weight, "feature_weight": feature_weight,
+                   "ce_weight": ce_weight, "warmup": warmup}
+        for name, value in weights.items(): setattr(self, name, checks.number(name, value, at_least=0.0))
 
-    def terms(self, student_logits, teacher_logits, target=None, student_features=None, teacher_features=None, index=None):
+    def terms(self, student_logits, teacher_logits, target=None,
+              student_features=None, teacher_features=None, index=None) -> dict[str, Tensor]:
         "The \"ce\", \"kd\", \"hybrids\" and \"features\", weighted. Arguments as in `FeatureLoss`."
         self.features_given(student_features, teacher_features)
         s, t, y, share = counted_rows(student_logits, teacher_logits, target)

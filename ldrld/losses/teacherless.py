@@ -53,8 +53,8 @@ class USKD(FeatureLoss):
     """Universal self-distillation, without a teacher: CE + α·target part + β·part of the other classes + μ·weak head.
 
     Raises ValueError, naming the argument, for one out of its range.
-    Source: Yang et al., ICCV 2023, arXiv 2303.13005, and its released code (yzd-v/cls_KD), whose CIFAR-100 weights are the
-    defaults; the paper's ImageNet weights are α = 1, β = 0.1, μ = 0.005.
+    Source: Yang et al., ICCV 2023, arXiv 2303.13005, and its released code (yzd-v/cls_KD), whose CIFAR-100 weights are
+    the defaults; for ImageNet it has α = 1, β = 0.1, μ = 0.005.
     """
     needs_teacher = False
 
@@ -70,13 +70,14 @@ class USKD(FeatureLoss):
             setattr(self, name, checks.number(name, value, at_least=0.0))
 
     def prepare(self, student: nn.Module, teacher: nn.Module | None, example: Tensor, data=None) -> "USKD":
-        "Make the weak head on the last stage but one; no teacher is looked at. ValueError for a network without a head."
+        "Make the weak head on the last stage but one; no teacher is looked at. ValueError without a head."
         classes = heads_of(student, student)[0].out_features
         self.weak_head = nn.Linear(shapes_of(student, example).stages[-2][0], classes).to(example.device)
         return self
 
-    def terms(self, student_logits, teacher_logits, target=None, student_features=None, teacher_features=None, index=None):
-        "The \"ce\", \"target\", \"others\" and \"weak\", weighted. Arguments as in `FeatureLoss`; the target is needed."
+    def terms(self, student_logits, teacher_logits, target=None,
+              student_features=None, teacher_features=None, index=None) -> dict[str, Tensor]:
+        'The "ce", "target", "others" and "weak", weighted. Arguments as in `FeatureLoss`; the target is needed.'
         self.features_given(student_features, teacher_features)
         if target is None: raise ValueError("target must be given for 'uskd', which learns from labels alone, got None")
         s, _, y, share = counted_rows(student_logits, None, target, needs_teacher=False)
@@ -118,8 +119,8 @@ class MCMI(LogitLoss):
     """Fine-tunes a teacher towards more information about the picture: CE + λ·KL(p_x ‖ Q^y), λ < 0.
 
     Raises ValueError, naming the argument, for one that is no number.
-    Source: Ye et al., ICLR 2024, arXiv 2401.08732, and its released code (iclr2024mcmi/ICLRMCMI), whose λ for resnet56 is
-    the default; its file names hold −0.1, −0.15, −0.2 and −0.25.
+    Source: Ye et al., ICLR 2024, arXiv 2401.08732, and its released code (iclr2024mcmi/ICLRMCMI), whose λ for resnet56
+    is the default; its file names hold −0.1, −0.15, −0.2 and −0.25.
     """
     trains_teacher = True
 
@@ -134,9 +135,9 @@ class MCMI(LogitLoss):
         self.register_buffer("centroids", None)
 
     def prepare(self, student: nn.Module, teacher: nn.Module, example: Tensor, data=None) -> "MCMI":
-        "Copy the teacher into the student; compute the centroids over `data`. ValueError for unlike networks or no data."
+        "Copy the teacher into the student; compute the centroids over `data`. ValueError for unlike networks, or none."
         from ldrld.train import logits_of  # here, because that module is not needed for losses
-        if data is None: raise ValueError("data must be given for 'mcmi', which averages over training pictures, got None")
+        if data is None: raise ValueError("data must be given for 'mcmi', which averages over its pictures, got None")
         theirs, ours = teacher.state_dict(), student.state_dict()
         if {k: v.shape for k, v in theirs.items()} != {k: v.shape for k, v in ours.items()}:
             raise ValueError(f"student must be the network that the teacher is, a {type(teacher).__name__}, for 'mcmi' "
@@ -147,7 +148,7 @@ class MCMI(LogitLoss):
         return self
 
     def terms(self, student_logits, teacher_logits, target=None, mask=None) -> dict[str, Tensor]:
-        "The \"ce\" and \"cmi\", weighted. Arguments as in `LogitLoss`, of which the teacher's logits are not looked at."
+        "The \"ce\" and \"cmi\", weighted. Arguments as in `LogitLoss`; the teacher's logits are not looked at."
         if target is None: raise ValueError("target must be given for 'mcmi', whose centroids are of classes, got None")
         if self.centroids is None:
             raise ValueError("'mcmi' must see its data first: call loss.prepare(student, teacher, example, data)")
@@ -207,17 +208,18 @@ class PartialMixup(LogitLoss):
         return own * x + (1 - own) * x[self._mixture[0]]
 
     def terms(self, student_logits, teacher_logits, target=None, mask=None) -> dict[str, Tensor]:
-        "The \"ce\" and \"kd\", weighted. Arguments as in `LogitLoss`: logits of the last `pictures`, labels of the batch itself."
+        "The \"ce\" and \"kd\", weighted. Arguments as in `LogitLoss`: logits of the last `pictures`, labels of the batch."
         s, t, y, share = counted_rows(student_logits, teacher_logits, target, mask)
         if self._mixture is None or len(self._mixture[0]) != len(s):
-            raise ValueError("'partial-mixup' must make the pictures: call x = loss.pictures(x) before the networks see "
-                             f"them, got logits of {len(s)} others")
+            raise ValueError("'partial-mixup' must make the pictures: call x = loss.pictures(x) before the networks "
+                             f"see them, got logits of {len(s)} others")
         z, (partner, own) = over_deviation(readable(s, share)), self._mixture
         log_p, log_q = z.log_softmax(-1), over_deviation(readable(t.detach(), share)).log_softmax(-1)
         kd = {"kd": self.kd_weight * mean_of((log_q.exp() * (log_q - log_p)).sum(-1), share)}
         if y is None: return kd
         part = 1 / len(s) if share is None else share
-        ce = [cross_entropy_term(z, labels, part * w, self.ce_weight)["ce"] for labels, w in ((y, own), (y[partner], 1 - own))]
+        ce = [cross_entropy_term(z, labels, part * w, self.ce_weight)["ce"]
+              for labels, w in ((y, own), (y[partner], 1 - own))]
         return {"ce": sum(ce)} | kd
 
 # %% ../../nbs/48_teacher_free.ipynb #54348197
@@ -228,8 +230,8 @@ def log_mixture(
     beta: float,  # β, temperature of the second
 ) -> Tensor:  # (batch, classes)
     "Logits whose softmax is α·softmax(z) + (1 − α)·softmax(z_kd/β): the logarithm of that mixture."
-    share = lambda a: math.log(a) if a > 0 else -math.inf
-    return torch.logaddexp(share(alpha) + wide(z).log_softmax(-1), share(1 - alpha) + (wide(z_kd) / beta).log_softmax(-1))
+    log = lambda a: math.log(a) if a > 0 else -math.inf
+    return torch.logaddexp(log(alpha) + wide(z).log_softmax(-1), log(1 - alpha) + (wide(z_kd) / beta).log_softmax(-1))
 
 
 class TwoHeads(nn.Module):
@@ -260,7 +262,7 @@ class DHO(FeatureLoss):
     def __init__(
         self,
         loss: str = "kd",  # what the second head learns with: the name of a loss on logits that has a teacher
-        loss_args: dict | None = None,  # its hyper-parameters; None: for "kd" the paper's τ = 2 and 1 − λ = 0.5, else its defaults
+        loss_args: dict | None = None,  # its hyper-parameters; None: for "kd" the paper's τ = 2, 1 − λ = 0.5
         alpha: float = 0.5,  # α from 0 to 1, share of the first head in the mixture
         beta: float = 1.0,  # β > 0, temperature of the second head in the mixture
         ce_weight: float = 0.5,  # λ ≥ 0, weight of the cross-entropy at the first head
@@ -285,8 +287,9 @@ class DHO(FeatureLoss):
         super().at_epoch(epoch, epochs, seed)
         self.base.at_epoch(epoch, epochs, seed)
 
-    def terms(self, student_logits, teacher_logits, target=None, student_features=None, teacher_features=None, index=None):
-        "The \"ce\" and the terms of the second head's loss, weighted. Arguments as in `FeatureLoss`; no teacher's features."
+    def terms(self, student_logits, teacher_logits, target=None,
+              student_features=None, teacher_features=None, index=None) -> dict[str, Tensor]:
+        "The \"ce\" and the terms of the second head's loss, weighted. Arguments as in `FeatureLoss`."
         self.features_given(student_features, student_features)  # the teacher's are not looked at
         s, _, y, share = counted_rows(student_logits, teacher_logits, target)
         z = wide(self.second(student_features.pooled))

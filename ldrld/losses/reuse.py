@@ -243,7 +243,7 @@ def class_maps(
     pooled = F.adaptive_avg_pool2d(wide(last), resolution).movedim(1, -1)  # the average may come first, both are linear
     return wide(F.linear(pooled.to(weight.dtype), weight)).movedim(-1, 1)
 
-
+# %% ../../nbs/47_classifier_reuse.ipynb #6b34ec81
 @register("catkd")
 class CATKD(FeatureLoss):
     """Class activation maps transferred: CE + β·MSE(ν(A^s), ν(A^t)), a mean over all elements.

@@ -113,7 +113,7 @@ def divergence_from_centroids(
     log_p, q = wide(logits).log_softmax(-1), centroids[labels]
     return (log_p.exp() * (log_p - q.clamp(min=torch.finfo(q.dtype).tiny).log())).sum(-1)
 
-
+# %% ../../nbs/48_teacher_free.ipynb #44e86372
 @register("mcmi")
 class MCMI(LogitLoss):
     """Fine-tunes a teacher towards more information about the picture: CE + λ·KL(p_x ‖ Q^y), λ < 0.
@@ -163,9 +163,9 @@ def over_deviation(
 ) -> Tensor:  # in at least float32
     "Each row divided by its standard deviation, which gradients pass through; a row of equal logits stays finite."
     z = wide(z)
-    return z / (z.var(-1, keepdim=True) + 1e-14).sqrt()
+    return z / (z.var(-1, keepdim=True) + 1e-8).sqrt()  # without it the gradient of equal logits has no end
 
-
+# %% ../../nbs/48_teacher_free.ipynb #dab700cc
 @register("partial-mixup")
 class PartialMixup(LogitLoss):
     """A share of the pictures mixed: w_ce·CE(mixed labels, z^s/σ^s) + w_kd·KL(teacher ‖ student) of logits over σ.
@@ -208,7 +208,7 @@ class PartialMixup(LogitLoss):
         return own * x + (1 - own) * x[self._mixture[0]]
 
     def terms(self, student_logits, teacher_logits, target=None, mask=None) -> dict[str, Tensor]:
-        "The \"ce\" and \"kd\", weighted. Arguments as in `LogitLoss`: logits of the last `pictures`, labels of the batch."
+        "The \"ce\" and \"kd\", weighted. As in `LogitLoss`: logits of the last `pictures`, labels of the batch."
         s, t, y, share = counted_rows(student_logits, teacher_logits, target, mask)
         if self._mixture is None or len(self._mixture[0]) != len(s):
             raise ValueError("'partial-mixup' must make the pictures: call x = loss.pictures(x) before the networks "

@@ -57,6 +57,19 @@ def test_features_agree_with_the_logits(name):
     if name.startswith("wrn"): last = F.relu(features.preact[-1])
     else: last = entering.get(name, lambda f: f.stages[-1])(features)
     torch.testing.assert_close(features.pooled, last.mean((2, 3)), rtol=1e-4, atol=1e-5)
+    assert torch.equal(features.last, last)
+
+
+@pytest.mark.parametrize("name", names)
+@pytest.mark.parametrize("side", [16, 32, 64])
+def test_a_network_can_be_entered_after_every_stage(name, side):
+    if side == 64 and name not in ("vgg8", "resnet8", "wrn_16_1", "MobileNetV2", "ShuffleV1", "ShuffleV2"): return  # slow
+    model = models.build(name, num_classes=5).eval()
+    with torch.no_grad():
+        logits, features = model(torch.randn(2, 3, side, side), features=True)
+        for i, x in enumerate(features.stages): assert torch.equal(model.tail(i, x), logits), i
+    for wrong in (-1, len(features.stages), 1.0):
+        with pytest.raises(ValueError, match=f"i={wrong}.* to {len(features.stages) - 1}"): model.tail(wrong, x)
 
 
 @pytest.mark.parametrize("name", names)

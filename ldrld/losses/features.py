@@ -28,7 +28,8 @@ def shapes_of(
     with torch.no_grad(): _, seen = network.eval()(example[:1], features=True)
     network.train(training)
     shape = lambda maps: tuple(tuple(m.shape[1:]) for m in maps)
-    return Features(shape(seen.stages), shape(seen.preact), tuple(seen.pooled.shape[1:]))
+    last = None if seen.last is None else tuple(seen.last.shape[1:])
+    return Features(shape(seen.stages), shape(seen.preact), tuple(seen.pooled.shape[1:]), last)
 
 # %% ../../nbs/44_features.ipynb #a523e452
 class FeatureLoss(LogitLoss):

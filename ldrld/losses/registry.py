@@ -25,11 +25,13 @@ def available(kind: str | None = None) -> list[str]:
     """Names that `build` knows, in alphabetical order.
 
     kind: "logits" for losses that a loop can call with logits and labels alone, "features" for those that look inside the
-    networks, "pictures" for those that train on pictures of their own making; None for all.
+    networks, "pictures" for those that train on pictures of their own making, "teachers" for those that tune a teacher;
+    None for all.
     """
-    if kind not in (None, "logits", "features", "pictures"): raise ValueError(f"kind must be 'logits', 'features' or 'pictures', got {kind!r}")
-    of = lambda loss: ("features" if getattr(loss, "needs_features", False) else
-                       "pictures" if getattr(loss, "alters_pictures", False) else "logits")
+    kinds = {"teachers": "trains_teacher", "features": "needs_features", "pictures": "alters_pictures"}
+    if kind not in (None, "logits", *kinds):
+        raise ValueError(f"kind must be 'logits', 'features', 'pictures' or 'teachers', got {kind!r}")
+    of = lambda loss: next((k for k, attribute in kinds.items() if getattr(loss, attribute, False)), "logits")
     return sorted(name for name, loss in _losses.items() if kind in (None, of(loss)))
 
 

@@ -10,7 +10,7 @@ from functools import partial
 
 from torch import nn
 
-from .parts import classify, conv, he_init, stack
+from .parts import Staged, classify, conv, he_init, stack
 
 # %% ../../nbs/55_mobile.ipynb #b24263e7
 class InvertedResidual(nn.Module):
@@ -38,7 +38,7 @@ mobile_stages = (  # expansion, output channels, blocks, stride of the first
     (1, 8, 1, 1), (6, 12, 2, 1), (6, 16, 3, 2), (6, 32, 4, 2), (6, 48, 3, 1), (6, 80, 3, 2), (6, 160, 1, 1))
 
 
-class MobileNetV2(nn.Module):
+class MobileNetV2(Staged):
     """Half-width MobileNetV2 (Sandler et al. 2018) with the keys of RepDistiller's `models/mobilenetv2.py`."""
     def __init__(
         self,
@@ -62,10 +62,17 @@ class MobileNetV2(nn.Module):
         """The linear layer from the pooled vector to the logits."""
         return self.classifier[0]
 
-    def forward(self, x, features=False):
-        x = self.conv1(x)
+    @property
+    def rows(self) -> tuple:
+        """The stages behind the stem, as feature methods count them."""
+        stages = list(self.blocks)
+        return stages[:2], stages[2:3], stages[3:5], stages[5:]
+
+    def stem(self, x): return self.conv1(x)
+
+    def onward(self, x, rows, features=False):
         stages = [x]
-        for i, stage in enumerate(self.blocks):
-            x = stage(x)
-            if i in (1, 2, 4, 6): stages.append(x)
+        for row in rows:
+            for stage in row: x = stage(x)
+            stages.append(x)
         return classify(self.head, self.conv2(x), stages, stages[1:], features)

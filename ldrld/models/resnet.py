@@ -9,7 +9,7 @@ __all__ = ['BasicBlock', 'ResNet', 'Bottleneck', 'ResNet50']
 import torch.nn.functional as F
 from torch import nn
 
-from .parts import classify, conv, he_init, projection, stack, walk
+from .parts import Staged, classify, conv, he_init, projection, stack, walk
 
 # %% ../../nbs/52_resnet.ipynb #17e77cb7
 class BasicBlock(nn.Module):
@@ -29,8 +29,8 @@ class BasicBlock(nn.Module):
         y = F.relu(self.bn1(self.conv1(x)))
         return self.bn2(self.conv2(y)) + self.downsample(x)
 
-# %% ../../nbs/52_resnet.ipynb #287e18e5
-class ResNet(nn.Module):
+# %% ../../nbs/52_resnet.ipynb #cf5c8b09
+class ResNet(Staged):
     """The CIFAR ResNet (He et al. 2016, section 4.2) with the keys of RepDistiller's `models/resnet.py`."""
     def __init__(
         self,
@@ -54,9 +54,15 @@ class ResNet(nn.Module):
         """The linear layer from the pooled vector to the logits."""
         return self.fc
 
-    def forward(self, x, features=False):
-        stem = F.relu(self.bn1(self.conv1(x)))
-        stages, preact = walk(stem, (self.layer1, self.layer2, self.layer3))
+    @property
+    def rows(self) -> tuple:
+        """The stages behind the stem."""
+        return self.layer1, self.layer2, self.layer3
+
+    def stem(self, x): return F.relu(self.bn1(self.conv1(x)))
+
+    def onward(self, x, rows, features=False):
+        stages, preact = walk(x, rows)
         return classify(self.fc, stages[-1], stages, preact, features)
 
 # %% ../../nbs/52_resnet.ipynb #1b6ba60b
@@ -80,8 +86,8 @@ class Bottleneck(nn.Module):
         y = F.relu(self.bn2(self.conv2(y)))
         return self.bn3(self.conv3(y)) + self.shortcut(x)
 
-# %% ../../nbs/52_resnet.ipynb #169b4b14
-class ResNet50(nn.Module):
+# %% ../../nbs/52_resnet.ipynb #d14cab1c
+class ResNet50(Staged):
     """ResNet50 with a CIFAR stem, with the keys of RepDistiller's `models/resnetv2.py`."""
     def __init__(
         self,
@@ -101,7 +107,13 @@ class ResNet50(nn.Module):
         """The linear layer from the pooled vector to the logits."""
         return self.linear
 
-    def forward(self, x, features=False):
-        stem = F.relu(self.bn1(self.conv1(x)))
-        stages, preact = walk(stem, (self.layer1, self.layer2, self.layer3, self.layer4))
+    @property
+    def rows(self) -> tuple:
+        """The stages behind the stem."""
+        return self.layer1, self.layer2, self.layer3, self.layer4
+
+    def stem(self, x): return F.relu(self.bn1(self.conv1(x)))
+
+    def onward(self, x, rows, features=False):
+        stages, preact = walk(x, rows)
         return classify(self.linear, stages[-1], stages, preact, features)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .parts import classify, conv, stack, walk
+from .parts import Staged, classify, conv, stack, walk
 
 # %% ../../nbs/56_shuffle.ipynb #97572fda
 def shuffle(
@@ -43,8 +43,8 @@ class GroupUnit(nn.Module):
         y = self.bn3(self.conv3(y))
         return y + x if self.stride == 1 else torch.cat([y, F.avg_pool2d(x, 3, 2, padding=1)], 1)
 
-# %% ../../nbs/56_shuffle.ipynb #f70c554c
-class ShuffleNetV1(nn.Module):
+# %% ../../nbs/56_shuffle.ipynb #ad0df019
+class ShuffleNetV1(Staged):
     """ShuffleNet V1 with 3 groups (Zhang et al. 2018) with the keys of RepDistiller's `models/ShuffleNetv1.py`."""
     def __init__(
         self,
@@ -62,9 +62,15 @@ class ShuffleNetV1(nn.Module):
         """The linear layer from the pooled vector to the logits."""
         return self.linear
 
-    def forward(self, x, features=False):
-        stem = F.relu(self.bn1(self.conv1(x)))
-        stages, preact = walk(stem, (self.layer1, self.layer2, self.layer3))
+    @property
+    def rows(self) -> tuple:
+        """The stages behind the stem."""
+        return self.layer1, self.layer2, self.layer3
+
+    def stem(self, x): return F.relu(self.bn1(self.conv1(x)))
+
+    def onward(self, x, rows, features=False):
+        stages, preact = walk(x, rows)
         return classify(self.linear, stages[-1], stages, preact, features)
 
 # %% ../../nbs/56_shuffle.ipynb #0abc92ab
@@ -108,8 +114,8 @@ class DownUnit(nn.Module):
         right = self.bn5(self.conv5(self.bn4(self.conv4(y))))
         return torch.cat([left, right], 1)
 
-# %% ../../nbs/56_shuffle.ipynb #5bb883d0
-class ShuffleNetV2(nn.Module):
+# %% ../../nbs/56_shuffle.ipynb #b9bd9d15
+class ShuffleNetV2(Staged):
     """ShuffleNet V2 ×1 (Ma et al. 2018) with the keys of RepDistiller's `models/ShuffleNetv2.py`."""
     def __init__(
         self,
@@ -129,9 +135,15 @@ class ShuffleNetV2(nn.Module):
         """The linear layer from the pooled vector to the logits."""
         return self.linear
 
-    def forward(self, x, features=False):
-        stem = F.relu(self.bn1(self.conv1(x)))
+    @property
+    def rows(self) -> tuple:
+        """The stages behind the stem."""
+        return self.layer1, self.layer2, self.layer3
+
+    def stem(self, x): return F.relu(self.bn1(self.conv1(x)))
+
+    def onward(self, x, rows, features=False):
         relu_shuffle = lambda y: shuffle(F.relu(y), groups=2)
-        stages, preact = walk(stem, (self.layer1, self.layer2, self.layer3), relu_shuffle)
+        stages, preact = walk(x, rows, relu_shuffle)
         last = F.relu(self.bn2(self.conv2(stages[-1])))
         return classify(self.linear, last, stages, preact, features)

@@ -9,7 +9,7 @@ __all__ = ['vgg_widths', 'vgg_block', 'VGG']
 import torch.nn.functional as F
 from torch import nn
 
-from .parts import classify, conv, he_init
+from .parts import Staged, classify, conv, he_init
 
 # %% ../../nbs/54_vgg.ipynb #f17a5a3c
 def vgg_block(
@@ -32,8 +32,8 @@ vgg_widths = {
     19: ((64, 64), (128, 128), (256,) * 4, (512,) * 4, (512,) * 4),
 }  # depth: widths of the convolutions in each of the five blocks
 
-# %% ../../nbs/54_vgg.ipynb #f249253e
-class VGG(nn.Module):
+# %% ../../nbs/54_vgg.ipynb #f1d1d24f
+class VGG(Staged):
     """VGG with batch norm and one linear layer, with the keys of RepDistiller's `models/vgg.py`."""
     def __init__(
         self,
@@ -56,11 +56,18 @@ class VGG(nn.Module):
         """The linear layer from the pooled vector to the logits."""
         return self.classifier
 
-    def forward(self, x, features=False):
-        side, stages, preact = x.shape[2], [], []
-        for i, block in enumerate((self.block0, self.block1, self.block2, self.block3, self.block4)):
-            if i in (1, 2, 3) or (i == 4 and side == 64): x = F.max_pool2d(x, 2)
+    @property
+    def rows(self) -> tuple:
+        """The stages behind the stem."""
+        return self.block1, self.block2, self.block3, self.block4
+
+    def stem(self, x): return F.relu(self.block0(x))
+
+    def onward(self, x, rows, features=False):
+        stages, preact = [x], []
+        for block in rows:
+            if block is not self.block4 or x.shape[2] == 8: x = F.max_pool2d(x, 2)
             preact.append(block(x))
             x = F.relu(preact[-1])
             stages.append(x)
-        return classify(self.classifier, x, stages, preact[1:], features)  # block0 is the stem
+        return classify(self.classifier, x, stages, preact, features)

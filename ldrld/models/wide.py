@@ -9,7 +9,7 @@ __all__ = ['WideBlock', 'WideResNet']
 import torch.nn.functional as F
 from torch import nn
 
-from .parts import classify, conv, he_init, stack
+from .parts import Staged, classify, conv, he_init, stack
 
 # %% ../../nbs/53_wide.ipynb #408f9363
 class WideBlock(nn.Module):
@@ -31,8 +31,8 @@ class WideBlock(nn.Module):
         y = self.conv2(F.relu(self.bn2(self.conv1(a))))
         return y + (x if self.convShortcut is None else self.convShortcut(a)), normed
 
-# %% ../../nbs/53_wide.ipynb #92971147
-class WideResNet(nn.Module):
+# %% ../../nbs/53_wide.ipynb #0a26b205
+class WideResNet(Staged):
     """WRN-depth-k (Zagoruyko and Komodakis 2016), no dropout, with the keys of RepDistiller's `models/wrn.py`."""
     def __init__(
         self,
@@ -56,11 +56,17 @@ class WideResNet(nn.Module):
         """The linear layer from the pooled vector to the logits."""
         return self.fc
 
-    def forward(self, x, features=False):
-        x = self.conv1(x)
+    @property
+    def rows(self) -> tuple:
+        """The stages behind the stem."""
+        return tuple(stage["layer"] for stage in (self.block1, self.block2, self.block3))
+
+    def stem(self, x): return self.conv1(x)
+
+    def onward(self, x, rows, features=False):
         stages, preact = [x], []
-        for stage in (self.block1, self.block2, self.block3):
-            for i, block in enumerate(stage["layer"]):
+        for row in rows:
+            for i, block in enumerate(row):
                 x, normed = block(x)
                 if i == 0: preact.append(normed)  # what entered this stage, normalised
             stages.append(x)

@@ -27,7 +27,8 @@ def wide(x: Tensor) -> Tensor:
 
 def each(features: Features, change) -> Features:
     "The same features with `change` applied to every tensor."
-    return Features(tuple(map(change, features.stages)), tuple(map(change, features.preact)), change(features.pooled))
+    return Features(*(part if part is None else tuple(map(change, part)) if isinstance(part, tuple) else change(part)
+                      for part in features))
 
 # %% ../../nbs/45_feature_losses.ipynb #9c809b45
 class Comparison(FeatureLoss):

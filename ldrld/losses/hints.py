@@ -32,7 +32,7 @@ def each(features: Features, change) -> Features:
 
 # %% ../../nbs/45_feature_losses.ipynb #9c809b45
 class Comparison(FeatureLoss):
-    """Cross-entropy plus terms between features. A subclass writes `pick` and `compare`, and `prepare` if it has parts."""
+    """Cross-entropy plus terms between features. A subclass writes `pick` and `compare`, with parts also `prepare`."""
     parts: tuple[str, ...] = ()  # what `prepare` makes, by attribute
 
     def __init__(self, ce_weight: float, **weights: float):
@@ -48,11 +48,13 @@ class Comparison(FeatureLoss):
         "Weighted terms between the two sides, which come in at least float32."
         raise NotImplementedError
 
-    def terms(self, student_logits, teacher_logits, target=None, student_features=None, teacher_features=None, index=None):
+    def terms(self, student_logits, teacher_logits, target=None, student_features=None, teacher_features=None,
+              index=None):
         "As `FeatureLoss.terms`; ValueError for missing features, or before `prepare` where the loss has parts."
         self.features_given(student_features, teacher_features)
         if any(not hasattr(self, part) for part in self.parts):
-            raise ValueError(f"{type(self).__name__} has no parts yet; call prepare(student, teacher, example, data) first")
+            raise ValueError(f"{type(self).__name__} has no parts yet; "
+                             "call prepare(student, teacher, example, data) first")
         s, _, y, share = counted_rows(student_logits, None, target, needs_teacher=False)
         device = student_logits.device.type
         teacher_features = each(teacher_features, Tensor.detach)
@@ -72,9 +74,9 @@ def both_shapes(student: nn.Module, teacher: nn.Module | None, example: Tensor) 
 def same_stages(student: tuple, teacher: tuple, name: str) -> None:
     "ValueError unless both networks have equally many stages after the stem."
     if len(student) != len(teacher):
-        raise ValueError(f"{name!r} compares stage with stage, and the student has {len(student)} after its stem, the teacher "
-                         f"{len(teacher)}. Networks named resnet…, wrn… and Shuffle… have 3, vgg…, MobileNetV2 and ResNet50 have 4; "
-                         "'sp', 'pkt', 'rkd' and 'crd' fit any pair")
+        raise ValueError(f"{name!r} compares stage with stage, and the student has {len(student)} after its stem, the "
+                         f"teacher {len(teacher)}. Networks named resnet…, wrn… and Shuffle… have 3, vgg…, MobileNetV2 "
+                         "and ResNet50 have 4; 'sp', 'pkt', 'rkd' and 'crd' fit any pair")
 
 def to_smaller(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     "Both maps at the size of the smaller one; the larger one is average-pooled."
@@ -87,13 +89,16 @@ def regressor(
     teacher: tuple[int, int, int],  # of the teacher's
     rectified: bool = True,  # end with a ReLU?
 ) -> nn.Sequential:
-    "From the shape of the student's map to that of the teacher's; ValueError if the student's is smaller by a factor other than 2."
+    """From the shape of the student's map to that of the teacher's.
+
+    Raises ValueError if the student's is smaller by a factor other than 2.
+    """
     (c_s, h_s, _), (c_t, h_t, _) = student, teacher
     if h_s == 2 * h_t: convolution = nn.Conv2d(c_s, c_t, 3, stride=2, padding=1, bias=False)
     elif 2 * h_s == h_t: convolution = nn.ConvTranspose2d(c_s, c_t, 4, stride=2, padding=1, bias=False)
     elif h_s >= h_t: convolution = nn.Conv2d(c_s, c_t, 1 + h_s - h_t, bias=False)
-    else: raise ValueError(f"'fitnet' cannot bring the student's map of {h_s}×{h_s} to the teacher's {h_t}×{h_t}: the student's must "
-                           "be as large, larger, or half as large. Choose another `stage`")
+    else: raise ValueError(f"'fitnet' cannot bring the student's map of {h_s}×{h_s} to the teacher's {h_t}×{h_t}: the "
+                           "student's must be as large, larger, or half as large. Choose another `stage`")
     return nn.Sequential(convolution, nn.BatchNorm2d(c_t), *([nn.ReLU()] if rectified else []))
 
 # %% ../../nbs/45_feature_losses.ipynb #0f4ebc53
@@ -110,8 +115,8 @@ class FitNet(Comparison):
     """A regressor imitates one of the teacher's maps: w_ce·CE + w·mean (r(F^s) − F^t)².
 
     Raises ValueError for a hyper-parameter out of its range; in `prepare` for a stage or a size that does not fit.
-    Source: Romero et al. 2015, arXiv 1412.6550; one-step form, regressor and weight as in HobbitLong/RepDistiller, without
-    its ReLU where the teacher's map has negative values.
+    Source: Romero et al. 2015, arXiv 1412.6550; one-step form, regressor and weight as in HobbitLong/RepDistiller,
+    without its ReLU where the teacher's map has negative values.
     """
     parts = ("regressor",)
 
@@ -128,8 +133,10 @@ class FitNet(Comparison):
         "Make the regressor. Returns the loss; ValueError if there is no such stage or its sizes do not fit."
         s, t = both_shapes(student, teacher, example)
         last = min(len(s.stages), len(t.stages)) - 1
-        if self.stage > last: raise ValueError(f"stage must be at most {last}, the last that both networks have, got {self.stage}")
-        self.regressor = regressor(s.stages[self.stage], t.stages[self.stage], is_rectified(teacher, example, self.stage))
+        if self.stage > last:
+            raise ValueError(f"stage must be at most {last}, the last that both networks have, got {self.stage}")
+        rectified = is_rectified(teacher, example, self.stage)
+        self.regressor = regressor(s.stages[self.stage], t.stages[self.stage], rectified)
         return self.to(example.device)
 
     def pick(self, student, teacher): return [self.regressor(student.stages[self.stage])], [teacher.stages[self.stage]]
@@ -277,7 +284,7 @@ def normal_nll(
     value: Tensor,  # F^t, the same shape
     rho: Tensor,  # ρ, (channels,)
 ) -> Tensor:  # scalar, without ½ log 2π
-    "Mean negative log-likelihood of `value` under a normal distribution with a variance of softplus(ρ) + 1e-5 by channel."
+    "Mean negative log-likelihood of `value` under normal distributions; a channel's variance is softplus(ρ) + 1e-5."
     variance = (F.softplus(rho) + VARIANCE_FLOOR)[:, None, None]
     return ((mean - value).square() / variance + variance.log()).mean() / 2
 
@@ -286,9 +293,9 @@ def normal_nll(
 class VID(Comparison):
     """Likelihood of the teacher's maps given the student's: w_ce·CE + w·Σ_i mean ½[(μ(F^s_i) − F^t_i)²/σ² + log σ²].
 
-    Raises ValueError for a hyper-parameter out of its range; in `prepare` for networks with different numbers of stages.
-    Source: Ahn et al. 2019, arXiv 1904.05835 (ssahn0215/variational-information-distillation); weight, regressor and first
-    variance as in HobbitLong/RepDistiller.
+    Raises ValueError for a hyper-parameter out of its range; in `prepare` for different numbers of stages.
+    Source: Ahn et al. 2019, arXiv 1904.05835 (ssahn0215/variational-information-distillation); weight, regressor and
+    first variance as in HobbitLong/RepDistiller.
     """
     parts = ("means", "rho")
 

@@ -33,7 +33,7 @@ def nce(
 # %% ../../nbs/46_memory_margins_review.ipynb #d8200728
 def by_class(
     labels: Tensor,  # (M,) int64
-) -> tuple[Tensor, Tensor, Tensor]:  # (M,) pictures sorted by class; (classes,) where each class begins, and how many it has
+) -> tuple[Tensor, Tensor, Tensor]:  # (M,) pictures sorted by class; (classes,) where each begins, and its size
     "The training pictures in the order of their classes."
     count = labels.bincount()
     return labels.argsort(stable=True), count.cumsum(0) - count, count
@@ -64,17 +64,20 @@ class Memory(nn.Module):
         super().__init__()
         order, start, count = by_class(labels)
         self.fewest, bound = len(labels) - int(count.max()), math.sqrt(3 / width)
-        if not self.fewest: raise ValueError("data must hold pictures of two classes or more; 'crd' tells each from those of other classes")
+        if not self.fewest:
+            raise ValueError("data must hold pictures of two classes or more; "
+                             "'crd' tells each from those of other classes")
         self.k, self.begun = min(negatives, self.fewest), False
         banks = {f"bank_{who}": torch.empty(len(labels), width).uniform_(-bound, bound) for who in "st"}
         more = {"labels": labels, "order": order, "start": start, "count": count, "log_Z": torch.full((2,), torch.inf)}
         for name, value in (banks | more).items(): self.register_buffer(name, value)
 
     def cosines(self, u: Tensor, v: Tensor, index: Tensor, generator: torch.Generator) -> Tensor:  # (2, batch, 1 + K)
-        "Products of u with the teacher's remembered vectors and of v with the student's: the same picture, then K of other classes."
+        "Products of u with the teacher's remembered vectors, of v with the student's: the same picture, then K others."
         others = draw_others(self.labels[index], self.k, self.order, self.start, self.count, self.fewest, generator)
         chosen = torch.cat([index[:, None], others], 1)
-        return torch.stack([(one @ wide(bank).T).gather(1, chosen) for one, bank in ((u, self.bank_t), (v, self.bank_s))])
+        sides = (u, self.bank_t), (v, self.bank_s)
+        return torch.stack([(one @ wide(bank).T).gather(1, chosen) for one, bank in sides])
 
     def fix_Z(self, scores: Tensor) -> Tensor:  # (2,) log Z for u and for v
         "log of the mean of exp(scores) times M at the first batch; the same ever after."
@@ -97,8 +100,8 @@ class Memory(nn.Module):
 class CRD(Comparison):
     """Each picture told from others by its pooled vector: w_ce·CE + w·(L^s_NCE + L^t_NCE).
 
-    Raises ValueError for a hyper-parameter out of its range; in `prepare` without data, or with data of a single class; in
-    the call without `index`. Source: Tian et al. 2020, arXiv 1910.10699 (HobbitLong/RepDistiller).
+    Raises ValueError for a hyper-parameter out of its range; in `prepare` without data, or with data of a single class;
+    in the call without `index`. Source: Tian et al. 2020, arXiv 1910.10699 (HobbitLong/RepDistiller).
     """
     parts = ("embed_s", "embed_t", "memory")
     seed, generator = 2**40, None
@@ -114,18 +117,22 @@ class CRD(Comparison):
     ):
         super().__init__(ce_weight, weight=weight, momentum=momentum)
         if self.momentum > 1: raise ValueError(f"momentum must be at most 1, got {momentum!r}")
-        self.width, self.negatives = checks.integer("width", width, at_least=1), checks.integer("negatives", negatives, at_least=1)
+        self.width = checks.integer("width", width, at_least=1)
+        self.negatives = checks.integer("negatives", negatives, at_least=1)
         self.temperature = checks.number("temperature", temperature, above=0.0)
 
     def at_epoch(self, epoch: int, epochs: int = 240, seed: int = 0) -> None:
-        "To be called before each epoch, counted from 1: which pictures will be drawn depends on `seed` and `epoch` alone."
+        "To be called before each epoch, counted from 1: which pictures are drawn depends on `seed` and `epoch` alone."
         super().at_epoch(epoch, epochs, seed)
-        self.seed, self.generator = 2**40 + 1_000_003 * (seed + 1) + epoch, None  # far from the seeds of the pictures' order
+        self.seed = 2**40 + 1_000_003 * (seed + 1) + epoch  # far from the seeds of the pictures' order
+        self.generator = None
 
     def prepare(self, student, teacher, example, data=None):
         "Make embeddings and memory; `data.train_labels` holds the training pictures' classes. Returns the loss."
         (d_s,), (d_t,) = (shapes.pooled for shapes in both_shapes(student, teacher, example))
-        if data is None: raise ValueError("data must be given: 'crd' remembers every training picture and needs data.train_labels, got None")
+        if data is None:
+            raise ValueError("data must be given: 'crd' remembers every training picture and needs data.train_labels, "
+                             "got None")
         self.embed_s, self.embed_t = nn.Linear(d_s, self.width), nn.Linear(d_t, self.width)
         self.memory = Memory(data.train_labels.cpu(), self.width, self.negatives)
         return self.to(example.device)
@@ -159,7 +166,7 @@ def partial_square(
 def margins_of(
     norm: nn.BatchNorm2d,  # the one before the activation
 ) -> Tensor:  # (channels,) float32, none above 0
-    "Mean of a channel's negative values, from the batch norm's weight and bias; −3s for a channel that is hardly ever negative."
+    "Mean of a channel's negative values, from the batch norm's weight and bias; −3s if it is hardly ever negative."
     s, mu = norm.weight.detach().double().abs(), norm.bias.detach().double()
     ratio = mu / s.clamp(min=1e-30)
     below = torch.special.ndtr(-ratio)
@@ -174,10 +181,12 @@ def norms_before_activation(
     if isinstance(teacher, (ResNet, ResNet50)):
         ends = [getattr(teacher, f"layer{i}")[-1] for i in range(1, 5) if hasattr(teacher, f"layer{i}")]
         return [end.bn3 if hasattr(end, "bn3") else end.bn2 for end in ends]
-    if isinstance(teacher, WideResNet): return [teacher.block2["layer"][0].bn1, teacher.block3["layer"][0].bn1, teacher.bn1]
+    if isinstance(teacher, WideResNet):
+        return [teacher.block2["layer"][0].bn1, teacher.block3["layer"][0].bn1, teacher.bn1]
     if isinstance(teacher, VGG): return [getattr(teacher, f"block{i}")[-1] for i in range(1, 5)]
-    raise ValueError(f"teacher {type(teacher).__name__} has no batch norm right before the activation that ends a stage, from which "
-                     "'ofd' takes its margins; resnet…, wrn…, vgg… and ResNet50 have. As a student any network will do")
+    raise ValueError(f"teacher {type(teacher).__name__} has no known batch norm right before the activations that end its "
+                     "stages, from which 'ofd' takes its margins; resnet…, wrn…, vgg… and ResNet50 have. As a student "
+                     "any network will do")
 
 # %% ../../nbs/46_memory_margins_review.ipynb #49b04009
 def connector(c_in: int, c_out: int) -> nn.Sequential:
@@ -204,7 +213,7 @@ class OFD(Comparison):
         super().__init__(ce_weight, weight=weight)
 
     def prepare(self, student, teacher, example, data=None):
-        "Make connectors, and margins from the teacher's batch norms. Returns the loss; ValueError if the pair does not fit."
+        "Make connectors, and margins from the teacher's batch norms. Returns the loss; ValueError if they do not fit."
         s, t = both_shapes(student, teacher, example)
         same_stages(s.preact, t.preact, "ofd")
         self.connectors = nn.ModuleList(connector(ours[0], theirs[0]) for ours, theirs in zip(s.preact, t.preact))
@@ -263,10 +272,10 @@ def hierarchical_context(
 # %% ../../nbs/46_memory_margins_review.ipynb #d8c56ba9
 @register("reviewkd")
 class ReviewKD(Comparison):
-    """Student's maps fused from deep to shallow, compared at several sizes: w_ce·CE + λ·min(e/20, 1)·Σ_i HCL(O_i, F^t_i).
+    """Student's maps fused from deep to shallow, compared at several sizes: w_ce·CE + λ·min(e/20, 1)·Σ HCL(O_i, F^t_i).
 
-    Raises ValueError for a hyper-parameter out of its range; in `prepare` for networks with different numbers of stages.
-    Source: Chen et al. 2021, arXiv 2104.09044 (dvlab-research/ReviewKD); default weight as in megvii-research/mdistiller.
+    Raises ValueError for a hyper-parameter out of its range; in `prepare` for different numbers of stages.
+    Source: Chen et al. 2021, arXiv 2104.09044 (dvlab-research/ReviewKD); default weight of megvii-research/mdistiller.
     """
     parts = ("fusions",)
     pair_settings = {("resnet56", "resnet20"): {"weight": 0.6}, ("resnet110", "resnet32"): {"weight": 1.0},
@@ -297,13 +306,15 @@ class ReviewKD(Comparison):
         same_stages(s.preact, t.preact, "reviewkd")
         widths = [(ours[0], theirs[0]) for ours, theirs in zip((*self.levels(s), s.pooled), (*t.preact, t.pooled))]
         middle = min(self.max_width, s.pooled[0])
-        self.fusions = nn.ModuleList(AttentionFusion(c_s, middle, c_t, fuse=k > 0) for k, (c_s, c_t) in enumerate(reversed(widths)))
+        self.fusions = nn.ModuleList(AttentionFusion(c_s, middle, c_t, fuse=k > 0)
+                                     for k, (c_s, c_t) in enumerate(reversed(widths)))
         return self.to(example.device)
 
     def pick(self, student, teacher):
+        levels = [student.pooled[..., None, None], *reversed(self.levels(student))]
         theirs = [teacher.pooled[..., None, None], *reversed(teacher.preact)]
         ours, R = [], None
-        for fusion, x, t in zip(self.fusions, (student.pooled[..., None, None], *reversed(self.levels(student))), theirs):
+        for fusion, x, t in zip(self.fusions, levels, theirs):
             O, R = fusion(x, R, t.shape[-2:])
             ours.append(O)
         return ours, theirs

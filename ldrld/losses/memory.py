@@ -185,8 +185,8 @@ def norms_before_activation(
         return [teacher.block2["layer"][0].bn1, teacher.block3["layer"][0].bn1, teacher.bn1]
     if isinstance(teacher, VGG): return [getattr(teacher, f"block{i}")[-1] for i in range(1, 5)]
     raise ValueError(f"teacher {type(teacher).__name__} has no known batch norm right before the activations that end "
-                     "its stages, from which 'ofd' takes its margins; resnet…, wrn…, vgg… and ResNet50 have. As a student "
-                     "any network will do")
+                     "its stages, from which 'ofd' takes its margins; resnet…, wrn…, vgg… and ResNet50 have. As a "
+                     "student any network will do")
 
 # %% ../../nbs/46_memory_margins_review.ipynb #49b04009
 def connector(c_in: int, c_out: int) -> nn.Sequential:

@@ -3,6 +3,6 @@ from ldrld.losses.registry import available, build, register
 from ldrld.losses import features, logits  # noqa: F401
 from ldrld.losses import distributions  # noqa: F401
 from ldrld.losses import targets  # noqa: F401
-#from ldrld.losses import wrappers  # noqa: F401
+from ldrld.losses import wrappers  # noqa: F401
 
 __all__ = ["available", "build", "register"]

@@ -26,11 +26,12 @@ def log_odds(
     return (z.gather(-1, chosen) - z.scatter(-1, chosen, -torch.inf).logsumexp(-1, keepdim=True)).squeeze(-1)
 
 def labelled_rows(name: str, student_logits, teacher_logits, target, mask=None):
-    """What `counted_rows` gives for a loss that needs labels, and the labels as (rows, 1) indices, 0 where a row does not count.
+    """What `counted_rows` gives, and the labels as (rows, 1) indices, for a loss that needs them.
 
-    Rows that do not count are zero, the teacher is taken as constant. Raises ValueError, naming `target`, if there is none.
+    Rows that do not count are zero, the teacher is a constant. Raises ValueError, naming `target`, if there is none.
     """
-    if target is None: raise ValueError(f"target must be given for {name!r}, which treats the true class apart, got None")
+    if target is None:
+        raise ValueError(f"target must be given for {name!r}, which treats the true class apart, got None")
     s, t, y, share = counted_rows(student_logits, teacher_logits, target, mask)
     return readable(s, share), readable(t.detach(), share), y, y.clamp(min=0)[:, None], share
 
@@ -160,7 +161,8 @@ def kl_within(
     "KL of two softmaxes over some classes of each row."
     some = keep.any(-1, keepdim=True)
     out = some & ~keep                     # a row that keeps nothing is computed over all classes, and then set to zero
-    log_p_s, log_p_t = (tempered(z, temperature).masked_fill(out, -torch.inf).log_softmax(-1) for z in (student, teacher))
+    log_p_s, log_p_t = (tempered(z, temperature).masked_fill(out, -torch.inf).log_softmax(-1)
+                        for z in (student, teacher))
     kl = (log_p_t.exp() * (log_p_t - log_p_s).masked_fill(out, 0.0)).sum(-1)
     return kl.where(some[:, 0], 0.0)
 
@@ -170,7 +172,7 @@ class RLD(LogitLoss):
     """Refined logit distillation: w_ce·CE + ramp·(α·SCD + β·MCD), which keeps a teacher's errors out.
 
     Raises ValueError, naming the argument, for a hyper-parameter out of its range, or a missing target.
-    Source: Sun et al., ICCV 2025, arXiv 2408.07703; values of the official code (zju-SWJ/RLD). Tuned β by pair: not found.
+    Source: Sun et al., ICCV 2025, arXiv 2408.07703; values of the official code (zju-SWJ/RLD). β by pair: not found.
     """
     def __init__(
         self,
@@ -209,15 +211,16 @@ def swapped(
     logits: Tensor,  # (rows, classes)
     at_y: Tensor,  # (rows, 1) true classes
 ) -> Tensor:  # (rows, classes)
-    "Logits in which the largest and the true class's have changed places; as they are where the true class is (among) the largest."
+    "The largest logit and the true class's change places; nothing changes where the true class is (among) the largest."
     true, (largest, first) = logits.gather(-1, at_y), logits.max(-1, keepdim=True)
     wrong = true < largest
-    return logits.scatter(-1, torch.where(wrong, first, at_y), true).scatter(-1, at_y, torch.where(wrong, largest, true))
+    first, largest = torch.where(wrong, first, at_y), torch.where(wrong, largest, true)
+    return logits.scatter(-1, first, true).scatter(-1, at_y, largest)
 
 # %% ../../nbs/41_target_losses.ipynb #15b2cd93
 @register("sld")
 class SLD(TwoViews):
-    """Swapped logit distillation, over two views: w_ce·CE + w_kd·Σ_τ τ²·(KL(swap(z^t) ‖ z^s) + [late] KL(swap(z^s) ‖ z^s)).
+    """Swapped logit distillation, on two views: w_ce·CE + w_kd·Σ τ²·(KL(swap(z^t) ‖ z^s) + [late] KL(swap(z^s) ‖ z^s)).
 
     Raises ValueError, naming the argument, for a hyper-parameter out of its range, or a missing target.
     Source: Limantoro et al., Multimedia Systems 31:264, 2025, arXiv 2504.20108, and the official code.
@@ -250,7 +253,8 @@ class SLD(TwoViews):
         mask: Tensor | None = None,  # (batch,) bool: which samples count; None: all
     ) -> dict[str, Tensor]:  # scalars "ce", "teacher" and, late in training, "student"
         "The weighted terms; they add up to the loss. Raises ValueError for a wrong shape or type."
-        if target is None: raise ValueError("target must be given for 'sld', which swaps the true class's logit, got None")
+        if target is None:
+            raise ValueError("target must be given for 'sld', which swaps the true class's logit, got None")
         terms = {"ce": 0.0, "teacher": 0.0} | ({"student": 0.0} if self.late else {})
         for s, t, y, share in self.views(student_logits, teacher_logits, target, mask):
             at_y = y.clamp(min=0)[:, None]

@@ -17,11 +17,12 @@ from ..loss import LogitLoss, counted_rows, readable
 
 # %% ../../nbs/38_views.ipynb #964bdcff
 @lru_cache(maxsize=1)
-def operations() -> dict[str, tuple]:  # by name: lowest and highest strength, and a function of a picture and a strength
-    "The operations of FixMatch's RandAugment, on uint8 pictures (3, height, width). Source: arXiv 2001.07685, and MLKD's code."
+def operations() -> dict[str, tuple]:  # by name: lowest and highest strength, a function of picture and strength
+    "FixMatch's RandAugment, on uint8 pictures (3, height, width). Source: arXiv 2001.07685, and MLKD's code."
     from ldrld.vision import torchvision
     f = torchvision.transforms.functional
-    moved = lambda x, angle=0.0, by=(0, 0), shear=(0.0, 0.0), **more: f.affine(x, angle, list(by), 1.0, list(shear), **more)
+    def moved(x, angle=0.0, by=(0, 0), shear=(0.0, 0.0), **more):
+        return f.affine(x, angle, list(by), 1.0, list(shear), **more)
     slant = lambda v: degrees(atan(v))
     return {"AutoContrast": (0, 0, lambda x, v: f.autocontrast(x)),
             "Brightness": (0.05, 0.95, f.adjust_brightness),
@@ -69,7 +70,9 @@ def strong_view(
     size, centre = 0.5 * torch.rand(n, generator=generator), torch.rand(n, 2, generator=generator)
     altered = []
     for picture, drawn, shares in zip(pictures, which, strength):
-        for (low, high, alter), share in zip((known[k] for k in drawn), shares): picture = alter(picture, low + (high - low) * share)
+        for k, share in zip(drawn, shares):
+            low, high, alter = known[k]
+            picture = alter(picture, low + (high - low) * share)
         altered.append(picture)
     return cutout(torch.stack(altered), size.to(pictures.device), centre.to(pictures.device))
 
@@ -84,9 +87,9 @@ def temperature_list(
 
 # %% ../../nbs/38_views.ipynb #330795d3
 class TwoViews(LogitLoss):
-    """A loss on two versions of every picture. It is called with logits of both, (2·batch, classes), and labels of one, (batch,).
+    """A loss on two versions of every picture, called with logits of both, (2·batch, classes), and labels (batch,).
 
-    With logits of `batch` rows it uses these alone, as the weak view.
+    Given logits of `batch` rows it uses these alone, as the weak view; also without labels and mask.
     """
     alters_pictures = True
     _moment = (0, 0)  # seed and epoch
@@ -110,8 +113,8 @@ class TwoViews(LogitLoss):
     ) -> Tensor:  # (2·batch, 3, height, width): these, then their strong versions
         "What both networks are to be run on. Raises ValueError before `prepare` was called with the data set."
         if self._scale is None:
-            raise ValueError(f"data must be given to prepare before {type(self).__name__}.pictures is called: its mean and "
-                             "standard deviation turn the network's input back into pictures")
+            raise ValueError(f"data must be given to prepare before {type(self).__name__}.pictures is called: "
+                             "its mean and standard deviation turn the network's input back into pictures")
         mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in self._scale)
         seed, epoch = self._moment
         number = ((1_000_003 * (seed + 1) + epoch) * 1_000_003 + self._calls) % 2**63
@@ -121,7 +124,7 @@ class TwoViews(LogitLoss):
         return torch.cat([x, torch.empty_like(x).copy_((strong / 255 - mean) / std)])  # in the memory format of x
 
     def views(self, student_logits, teacher_logits, target=None, mask=None) -> list[tuple]:
-        "For the weak view, and the strong one if it is there: what `counted_rows` gives, without what must not be read."
+        "For the weak view, and the strong one if it is there: what `counted_rows` gives; what does not count is zero."
         each = target if target is not None else mask
         two = torch.is_tensor(each) and torch.is_tensor(student_logits) and len(student_logits) == 2 * len(each) > 0
         halves = [z.chunk(2) if two and torch.is_tensor(z) else (z, z) for z in (student_logits, teacher_logits)]

@@ -16,20 +16,23 @@ from .targets import swapped
 
 # %% ../../nbs/43_wrappers.ipynb #e298d79f
 class Wrapper(LogitLoss):
-    """A loss around another loss on logits. A subclass writes `given`, what the other is shown, and `scale`, what multiplies its terms."""
+    """A loss around another loss on logits. A subclass writes `given`: what it is shown, and a factor."""
     defaults: dict[str, dict] = {}  # hyper-parameters of a wrapped loss that differ from its own defaults
 
     def __init__(self, loss: str, loss_args: dict | None, ce_weight: float | None):
         super().__init__()
         given = {} if loss_args is None else loss_args
-        if not isinstance(given, dict): raise ValueError(f"loss_args must be a dictionary of hyper-parameters of {loss!r}, got {loss_args!r}")
+        if not isinstance(given, dict):
+            raise ValueError(f"loss_args must be a dictionary of hyper-parameters of {loss!r}, got {loss_args!r}")
         if "ce_weight" in given:
-            raise ValueError(f"loss_args must not hold ce_weight, got {given['ce_weight']!r}: give ce_weight to the wrapper, which computes the cross-entropy")
+            raise ValueError(f"loss_args must not hold ce_weight, got {given['ce_weight']!r}: "
+                             "give ce_weight to the wrapper, which computes the cross-entropy")
         base = build(loss, **self.defaults.get(loss, {}) | given)
         if base.needs_features or base.alters_pictures or not base.needs_teacher:
-            why = ("looks at features" if base.needs_features else "trains on pictures of its own making" if base.alters_pictures
-                   else "takes no teacher")
-            raise ValueError(f"loss must be one on the logits of student and teacher, such as 'kd' or 'ldrld'; {loss!r} {why}")
+            why = ("looks at features" if base.needs_features else
+                   "trains on pictures of its own making" if base.alters_pictures else "takes no teacher")
+            raise ValueError("loss must be one on the logits of student and teacher, such as 'kd' or 'ldrld'; "
+                             f"{loss!r} {why}")
         self.loss, self.loss_args = loss, base.hyperparameters
         own = self.loss_args.pop("ce_weight", None)
         self.base = base if own is None else build(loss, **self.loss_args, ce_weight=0.0)
@@ -61,7 +64,9 @@ class Wrapper(LogitLoss):
         terms = self.base.terms(*rows, **({} if mask is None else {"mask": mask}))
         return ce | {name: scale * term for name, term in terms.items() if name != "ce"}
 
-    def value_and_terms(self, student_logits, teacher_logits, target=None, mask=None) -> tuple[Tensor, dict[str, Tensor]]:
+    def value_and_terms(
+        self, student_logits, teacher_logits, target=None, mask=None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         "The loss, to go backward from, as the wrapped loss makes it; and the terms, to log, without gradient."
         ce, (rows, mask), scale = self._parts(student_logits, teacher_logits, target, mask)
         value, terms = self.base.value_and_terms(*rows, mask)
@@ -74,35 +79,37 @@ FLOOR = 1e-3  # the least that logits are divided by
 def standardized(
     logits: Tensor,  # (rows, classes)
 ) -> Tensor:  # (rows, classes), in at least float32
-    "Each row with mean 0 and standard deviation 1. Source: logit standardisation, arXiv 2403.01427, and its official code."
+    "Each row with mean 0 and standard deviation 1. Source: arXiv 2403.01427, and the official code."
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
     z = z - z.mean(-1, keepdim=True)
     return z / (z.std(-1, keepdim=True) + 1e-7).clamp(min=FLOOR)
 
-# %% ../../nbs/43_wrappers.ipynb #1c7c6516
-# (temperature, weight) by (teacher, student) in the names of the released training logs; for DKD with β where the name has it
+# %% ../../nbs/43_wrappers.ipynb #42cbb171
+# (temperature, weight) by (teacher, student), from the names of the released training logs; for DKD also β, where named
 RELEASED = {
     "kd": {("resnet56", "resnet20"): (2, 9), ("resnet110", "resnet20"): (4, 12), ("resnet110", "resnet32"): (2, 9),
            ("resnet32x4", "resnet8x4"): (2, 9), ("resnet32x4", "wrn_16_2"): (3, 9), ("resnet32x4", "wrn_40_2"): (3, 9),
            ("resnet32x4", "ShuffleV2"): (2, 9), ("wrn_40_2", "resnet8x4"): (2, 9), ("wrn_40_2", "wrn_16_2"): (2, 9),
            ("wrn_40_2", "wrn_40_1"): (2, 9), ("wrn_40_2", "MobileNetV2"): (3, 9), ("vgg13", "vgg8"): (3, 9),
            ("vgg13", "MobileNetV2"): (3, 9), ("ResNet50", "MobileNetV2"): (3, 1)},
-    "dkd": {("resnet56", "resnet20"): (3, 18, 2), ("resnet110", "resnet20"): (2, 15, 2), ("resnet110", "resnet32"): (2, 15, 2),
-            ("resnet32x4", "resnet8x4"): (2, 9), ("resnet32x4", "wrn_16_2"): (2, 9, 2), ("resnet32x4", "wrn_40_2"): (2, 9, 8),
-            ("resnet32x4", "ShuffleV2"): (2, 9), ("wrn_40_2", "resnet8x4"): (2, 18, 2), ("wrn_40_2", "wrn_16_2"): (2, 12, 2),
-            ("wrn_40_2", "wrn_40_1"): (2, 12, 2), ("wrn_40_2", "MobileNetV2"): (2, 15, 2), ("vgg13", "vgg8"): (2, 15, 2),
+    "dkd": {("resnet56", "resnet20"): (3, 18, 2), ("resnet110", "resnet20"): (2, 15, 2),
+            ("resnet110", "resnet32"): (2, 15, 2), ("resnet32x4", "resnet8x4"): (2, 9),
+            ("resnet32x4", "wrn_16_2"): (2, 9, 2), ("resnet32x4", "wrn_40_2"): (2, 9, 8),
+            ("resnet32x4", "ShuffleV2"): (2, 9), ("wrn_40_2", "resnet8x4"): (2, 18, 2),
+            ("wrn_40_2", "wrn_16_2"): (2, 12, 2), ("wrn_40_2", "wrn_40_1"): (2, 12, 2),
+            ("wrn_40_2", "MobileNetV2"): (2, 15, 2), ("vgg13", "vgg8"): (2, 15, 2),
             ("vgg13", "MobileNetV2"): (3, 9, 2), ("ResNet50", "MobileNetV2"): (2, 15, 2)}}
 
 def released(loss: str) -> dict[tuple[str, str], dict]:  # arguments of "standardized" by (teacher, student)
     "The settings of `RELEASED` for \"kd\" or \"dkd\"."
     names = ("temperature", "beta")
-    return {pair: {"loss": loss, "loss_args": {k: float(v) for k, v in zip(names, (T, *beta))}, "distill_weight": float(weight)}
-            for pair, (T, weight, *beta) in RELEASED[loss].items()}
+    return {pair: {"loss": loss, "loss_args": {k: float(v) for k, v in zip(names, (T, *beta))},
+                   "distill_weight": float(weight)} for pair, (T, weight, *beta) in RELEASED[loss].items()}
 
 # %% ../../nbs/43_wrappers.ipynb #29476f8b
 @register("standardized")
 class Standardized(Wrapper):
-    """Logit standardisation: w_ce·CE on the logits as they are + w_kd·(the terms of another loss, on standardised logits).
+    """Logit standardisation: w_ce·CE on the logits as they are + w_kd·(another loss, on standardised logits).
 
     Raises ValueError, naming the argument, for a hyper-parameter out of its range or a loss that cannot be wrapped.
     Source: Sun et al., CVPR 2024, arXiv 2403.01427; official code sunshangquan/logit-standardization-KD.
@@ -116,7 +123,7 @@ class Standardized(Wrapper):
         loss: str = "kd",  # name of a loss on logits
         loss_args: dict | None = None,  # its hyper-parameters without ce_weight; None: {}
         distill_weight: float = 9.0,  # w_kd ≥ 0, multiplies all its terms
-        ce_weight: float | None = None,  # w_ce ≥ 0, weight of the cross-entropy; None: the wrapped loss's own, 0.1 for KD
+        ce_weight: float | None = None,  # w_ce ≥ 0, of the cross-entropy; None: the wrapped loss's own, 0.1 for KD
     ):
         super().__init__(loss, loss_args, ce_weight)
         self.distill_weight = checks.number("distill_weight", distill_weight, at_least=0.0)
@@ -128,9 +135,9 @@ class Standardized(Wrapper):
 # %% ../../nbs/43_wrappers.ipynb #624c1408
 @register("corrected")
 class Corrected(Wrapper):
-    """Another loss, with the teacher's errors swapped or skipped: w_ce·CE + its terms. A teacher errs where its first class is not the label.
+    """Another loss, with the teacher's errors, samples where its first class is not the label, swapped or skipped.
 
-    Raises ValueError, naming the argument, for a hyper-parameter out of its range, a loss that cannot be wrapped, or a missing target.
+    Raises ValueError, naming the argument, for a value out of its range, a loss that cannot be wrapped, or no target.
     Source: swap as in SLD, arXiv 2504.20108, and in RLD's code (zju-SWJ/RLD); skip is ours.
     """
     def __init__(
@@ -144,7 +151,8 @@ class Corrected(Wrapper):
         self.rule = checks.choice("rule", rule, ("swap", "skip"))
 
     def given(self, student, teacher, target, share):
-        if target is None: raise ValueError("target must be given for 'corrected', which compares the teacher's first class with it, got None")
+        if target is None:
+            raise ValueError("target must be given for 'corrected', which compares the teacher with it, got None")
         at_y, mask = target.clamp(min=0)[:, None], None if share is None else share > 0
         if self.rule == "swap": return ((student, swapped(teacher, at_y), target), mask), 1.0
         right = teacher.gather(-1, at_y)[:, 0] >= teacher.amax(-1)

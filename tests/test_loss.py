@@ -241,7 +241,10 @@ def test_the_order_of_classes_and_samples_does_not_matter(name):
     torch.testing.assert_close(permuted, loss(z_s, z_t, target), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", losses.available("logits"))
+OF_BATCHES = {"dist"}  # compare samples with each other, so they are no mean over samples
+
+
+@pytest.mark.parametrize("name", sorted(set(losses.available("logits")) - OF_BATCHES))
 def test_the_loss_is_the_mean_over_samples(name):
     z_s, z_t, target = sample()
     loss = losses.build(name)
@@ -333,7 +336,8 @@ def test_every_loss_knows_its_hyperparameters():
         loss = losses.build(name)
         assert json.loads(json.dumps(loss.hyperparameters)) == loss.hyperparameters
         assert losses.build(name, **loss.hyperparameters).hyperparameters == loss.hyperparameters
-        assert loss.needs_teacher == (name != "ce") and not list(loss.state_dict())
+        assert loss.needs_teacher == (name != "ce")
+        assert list(loss.state_dict()) == (["theta"] if name == "ctkd" else [])  # CTKD trains its temperature
     assert losses.build("ldrld", alpha=3).hyperparameters == losses.build("ldrld", alpha=3.0).hyperparameters
     assert {"ce", "kd", "ldrld"} <= set(losses.available("logits"))
 
@@ -451,7 +455,7 @@ def test_compiles_without_a_graph_break():
         compiled = torch.compile(loss, backend="eager", fullgraph=True)
         plain, fast = (value_and_grad(f, z_s, z_t, target) for f in (loss, compiled))
         torch.testing.assert_close(fast, plain)
-    torch._dynamo.reset()
+        torch._dynamo.reset()  # they share `forward`, and dynamo keeps only so many versions of it
 
 
 def test_may_be_copied_pickled_and_moved(tmp_path):

@@ -1,0 +1,50 @@
+"""Every method of the tables is trained for a moment, interrupted, and taken up again: parts, memories and all."""
+import pytest
+import torch
+
+from ldrld import losses, runs
+from ldrld.experiments import METHODS, VARIANTS, Profile, method_config
+from ldrld.runs import load_record, name_of
+
+SHORT = dict(recipe="onecycle", epochs=2, lr=0.02)
+P = Profile(name="t", data="digits", dataset="digits", pairs=(("resnet14", "resnet8"),), teacher=dict(SHORT, epochs=3), student=SHORT)
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """One folder for all, so that the teacher is trained once."""
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("methods")
+        patch.setenv("LDRLD_OUT", str(folder))
+        yield folder
+
+
+def test_every_loss_stands_in_some_table():
+    shown = {m.loss for m in (*METHODS.values(), *VARIANTS.values())} | {"mcmi"}
+    assert {name for name in losses.available() if not name.startswith(("my-", "test-"))} == shown
+
+
+@pytest.mark.xdist_group("methods")
+@pytest.mark.parametrize("name", [*METHODS, *(f"LDRLD, {v}" for v in VARIANTS if v != "LDRLD")])
+def test_a_method_trains_and_resumes(out, name, monkeypatch):
+    config = method_config(P, P.pairs[0], METHODS[name] if name in METHODS else VARIANTS[name.removeprefix("LDRLD, ")])
+    monkeypatch.setenv("LDRLD_DEADLINE", "1")          # long past: paused after every epoch
+    stops = 0
+    while load_record(name_of(config), "t") is None and stops < 9:
+        try: record = runs.run(config, "t", keep=("logits", "weights", "insight"), report=None)
+        except runs.Paused: stops += 1
+    assert 1 <= stops < 9
+    assert all(torch.tensor(list(row["terms"].values())).isfinite().all() for row in record.history)
+    monkeypatch.delenv("LDRLD_DEADLINE")
+    whole = runs.run(config, "whole", report=None)
+    strip = lambda r: [{k: v for k, v in row.items() if k != "seconds"} for row in r.history]
+    assert strip(whole) == strip(record), "an interruption changed the result"
+    assert whole.measures == record.measures
+
+
+def test_some_methods_keep_a_part_and_most_do_not(out):
+    record = lambda name: load_record(name_of(method_config(P, P.pairs[0], METHODS[name])), "whole") or runs.run(method_config(P, P.pairs[0], METHODS[name]), "whole", report=None)
+    plain, simkd, fitnet = (record(name).measures for name in ("KD", "SimKD", "FitNet"))
+    assert plain["extra_parameters"] == 0 and fitnet["extra_parameters"] > 0 and simkd["extra_parameters"] > 0
+    assert simkd["used_parameters"] > simkd["parameters"] == fitnet["used_parameters"] == plain["used_parameters"]

@@ -156,17 +156,18 @@ def step_costs(
     for n in sorted({of["asked"] for of in sizes.values()} - {0}):
         name, crops = f"teacher, {n} pictures", teacher.crops
         x = crops.at(*(t[:n] for t in draw(0, 1, crops.n, crops.views)))
-        sizes[name] = size | {"kind": "teacher", "asks": "never", "asked": n, "extra": 0, "used": count(teacher.teacher)}
+        more = {"kind": "teacher", "asks": "never", "asked": n, "extra": 0, "used": count(teacher.teacher)}
+        sizes[name] = size | more
         made[name] = clock(partial(teacher.look, x), seconds=seconds)
     return weights + [point(name, values, **sizes[name]) for name, values in alternate(made, s.rounds).items()]
 
 @benchmark("methods", "What a step of each method costs", "98_method_cost")
 def methods(scale, device):
-    "Noise as large as CIFAR-100, batches of 64, two pairs; on a GPU and at the full scale a third; less at the small one."
-    images, batch, pairs = random_pictures(), 64, [("resnet14", "resnet8"), ("resnet56", "resnet20")]
-    if scale == "full" or torch.device(device).type == "cuda": pairs.append(("resnet32x4", "resnet8x4"))
+    "Noise as large as CIFAR-100, batches of 64, two pairs; on a GPU and at the full scale a third."
+    pairs, pause = [("resnet14", "resnet8"), ("resnet56", "resnet20"), ("resnet32x4", "resnet8x4")], pace(scale)
+    if scale != "full" and torch.device(device).type != "cuda": pairs = pairs[:2]
     if scale == "small": images, batch, pairs = random_pictures(16, 320, 10), 16, pairs[:1]
-    pause = pace(scale)
+    else: images, batch = random_pictures(), 64
     settings = [Setting(images, *pair, batch_size=batch, rounds=pause["rounds"], device=device) for pair in pairs]
     return [partial(step_costs, s, pause["seconds"]) for s in settings]
 
@@ -190,7 +191,7 @@ def costs_of(
 def costs(
     points: pd.DataFrame,  # from `ldrld.bench.frame`, of one machine
 ) -> pd.DataFrame:  # one line a pair and method, by time within the pair; seconds and bytes: median, q1, q3, n
-    "`step` and `whole` (with the teacher), `epoch`, `memory`, multiples of KD's (`…times`), parameters `extra` and `used`."
+    "`step`, `whole` (teacher included), `epoch`, `memory`; multiples of KD's (`…times`); parameters `extra`, `used`."
     lines = []
     for _, of_pair in points.groupby(["teacher", "student"], sort=False):
         measured = of_pair.loc[(of_pair["unit"] == "s") & (of_pair["kind"] != "teacher"), "contender"]

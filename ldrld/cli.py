@@ -14,7 +14,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
                   help="Reproduce LDRLD: run experiments, make tables and figures, check every number.")
 
 Profile = Annotated[str, typer.Option(help="quick, small, paper, or a YAML file with a profile of your own.")]
-Only = Annotated[list[str] | None, typer.Option(help="An experiment's name; may be given several times. Default: all.")]
+Only = Annotated[list[str] | None, typer.Option(help="An experiment's name, see `ldrld status`; may be given several times. Default: those that the profile selects.")]
 Jobs = Annotated[int, typer.Option(min=1, help="Processes at a time, of one thread each.")]
 Out = Annotated[Path | None, typer.Option(help="Folder for records, tables and figures. Default: the project itself.")]
 
@@ -125,6 +125,8 @@ def run(settings: Annotated[list[str], typer.Argument(help="name=value, e.g. mod
     except Paused as pause:
         print(pause)
         raise typer.Exit(0) from None
+    except ValueError as error:  # such as a pair of networks that a loss on feature maps cannot join
+        raise typer.BadParameter(str(error)) from None
     print(f"{record.last_accuracy:.2f} % after the last epoch, {record.best_accuracy:.2f} % at best (epoch {record.best_epoch}, chosen on {'held-out' if config.holdout else 'test'} data)")
     print(f"record: {os.path.relpath(paths.records(profile) / record.name)}.json")
 
@@ -180,7 +182,7 @@ def tune(words: Annotated[list[str] | None, typer.Argument(metavar="[SPACE]...",
 
 @app.command()
 def status(profile: Profile = "quick", out: Out = None):
-    """How far a profile is: for each experiment the runs planned, finished and missing. For other folders, their records."""
+    """How far a profile is: for each experiment whether it is run always or by name, and the runs planned, finished and missing. For other folders, their records."""
     import pandas as pd
 
     from ldrld import paths
@@ -192,14 +194,14 @@ def status(profile: Profile = "quick", out: Out = None):
         print(pd.DataFrame([{"record": r.name, "last epoch, %": round(r.last_accuracy, 2), "finished": r.finished} for r in records(profile)]).to_string(index=False))
         return
     start(profile)
-    from ldrld.experiments import EXPERIMENTS
+    from ldrld.experiments import EXPERIMENTS, selected
     from ldrld.report import collect
 
-    lines = []
+    lines, usual = [], selected(profile)
     for name, e in EXPERIMENTS.items():
         runs = collect(e, profile)
-        lines.append({"experiment": name, "planned": len(runs), "finished": int(runs["last"].notna().sum()),
-                      "missing": int(runs["last"].isna().sum()), "about": e.title})
+        lines.append({"experiment": name, "run": "always" if name in usual else "by name", "planned": len(runs),
+                      "finished": int(runs["last"].notna().sum()), "missing": int(runs["last"].isna().sum()), "about": e.title})
     print(pd.DataFrame(lines).to_string(index=False))
 
 
@@ -211,11 +213,11 @@ def verify(profile: Annotated[list[str] | None, typer.Option(help="Default: quic
     from ldrld import paths
     from ldrld.experiments import EXPERIMENTS, PROFILES
     from ldrld.experiments import profile as profile_of
-    from ldrld.report import verify_table
+    from ldrld.report import to_report, verify_table
 
     wrong, checked, missing = [], 0, []
     for p in map(profile_of, profile or [p for p in PROFILES if paths.tables(p).exists()]):
-        for e in (e for e in EXPERIMENTS.values() if e.table):
+        for e in (EXPERIMENTS[name] for name in to_report(p) if EXPERIMENTS[name].table):
             try: found = verify_table(e, p)
             except FileNotFoundError: missing.append(f"{p.name}/{e.name}")
             except ValueError as error: wrong.append(f"{p.name}/{e.name}: {error}")

@@ -271,6 +271,7 @@ def reported(
         if time.time() + np.median(spent) > deadline and epoch < epochs:
             raise Paused(f"{', '.join(names)}: paused after epoch {epoch} of {epochs}; the same call goes on from there")
 
+# %% ../nbs/80_runs.ipynb #8d4be0ae
 def record_of(
     config: RunConfig,
     history: list[dict],  # one dict an epoch

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from ldrld import LDRLD, data, losses, models, runs
+from ldrld.experiments import METHODS, VARIANTS, Profile, method_config
 from ldrld.fast import choose, kernel
 from ldrld.runs import RunConfig
 from ldrld.teacher import TeacherLogits
@@ -52,3 +53,13 @@ def test_a_run(tmp_path, monkeypatch):
     short = {"dataset": "digits", "recipe": "onecycle", "lr": 0.1, "epochs": 2}
     record = runs.run(RunConfig(model="resnet8", loss="kd", teacher="resnet8", **short), "t", keep=("logits",), report=None)
     assert record.machine["gpu"] and len(record.history) == 2
+
+
+@pytest.mark.parametrize("name", [*METHODS, *(f"LDRLD, {v}" for v in VARIANTS if v != "LDRLD")])
+def test_a_method_trains(tmp_path_factory, name, monkeypatch):
+    """Generators, memories and parts are where the pictures are."""
+    monkeypatch.setenv("LDRLD_OUT", str(tmp_path_factory.getbasetemp() / "methods"))
+    short = dict(recipe="onecycle", epochs=2, lr=0.02)
+    p = Profile(name="t", data="digits", dataset="digits", pairs=(("resnet14", "resnet8"),), teacher=short, student=short)
+    record = runs.run(method_config(p, p.pairs[0], METHODS[name] if name in METHODS else VARIANTS[name.removeprefix("LDRLD, ")]), "t", report=None)
+    assert record.machine["gpu"] and all(torch.tensor(list(row["terms"].values())).isfinite().all() for row in record.history)

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from ldrld import LDRLD, data, losses, models, runs
+from ldrld.experiments import METHODS, VARIANTS, Profile, method_config
 from ldrld.fast import choose, kernel
 from ldrld.runs import RunConfig
 from ldrld.teacher import TeacherLogits
@@ -52,3 +53,12 @@ def test_a_run(tmp_path, monkeypatch):
     short = {"dataset": "digits", "recipe": "onecycle", "lr": 0.1, "epochs": 2}
     record = runs.run(RunConfig(model="resnet8", loss="kd", teacher="resnet8", **short), "t", keep=("logits",), report=None)
     assert record.machine["gpu"] and len(record.history) == 2
+
+
+@pytest.mark.parametrize("name", [*METHODS, *VARIANTS])
+def test_every_method_and_its_parts_are_on_the_gpu(tmp_path_factory, monkeypatch, name):
+    monkeypatch.setenv("LDRLD_OUT", str(tmp_path_factory.getbasetemp() / "gpu-methods"))    # one teacher for all
+    short = {"recipe": "onecycle", "epochs": 2, "lr": 0.02}
+    profile = Profile(name="t", data="digits", dataset="digits", pairs=(("resnet14", "resnet8"),), teacher=short, student=short)
+    record = runs.run(method_config(profile, profile.pairs[0], METHODS.get(name) or VARIANTS[name]), "t", keep=("logits", "weights"), report=None)
+    assert record.machine["gpu"] and all(torch.tensor(list(row["terms"].values())).isfinite().all() for row in record.history)

@@ -48,3 +48,13 @@ def test_some_methods_keep_a_part_and_most_do_not(out):
     plain, simkd, fitnet = (record(name).measures for name in ("KD", "SimKD", "FitNet"))
     assert plain["extra_parameters"] == 0 and fitnet["extra_parameters"] > 0 and simkd["extra_parameters"] > 0
     assert simkd["used_parameters"] > simkd["parameters"] == fitnet["used_parameters"] == plain["used_parameters"]
+
+
+@pytest.mark.xdist_group("methods")
+@pytest.mark.parametrize("names", [("FCFD", "SimKD", "CRD", "USKD"), ("MLKD", "SLD", "partial mixup")], ids=", ".join)
+def test_in_company_each_learns_what_it_learns_alone(out, names):
+    """They share a batch, and what the teacher says and shows: none may alter what the next one sees."""
+    configs = [method_config(P, P.pairs[0], METHODS[name]) for name in names]
+    alone, together = [runs.run(c, "whole", report=None) for c in configs], runs.run_together([(c, ()) for c in configs], "together", report=None)
+    strip = lambda r: [{k: v for k, v in row.items() if k != "seconds"} for row in r.history]
+    assert [strip(r) for r in together] == [strip(r) for r in alone]

@@ -180,7 +180,8 @@ def method_config(
     **settings,  # of `RunConfig`, such as train_share
 ) -> RunConfig:
     "A student of a profile taught by a method, with the settings that its paper published for the pair, if any."
-    published = losses.published_settings(method.loss, *pair) if p.dataset == "cifar100" else {}
+    wrapped = method.args.get("loss")
+    published = losses.published_settings(method.loss, *pair, loss=wrapped) if p.dataset == "cifar100" else {}
     teacher = {"plain": teacher_config, "mcmi": mcmi_config}[method.teacher] if losses.needs_teacher(method.loss) else None
     return RunConfig(**{"dataset": p.dataset, "model": pair[1], "loss": method.loss, "loss_args": {**published, **method.args},
                         "teacher": teacher and teacher(p, pair[0]), "seed": seed, **p.student, **settings})

@@ -215,3 +215,19 @@ def test_review_levels_and_warmup():
         assert value() == pytest.approx(share * full, rel=1e-4)
     losses.build("reviewkd", student_preact=True).prepare(student, teacher, x)
     with pytest.raises(ValueError, match="warmup must be a share of the training, at most 1, got 20"): losses.build("reviewkd", warmup=20)
+
+
+def test_review_of_a_single_picture():
+    """The last batch of an epoch may hold one: its pooled vector is one value a channel, which has no variance."""
+    x = torch.randn(4, 3, 32, 32)
+    student, teacher = models.build("resnet8"), models.build("resnet14").eval()
+    loss = losses.build("reviewkd").prepare(student, teacher, x)
+    for _ in range(3): loss.fusions[0](student(x, features=True)[1].pooled[..., None, None], None, (1, 1))
+    state = {name: value.clone() for name, value in loss.fusions[0].state_dict().items()}
+    seen = [net(x[:1], features=True) for net in (student.eval(), teacher)]
+    value = loss.terms(seen[0][0], None, None, seen[0][1], seen[1][1])["review"]
+    grads = torch.autograd.grad(value, list(loss.parameters()))
+    assert value.isfinite() and all(g.isfinite().all() for g in grads)
+    assert all(torch.equal(value, state[name]) for name, value in loss.fusions[0].state_dict().items())
+    alone = loss.pick(seen[0][1], seen[1][1])[0][0]
+    torch.testing.assert_close(alone, loss.eval().pick(seen[0][1], seen[1][1])[0][0])

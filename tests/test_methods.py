@@ -60,3 +60,13 @@ def test_a_pair_that_does_not_fit_is_told_on_the_command_line(out):
     assert said.exit_code == 2 and "stage" in said.output
     said = CliRunner().invoke(app, ["run", "dataset=digits", "loss=fitnett", "teacher=resnet8", "epochs=1"])
     assert said.exit_code == 2 and "fitnet" in said.output
+
+
+@pytest.mark.xdist_group("methods")
+@pytest.mark.parametrize("names", [("FCFD", "SimKD", "CRD", "USKD"), ("MLKD", "SLD", "partial mixup")], ids=", ".join)
+def test_in_company_each_learns_what_it_learns_alone(out, names):
+    """They share a batch, and what the teacher says and shows: none may alter what the next one sees."""
+    configs = [method_config(P, P.pairs[0], METHODS[name]) for name in names]
+    alone, together = [runs.run(c, "whole", report=None) for c in configs], runs.run_together([(c, ()) for c in configs], "together", report=None)
+    strip = lambda r: [{k: v for k, v in row.items() if k != "seconds"} for row in r.history]
+    assert [strip(r) for r in together] == [strip(r) for r in alone]

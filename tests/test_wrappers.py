@@ -130,10 +130,22 @@ def test_published_settings_build():
     assert losses.build("standardized", **Standardized.pair_settings["resnet110", "resnet20"]).loss_args["temperature"] == 4.0
 
 
+def test_published_settings_go_with_the_wrapped_loss():
+    from ldrld.experiments import METHODS, VARIANTS, method_config, profile
+    given = lambda method, *pair: method_config(profile("paper"), pair, method).loss_args
+    kd, dkd = (given(METHODS[name], "vgg13", "vgg8") for name in ("KD+LS", "DKD+LS"))
+    assert (kd["loss_args"]["temperature"], kd["distill_weight"]) == (3.0, 9.0)
+    assert (dkd["loss_args"]["temperature"], dkd["distill_weight"], dkd["loss_args"]["beta"]) == (2.0, 15.0, 2.0)
+    assert given(VARIANTS["logits standardised"], "vgg13", "vgg8") == losses.build("standardized", loss="ldrld").hyperparameters
+    assert losses.published_settings("standardized", "vgg13", "vgg8") == Standardized.pair_settings["vgg13", "vgg8"]
+    assert losses.published_settings("corrected", "vgg13", "vgg8", loss="dkd") == {}
+
+
 @pytest.mark.parametrize("name", ["standardized", "corrected"])
 @pytest.mark.parametrize("arguments, parts", [
     ({"loss": "mlkd"}, ("loss", "'mlkd'", "pictures")),
     ({"loss": "ce"}, ("loss", "'ce'", "teacher")),
+    ({"loss": "mcmi"}, ("loss", "'mcmi'", "tunes a teacher")),
     ({"loss": "kdd"}, ("unknown loss", "'kd'")),
     ({"loss_args": {"depth": 3}}, ("'kd'", "'depth'")),
     ({"loss_args": {"ce_weight": 1.0}}, ("loss_args", "ce_weight")),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['nce', 'by_class', 'draw_others', 'Memory', 'CRD', 'partial_square', 'margins_of', 'norms_before_activation',
-           'connector', 'OFD', 'AttentionFusion', 'hierarchical_context', 'ReviewKD']
+           'connector', 'OFD', 'convolved', 'AttentionFusion', 'hierarchical_context', 'ReviewKD']
 
 # %% ../../nbs/46_memory_margins_review.ipynb #6f3a554f
 import math
@@ -229,7 +229,17 @@ class OFD(Comparison):
         stages = [partial_square(a, b, m[:, None, None]).sum() / len(a) for a, b, m in zip(ours, theirs, margins)]
         return {"partial": self.weight * sum(value / 2**k for k, value in enumerate(reversed(stages)))}
 
-# %% ../../nbs/46_memory_margins_review.ipynb #7e70582b
+# %% ../../nbs/46_memory_margins_review.ipynb #73da73fe
+def convolved(
+    layers: nn.Sequential,  # a convolution and its batch norm
+    x: Tensor,  # (batch, channels, height, width)
+) -> Tensor:
+    "What the layers give; a single value per channel, which has no variance, is normalised by the running statistics."
+    if not layers.training or len(x) * x.shape[2] * x.shape[3] > 1: return layers(x)
+    norm = layers[1]
+    return F.batch_norm(layers[0](x), norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+
+
 class AttentionFusion(nn.Module):
     """One level of the review: the student's map and what deeper levels passed on."""
     def __init__(
@@ -247,13 +257,13 @@ class AttentionFusion(nn.Module):
 
     def forward(self, x, deeper, size):  # the student's map; R_{i+1} or None; (height, width) of the teacher's map
         "O_i and R_i."
-        x = self.narrow(x)
+        x = convolved(self.narrow, x)
         if self.attention is not None:
             deeper = F.interpolate(deeper, x.shape[-2:], mode="nearest")
             a_1, a_2 = self.attention(torch.cat([x, deeper], 1)).split(1, 1)
             x = x * a_1 + deeper * a_2
         R = x if x.shape[-2:] == size else F.interpolate(x, size, mode="nearest")
-        return self.widen(R), R
+        return convolved(self.widen, R), R
 
 # %% ../../nbs/46_memory_margins_review.ipynb #a42abfb1
 def hierarchical_context(

@@ -53,10 +53,13 @@ def needs_teacher(name: str) -> bool:
     return _losses[name].needs_teacher
 
 
-def published_settings(name: str, teacher: str, student: str) -> dict:
+def published_settings(name: str, teacher: str, student: str, loss: str | None = None) -> dict:
     """Hyper-parameters that were published for the loss `name` on a pair of CIFAR-100 networks; empty where none were found.
 
-    teacher, student: names in `ldrld.models.available()`. ValueError for an unknown loss.
+    teacher, student: names in `ldrld.models.available()`. loss: for a wrapper, the name of the loss that it wraps, with
+    which its settings were published; None for the wrapper's own default. ValueError for an unknown loss.
     """
     if name not in _losses: raise unknown_name("loss", name, _losses)
-    return dict(getattr(_losses[name], "pair_settings", {}).get((teacher, student), {}))
+    by_loss = getattr(_losses[name], "wrapped_pair_settings", None)
+    table = getattr(_losses[name], "pair_settings", {}) if by_loss is None or loss is None else by_loss.get(loss, {})
+    return dict(table.get((teacher, student), {}))

@@ -28,8 +28,9 @@ class Wrapper(LogitLoss):
             raise ValueError(f"loss_args must not hold ce_weight, got {given['ce_weight']!r}: "
                              "give ce_weight to the wrapper, which computes the cross-entropy")
         base = build(loss, **self.defaults.get(loss, {}) | given)
-        if base.needs_features or base.alters_pictures or not base.needs_teacher:
-            why = ("looks at features" if base.needs_features else
+        tunes = getattr(base, "trains_teacher", False)
+        if base.needs_features or base.alters_pictures or tunes or not base.needs_teacher:
+            why = ("looks at features" if base.needs_features else "tunes a teacher" if tunes else
                    "trains on pictures of its own making" if base.alters_pictures else "takes no teacher")
             raise ValueError("loss must be one on the logits of student and teacher, such as 'kd' or 'ldrld'; "
                              f"{loss!r} {why}")
@@ -117,6 +118,7 @@ class Standardized(Wrapper):
     defaults = {"kd": {"temperature": 2.0, "kd_weight": 1.0}, "dkd": {"temperature": 2.0}}
     pair_settings = released("kd")
     dkd_pair_settings = released("dkd")
+    wrapped_pair_settings = {"kd": pair_settings, "dkd": dkd_pair_settings}  # by wrapped loss; nothing for any other
 
     def __init__(
         self,

@@ -14,7 +14,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
                   help="Reproduce LDRLD: run experiments, make tables and figures, check every number.")
 
 Profile = Annotated[str, typer.Option(help="quick, small, paper, or a YAML file with a profile of your own.")]
-Only = Annotated[list[str] | None, typer.Option(help="An experiment's name; may be given several times. Default: all.")]
+Only = Annotated[list[str] | None, typer.Option(help="An experiment's name, see `ldrld status`; may be given several times. Default: those that the profile selects.")]
 Jobs = Annotated[int, typer.Option(min=1, help="Processes at a time, of one thread each.")]
 Out = Annotated[Path | None, typer.Option(help="Folder for records, tables and figures. Default: the project itself.")]
 
@@ -125,13 +125,64 @@ def run(settings: Annotated[list[str], typer.Argument(help="name=value, e.g. mod
     except Paused as pause:
         print(pause)
         raise typer.Exit(0) from None
-    print(f"{record.last_accuracy:.2f} % after the last epoch, {record.best_accuracy:.2f} % at best (epoch {record.best_epoch}, chosen on test data)")
+    except ValueError as error:  # such as a pair of networks that a loss on feature maps cannot join
+        raise typer.BadParameter(str(error)) from None
+    print(f"{record.last_accuracy:.2f} % after the last epoch, {record.best_accuracy:.2f} % at best (epoch {record.best_epoch}, chosen on {'held-out' if config.holdout else 'test'} data)")
     print(f"record: {os.path.relpath(paths.records(profile) / record.name)}.json")
 
 
 @app.command()
+def tune(words: Annotated[list[str] | None, typer.Argument(metavar="[SPACE]...", help="More of the space, after --space.")] = None, profile: Profile = "quick",
+         loss: Annotated[str, typer.Option(help="The loss whose hyper-parameters are searched.")] = "ldrld",
+         teacher: Annotated[str | None, typer.Option(help="Default: of the profile's ablation pair.")] = None,
+         student: Annotated[str | None, typer.Option(help="Default: of the profile's ablation pair.")] = None,
+         space: Annotated[list[str] | None, typer.Option(help="What to try, e.g. --space alpha=0.1..30:log depth=2..20 weighting=adw,none. Default: the loss's own.")] = None,
+         trials: Annotated[int, typer.Option(min=1, help="In all, those of earlier calls included; the first one has the loss's defaults.")] = 30,
+         time_budget: Annotated[str | None, typer.Option(help="Stop after about this long, e.g. 30m; call again to go on.")] = None,
+         holdout: Annotated[float, typer.Option(help="Share of the training pictures of each class to compare on; the test set is never looked at.")] = 0.1,
+         epochs: Annotated[int | None, typer.Option(min=1, help="Of a trial. Default: the profile's.")] = None,
+         seeds: Annotated[int, typer.Option(min=1, help="Runs of a trial, whose mean counts.")] = 1,
+         seed: Annotated[int, typer.Option(min=0, help="Of the suggestions.")] = 0,
+         name: Annotated[str | None, typer.Option(help="Of the search. Default: from loss and pair; the same name goes on with the same search.")] = None, out: Out = None):
+    """Search a loss's hyper-parameters for a pair, on training pictures held out for it, never on the test set."""
+    import time
+
+    budget = seconds(time_budget) if time_budget else math.inf
+    start(profile, out=out)
+    import optuna
+    from pydantic import ValidationError
+
+    from ldrld import paths
+    from ldrld import tune as searching
+    from ldrld.experiments import ablation_pair
+    from ldrld.experiments import profile as profile_of
+    from ldrld.runs import explain
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    p = profile_of(profile)
+    pair = (teacher or ablation_pair(p)[0], student or ablation_pair(p)[1])
+    if math.isfinite(budget): os.environ["LDRLD_DEADLINE"] = str(time.time() + budget)
+    try:
+        chosen = searching.space_from([*(space or ()), *(words or ())]) or None
+        search = searching.search_for(p, loss, pair, chosen, holdout, epochs, name, seeds=seeds, seed=seed)
+    except ValidationError as error: raise typer.BadParameter(explain(error)) from None
+    except (ValueError, OSError) as error: raise typer.BadParameter(str(error)) from None
+    try: table = searching.tune(search, trials)
+    except ValueError as error: raise typer.BadParameter(str(error)) from None
+    if table.empty:
+        print("no trial is finished yet; call again to go on")
+        return
+    searching.keep(search, table, p)
+    print(f"\n{searching.shown(search, table).head(10).to_string(index=False)}\n\n{searching.caption(search, table)}\n")
+    if (done := int(table["trial"].notna().sum())) < trials: print(f"{done} of {trials} trials are finished; call again to go on")
+    print(f"best settings, on all training pictures and then tested:\n  {searching.next_step(search, table, p)}")
+    for what, place in {"trials": paths.records(search.folder), "table": paths.tables(search.folder) / f"{search.name}.csv",
+                        "figure": paths.figures(search.folder) / f"{search.name}.svg"}.items(): print(f"{what}: {os.path.relpath(place)}")
+
+
+@app.command()
 def status(profile: Profile = "quick", out: Out = None):
-    """How far a profile is: for each experiment the runs planned, finished and missing. For other folders, their records."""
+    """How far a profile is: for each experiment whether it is run always or by name, and the runs planned, finished and missing. For other folders, their records."""
     import pandas as pd
 
     from ldrld import paths
@@ -143,14 +194,14 @@ def status(profile: Profile = "quick", out: Out = None):
         print(pd.DataFrame([{"record": r.name, "last epoch, %": round(r.last_accuracy, 2), "finished": r.finished} for r in records(profile)]).to_string(index=False))
         return
     start(profile)
-    from ldrld.experiments import EXPERIMENTS
+    from ldrld.experiments import EXPERIMENTS, selected
     from ldrld.report import collect
 
-    lines = []
+    lines, usual = [], selected(profile)
     for name, e in EXPERIMENTS.items():
         runs = collect(e, profile)
-        lines.append({"experiment": name, "planned": len(runs), "finished": int(runs["last"].notna().sum()),
-                      "missing": int(runs["last"].isna().sum()), "about": e.title})
+        lines.append({"experiment": name, "run": "always" if name in usual else "by name", "planned": len(runs),
+                      "finished": int(runs["last"].notna().sum()), "missing": int(runs["last"].isna().sum()), "about": e.title})
     print(pd.DataFrame(lines).to_string(index=False))
 
 
@@ -162,11 +213,11 @@ def verify(profile: Annotated[list[str] | None, typer.Option(help="Default: quic
     from ldrld import paths
     from ldrld.experiments import EXPERIMENTS, PROFILES
     from ldrld.experiments import profile as profile_of
-    from ldrld.report import verify_table
+    from ldrld.report import to_report, verify_table
 
     wrong, checked, missing = [], 0, []
     for p in map(profile_of, profile or [p for p in PROFILES if paths.tables(p).exists()]):
-        for e in (e for e in EXPERIMENTS.values() if e.table):
+        for e in (EXPERIMENTS[name] for name in to_report(p) if EXPERIMENTS[name].table):
             try: found = verify_table(e, p)
             except FileNotFoundError: missing.append(f"{p.name}/{e.name}")
             except ValueError as error: wrong.append(f"{p.name}/{e.name}: {error}")
@@ -181,16 +232,17 @@ def verify(profile: Annotated[list[str] | None, typer.Option(help="Default: quic
 
 
 @app.command()
-def bench(names: Annotated[list[str] | None, typer.Argument(help="loss-targets, loss-depth, loss-classes, loss-vocabulary, loss-memory, loss-linear, training, training-shared, training-accuracy. Default: all.")] = None,
+def bench(names: Annotated[list[str] | None, typer.Argument(help="loss-targets, loss-depth, loss-classes, loss-vocabulary, loss-memory, loss-linear, training, training-shared, training-accuracy, methods. Default: all.")] = None,
           small: Annotated[bool, typer.Option("--small", help="Small sizes, a few seconds each: shows that all works, and is kept apart.")] = False,
           full: Annotated[bool, typer.Option("--full", help="Also what needs some ten gigabytes of memory.")] = False,
           again: Annotated[bool, typer.Option("--again", help="Measure anew what was measured on this machine before.")] = False, out: Out = None):
-    """Measure what the loss and training cost on this machine, then draw all measurements."""
+    """Measure what the loss, training and every method cost on this machine, then draw all measurements."""
     if small and full: raise typer.BadParameter("--small and --full exclude each other")
     if out is not None: os.environ["LDRLD_OUT"] = str(out.resolve())
     from ldrld import batch, paths
     from ldrld.bench import BENCHMARKS, folder_for, measure
-    from ldrld.bench_training import training  # noqa: F401, registers itself
+    from ldrld.bench_methods import methods  # noqa: F401, registers itself
+    from ldrld.bench_training import training  # noqa: F401, likewise
     from ldrld.runs import known
 
     try: chosen = [BENCHMARKS[known("benchmark", name, list(BENCHMARKS))] for name in names or BENCHMARKS]

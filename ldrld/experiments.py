@@ -73,6 +73,7 @@ class Profile(BaseModel):
             for pair in self.pairs: RunConfig(dataset=self.dataset, model=pair[who == "student"], **settings)
         return self
 
+# %% ../nbs/82_experiments.ipynb #346a5c2f
 # what is run when nothing is asked for by name
 CORE = ("same_architecture", "rivals", "adw", "completeness", "depth", "temperature", "ranking", "probability_gap", "adw_weights", "relation_maps",
         "learning_curves", "calibration", "agreement", "superclasses", "features", "grad_cam", "pulls")
@@ -96,6 +97,7 @@ PROFILES = {p.name: p for p in (
                      "RLD", "KD+LS", "LDRLD"), experiments=(*CORE, "different_architecture", "imagenet")),
 )}
 
+# %% ../nbs/82_experiments.ipynb #95fdcd45
 def profile(
     p: str | Profile,  # "quick" | "small" | "paper", a YAML file with a profile of your own, or a profile
 ) -> Profile:

@@ -57,7 +57,7 @@ def paired(
     d = (ours - baseline).dropna()
     if len(d) < 2: return {"difference": d.mean(), "low": math.nan, "high": math.nan, "p": math.nan, "pairs": len(d)}
     half = stats.t.ppf(0.975, len(d) - 1) * d.std() / math.sqrt(len(d))
-    p = stats.ttest_1samp(d, 0).pvalue if d.std() > 0 else math.nan
+    p = stats.ttest_1samp(d, 0).pvalue if d.std() > 1e-9 else math.nan   # seeds that differ by rounding alone say nothing about chance
     return {"difference": d.mean(), "low": d.mean() - half, "high": d.mean() + half, "p": p, "pairs": len(d)}
 
 # %% ../nbs/90_report.ipynb #c9438b10
@@ -385,7 +385,7 @@ def expected_line(
     line = {"n": len(values), "mean": mean(values), "sd": sd(values), "best": mean(best)}
     if pairs is None: return line
     d = [a - b for a, b in pairs]
-    p = 2 * float(stats.t(len(d) - 1).sf(abs(mean(d)) * math.sqrt(len(d)) / sd(d))) if len(d) > 1 and sd(d) > 0 else math.nan
+    p = 2 * float(stats.t(len(d) - 1).sf(abs(mean(d)) * math.sqrt(len(d)) / sd(d))) if len(d) > 1 and sd(d) > 1e-9 else math.nan
     half = float(stats.t(len(d) - 1).isf(0.025)) * sd(d) / math.sqrt(len(d)) if len(d) > 1 else math.nan
     return line | {"difference": mean(d), "low": mean(d) - half, "high": mean(d) + half, "p": p, "pairs": len(d)}
 
@@ -413,6 +413,7 @@ def verify_table(
             if not same(line.get(column), value): wrong.append(f"{where}: {column} is {line.get(column)!r}, the records give {value!r}")
     return wrong
 
+# %% ../nbs/90_report.ipynb #356f5a44
 def expected_of(
     e: Experiment,
     key: tuple,  # values of the columns `e.by`
@@ -445,6 +446,7 @@ def corrected(
             largest = line["p_holm"] = max(largest, min(1.0, line["p_holm"] * (len(group) - k)))
     return lines
 
+# %% ../nbs/90_report.ipynb #568db26a
 def same(
     given,  # from the file
     expected,  # from the records

@@ -256,6 +256,7 @@ def reported(
     names: list[str], epochs: int,
     done: int,  # epochs that an earlier call trained: passed on without a word
     say,  # called with each line
+    split: str = "test",  # what the accuracies were measured on, as the lines say it
 ):  # yields the same lists
     "Say after each epoch how far the training is and how long it will take; pause at `LDRLD_DEADLINE` (seconds since 1970)."
     spent, deadline = [], float(os.environ.get("LDRLD_DEADLINE", "inf"))
@@ -266,10 +267,11 @@ def reported(
         if epoch <= done: continue
         left = timedelta(seconds=round(np.median(spent) * (epochs - epoch)))
         for name, row in zip(names, rows):
-            say(f"{name}  epoch {epoch}/{epochs}  loss {sum(row['terms'].values()):.3f}  test {row['test_accuracy']:.2f} %  {left} left")
+            say(f"{name}  epoch {epoch}/{epochs}  loss {sum(row['terms'].values()):.3f}  {split} {row['test_accuracy']:.2f} %  {left} left")
         if time.time() + np.median(spent) > deadline and epoch < epochs:
             raise Paused(f"{', '.join(names)}: paused after epoch {epoch} of {epochs}; the same call goes on from there")
 
+# %% ../nbs/80_runs.ipynb #8d4be0ae
 def record_of(
     config: RunConfig,
     history: list[dict],  # one dict an epoch
@@ -404,7 +406,7 @@ def run_together(
             students, names = [start(c, images, device, teacher) for c, _ in todo], [name_of(c) for c, _ in todo]
             dtype, done = precision_used(config.precision, device), min(epochs_trained(s.checkpoint) for s in students)
             rows = train_together(students, images, teacher, config.epochs, config.batch_size, config.seed, dtype)
-            for _ in reported(rows, names, config.epochs, done, say): pass
+            for _ in reported(rows, names, config.epochs, done, say, "held out" if config.holdout else "test"): pass
             for (c, keep), student in zip(todo, students):
                 finished[name_of(c)] = _leave(c, keep, student, finished[name_of(c)], profile, images, dtype, made, len(todo), say, teacher)
     return [finished[name_of(config)] for config, _ in runs]

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'released_factor', 'schedule', 'base_lr', 'Crops', 'draw', 'precision_used', 'autocast', 'logits_of',
-           'accuracy', 'Batch', 'asked_for', 'Student', 'train_together', 'train', 'save', 'resume', 'epochs_trained']
+           'accuracy', 'Batch', 'asked_for', 'loss_of', 'pulls', 'Student', 'train_together', 'train', 'save', 'resume',
+           'epochs_trained']
 
 # %% ../nbs/70_train.ipynb #6d16fbd7
 import os
@@ -170,6 +171,37 @@ def asked_for(
                          f"got {type(teacher).__name__}")
     return (teacher if len(asking) > len(live) else None), (teacher.look if any(loss.needs_features for loss in live) else None)
 
+# %% ../nbs/70_train.ipynb #89fb7a7e
+def loss_of(
+    loss: nn.Module,  # from `ldrld.losses`
+    answer: Callable,  # the student: x -> logits, or with features=True (logits, Features)
+    batch: Batch,
+    dtype: torch.dtype,  # of the convolutions
+) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor | None]:  # the loss, its terms, student's and teacher's logits
+    "What a loss says about a batch: from logits, from logits and features, or on pictures of its own making."
+    device = batch.x.device
+    if loss.needs_features:
+        z_t, inside_t = batch.inside or (None, None)
+        with autocast(dtype, device):
+            z_s, inside = answer(batch.x, features=True)
+            return *loss.value_and_terms(z_s.float(), z_t, batch.y, inside, inside_t, batch.index), z_s.float(), z_t
+    x, z_t = batch.x, batch.z_t
+    if loss.alters_pictures:
+        x = loss.pictures(x)
+        z_t, _ = batch.look(x)
+    with autocast(dtype, device): z_s = answer(x).float()
+    return *loss.value_and_terms(z_s, z_t, batch.y), z_s, z_t
+
+def pulls(
+    loss: nn.Module,  # from `ldrld.losses`
+    z_s: Tensor, z_t: Tensor | None, y: Tensor,  # a batch, as `terms` takes it
+) -> dict[str, float]:  # empty for a loss on features
+    "How hard each term of a loss on logits pulls at them: the norm of its gradient with respect to the student's."
+    if loss.needs_features: return {}
+    z_s = z_s.detach().requires_grad_()
+    of = {name: term for name, term in loss.terms(z_s, z_t, y).items() if term.requires_grad}
+    return {name: torch.autograd.grad(term, z_s, retain_graph=True)[0].norm().item() for name, term in of.items()}
+
 # %% ../nbs/70_train.ipynb #09144b73
 class Student:
     "One of those that learn together: a network, its loss, and what optimises it."
@@ -205,55 +237,29 @@ class Student:
         self.rate, self.sums, self.seen = self.optimizer.param_groups[0]["lr"], {}, 0
         self.hits, self.seconds = torch.zeros((), device=self.device), 0.0
 
-    def loss_of(self,
-        batch: Batch,
-        dtype: torch.dtype,  # of the convolutions
-    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:  # the loss, its terms, (batch, classes) the student's logits
-        "What the student's loss says about a batch: from logits, from logits and features, or on pictures of its own."
-        if self.loss.needs_features:
-            z_t, inside_t = batch.inside or (None, None)
-            with autocast(dtype, self.device):
-                z_s, inside = self.answer(batch.x, features=True)
-                value, terms = self.loss.value_and_terms(z_s.float(), z_t, batch.y, inside, inside_t, batch.index)
-            return value, terms, z_s.float()
-        x, z_t = batch.x, batch.z_t
-        if self.loss.alters_pictures:
-            x = self.loss.pictures(x)
-            z_t, _ = batch.look(x)
-        with autocast(dtype, self.device): z_s = self.answer(x).float()
-        self.last = z_s.detach(), z_t, batch.y
-        return *self.loss.value_and_terms(z_s, z_t, batch.y), z_s[: len(batch.y)]
-
     def step(self,
         batch: Batch,
         dtype: torch.dtype,  # of the convolutions
     ) -> None:
         "One optimisation step."
         started, y = time.perf_counter(), batch.y
-        value, terms, z_s = self.loss_of(batch, dtype)
+        value, terms, z_s, z_t = loss_of(self.loss, self.answer, batch, dtype)
         self.optimizer.zero_grad()
         value.backward()
         self.optimizer.step()
         if self.per_batch: self.scheduler.step()
         for name, term in terms.items(): self.sums[name] = self.sums.get(name, 0) + term * len(y)
-        self.hits += (z_s.detach().argmax(1) == y).sum()
+        self.hits += (z_s.detach()[: len(y)].argmax(1) == y).sum()
         self.seen += len(y)
+        self.last = z_s.detach(), z_t, y
         self.seconds += time.perf_counter() - started
-
-    def pulls(self) -> dict[str, float]:
-        "How hard each term of a loss on logits pulls at them: the norm of its gradient on the last batch."
-        if self.loss.needs_features: return {}
-        z_s, z_t, y = self.last
-        z_s = z_s.requires_grad_()
-        of = {name: term for name, term in self.loss.terms(z_s, z_t, y).items() if term.requires_grad}
-        return {name: torch.autograd.grad(term, z_s, retain_graph=True)[0].norm().item() for name, term in of.items()}
 
     def end_epoch(self, epoch: int, seconds: float, test_accuracy: float) -> None:
         "Step a schedule that goes by epochs; report; write the checkpoint."
         if not self.per_batch: self.scheduler.step()
         row = {"epoch": epoch, "lr": self.rate, "seconds": seconds,
                "train_accuracy": 100 * self.hits.item() / self.seen, "test_accuracy": test_accuracy,
-               "terms": {name: total.item() / self.seen for name, total in self.sums.items()}, "pulls": self.pulls()}
+               "terms": {name: total.item() / self.seen for name, total in self.sums.items()}, "pulls": pulls(self.loss, *self.last)}
         self.history.append(row)
         save(self.checkpoint, self.state, self.history, self.note)
 

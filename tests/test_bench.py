@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch.optim.optimizer import _global_optimizer_pre_hooks as hooks
 
-from ldrld import LDRLD, bench, bench_training
+from ldrld import LDRLD, bench, bench_methods, bench_training
+from ldrld.train import Student, train_together
 
 ROOT = Path(__file__).parent.parent
 COMMITTED = sorted((ROOT / "data" / "bench").glob("*/*.json"))
@@ -39,8 +40,8 @@ def test_small_benchmarks_leave_files_tables_and_figures(made):
         m = bench.load_measurement(file)
         assert m.scale == "small" and m.points and m.libraries["torch"] == torch.__version__
         assert all(p.q1 <= p.median <= p.q3 and min(p.values) > 0 for p in m.points if p.unit != "B")
-    assert {"loss_targets.csv", "loss_memory.csv", "training_speed.csv"} <= {p.name for p in (out / "data" / "tables" / "bench-small").iterdir()}
-    assert {"92_loss_depth.svg", "94_memory.svg", "96_training_parts.svg"} <= {p.name for p in (out / "figures" / "bench-small").iterdir()}
+    assert {"loss_targets.csv", "loss_memory.csv", "training_speed.csv", "method_cost.csv"} <= {p.name for p in (out / "data" / "tables" / "bench-small").iterdir()}
+    assert {"92_loss_depth.svg", "94_memory.svg", "96_training_parts.svg", "98_method_cost.svg"} <= {p.name for p in (out / "figures" / "bench-small").iterdir()}
     assert "measurements: " in got.stdout and "figures: " in got.stdout
     assert "profiler_start" not in got.stderr
 
@@ -99,6 +100,32 @@ def test_the_stopwatch_leaves_nothing_behind():
     before, watch = len(hooks), bench_training.Stopwatch()
     with pytest.raises(KeyError), watch.running(): raise KeyError
     assert len(hooks) == before and watch.last is None
+
+
+@pytest.mark.parametrize("name", ["CE", "KD", "CTKD", "LDRLD", "USKD", "FitNet", "CRD", "FCFD", "KD, two heads", "MLKD", "partial mixup"])
+def test_a_lesson_is_a_step_of_training(name, monkeypatch):
+    """The terms that `train_together` reports for an epoch of one batch are those of the step that is timed."""
+    monkeypatch.setattr(bench_methods, "EPOCHS", 1)
+    s = bench_training.Setting(bench_methods.random_pictures(16, 16, 10), "resnet14", "resnet8", batch_size=16)
+    teacher, method = bench_methods.teacher_of(s, "float32"), bench_methods.CONTENDERS[name]
+    lesson = bench_methods.lesson(method, s, teacher)
+    lesson.step_live()
+    (network, _), loss = s.networks(), bench_methods.losses.build(method.loss, **method.args)
+    member = Student(network, loss.prepare(network, teacher.teacher, lesson.batch.x[:1], s.images), lr=0.0)
+    (row,), = train_together([member], s.images, teacher, epochs=1, batch_size=16)
+    assert {term: total.item() / 16 for term, total in lesson.student.sums.items()} == row["terms"]
+
+
+def test_small_methods_are_all_there_and_add_up(made):
+    out, _ = made
+    file, = (out / "data" / "bench-small").glob("*/methods.json")
+    points = bench.frame(bench.load_measurement(file))
+    table = bench_methods.costs(points).set_index("method")
+    assert set(table.index) == set(bench_methods.CONTENDERS)
+    assert (table.loc[["KD", "LDRLD", "RLD", "USKD"], "whole_times median"] == table.loc[["KD", "LDRLD", "RLD", "USKD"], "times median"]).all()
+    assert (table.loc[table["asks"] == "live", "whole median"] > table.loc[table["asks"] == "live", "step median"]).all()
+    assert table.loc["MLKD", "kind"] == "pictures" and set(points.loc[points["contender"] == "MLKD", "asked"]) == {32}
+    assert (table.loc[["KD", "LDRLD", "AT"], "extra"] == 0).all() and (table.loc[["CRD", "FitNet", "FCFD"], "extra"] > 0).all()
 
 
 @pytest.mark.parametrize("file", COMMITTED, ids=lambda f: f"{f.parent.name}-{f.stem}")

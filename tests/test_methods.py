@@ -36,6 +36,8 @@ def test_a_method_trains_and_resumes(out, name, monkeypatch):
         except runs.Paused: stops += 1
     assert 1 <= stops < 9
     assert all(torch.tensor(list(row["terms"].values())).isfinite().all() for row in record.history)
+    loss = losses.build(config.loss, **config.loss_args)
+    if config.loss in losses.available("logits") and not list(loss.parameters()): return    # it remembers nothing: test_runs.py covers that
     monkeypatch.delenv("LDRLD_DEADLINE")
     whole = runs.run(config, "whole", report=None)
     strip = lambda r: [{k: v for k, v in row.items() if k != "seconds"} for row in r.history]
@@ -48,6 +50,16 @@ def test_some_methods_keep_a_part_and_most_do_not(out):
     plain, simkd, fitnet = (record(name).measures for name in ("KD", "SimKD", "FitNet"))
     assert plain["extra_parameters"] == 0 and fitnet["extra_parameters"] > 0 and simkd["extra_parameters"] > 0
     assert simkd["used_parameters"] > simkd["parameters"] == fitnet["used_parameters"] == plain["used_parameters"]
+
+
+def test_a_pair_that_does_not_fit_is_told_on_the_command_line(out):
+    from typer.testing import CliRunner
+
+    from ldrld.cli import app
+    said = CliRunner().invoke(app, ["run", "dataset=digits", "model=vgg8", "loss=at", "teacher=resnet8", "epochs=1", "recipe=onecycle", "lr=0.05"])
+    assert said.exit_code == 2 and "stage" in said.output
+    said = CliRunner().invoke(app, ["run", "dataset=digits", "loss=fitnett", "teacher=resnet8", "epochs=1"])
+    assert said.exit_code == 2 and "fitnet" in said.output
 
 
 @pytest.mark.xdist_group("methods")

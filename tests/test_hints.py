@@ -2,6 +2,8 @@
 from functools import lru_cache
 from types import SimpleNamespace
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -240,3 +242,22 @@ def test_vid_is_the_gaussian_likelihood():
     rho = torch.tensor([-20.0, 0.0, 50.0])
     variance = (F.softplus(rho) + 1e-5)[:, None, None].expand_as(mean)
     torch.testing.assert_close(normal_nll(mean, value, rho), F.gaussian_nll_loss(mean, value, variance, eps=1e-12))
+
+
+def test_terms_are_weights_times_means():
+    """What the table's weights belong to: a sum in place of a mean would change the loss by orders of magnitude."""
+    x = torch.randn(6, 3, 32, 32)
+    student, teacher = models.build("resnet8"), models.build("resnet14").eval()
+    (z_s, f_s), (z_t, f_t) = student(x, features=True), teacher(x, features=True)
+    term = lambda loss, name: loss.terms(z_s, z_t, None, f_s, f_t)[name]
+    G_s, G_t = (similarities(f.stages[-1]) for f in (f_s, f_t))
+    torch.testing.assert_close(term(losses.build("sp"), "similarity"), 3000 * (G_s - G_t).square().sum() / 36)
+    p_t, p_s = (jump_log_probabilities(f.pooled).exp() for f in (f_t, f_s))
+    torch.testing.assert_close(term(losses.build("pkt"), "probabilities"), 30000 * (p_t * (p_t / p_s).log()).sum() / 36, rtol=1e-3, atol=1e-4)
+    (d_s, cos_s), (d_t, cos_t) = (distances_and_angles(f.pooled) for f in (f_s, f_t))
+    huber = lambda a, b: torch.where((a - b).abs() < 1, (a - b).square() / 2, (a - b).abs() - 0.5).sum()
+    torch.testing.assert_close(term(losses.build("rkd"), "distance"), 25 * huber(d_s, d_t) / 36)
+    torch.testing.assert_close(term(losses.build("rkd"), "angle"), 50 * huber(cos_s, cos_t) / 216)
+    vid = losses.build("vid").prepare(student, teacher, x)
+    stages = [((mean(s) - t).square() / 5 + math.log(5)).sum() / 2 / t.numel() for mean, s, t in zip(vid.means, f_s.stages[1:], f_t.stages[1:])]
+    torch.testing.assert_close(term(vid, "information"), sum(stages), rtol=1e-4, atol=1e-5)

@@ -177,6 +177,16 @@ def test_a_positive_teacher_is_plain_squared_distance():
     torch.testing.assert_close(partial_square(a, b, torch.full((4, 1, 1), -1.0)), (a - b).square())
 
 
+def test_the_deepest_stage_counts_most():
+    x = torch.randn(4, 3, 32, 32)
+    student, teacher = models.build("resnet8"), models.build("resnet14").eval()
+    loss = losses.build("ofd").prepare(student, teacher, x)
+    (z_s, f_s), (z_t, f_t) = student(x, features=True), teacher(x, features=True)
+    margins = loss.margins.split([16, 32, 64])
+    stages = [partial_square(c(s), t, m[:, None, None]).sum((1, 2, 3)).mean() for c, s, t, m in zip(loss.connectors, f_s.preact, f_t.preact, margins)]
+    torch.testing.assert_close(loss.terms(z_s, z_t, None, f_s, f_t)["partial"], 1e-3 * (stages[0] / 4 + stages[1] / 2 + stages[2]))
+
+
 # ---- ReviewKD -----------------------------------------------------------------------------------------------------
 
 def test_hierarchical_context_literally():

@@ -267,6 +267,19 @@ def test_hybrids_resume():
     assert drawn(0, 1, 2).initial_seed() != drawn(1, 0, 2).initial_seed() != drawn(0, 0, 2).initial_seed()
 
 
+def test_fcfd_is_its_formula():
+    student, teacher, x, y = small()
+    loss, given = losses.build("fcfd", hybrids=9).prepare(student, teacher, x), seen(student, teacher, x, y)
+    z_s, z_t, _, f_s, f_t = given
+    kl = lambda z: 16 * F.kl_div((z / 4).log_softmax(1), (z_t / 4).softmax(1), reduction="batchmean")
+    ours = [bridge(m) for bridge, m in zip(loss.to_teacher, f_s.stages[1:])]
+    hybrids = [teacher.tail(i, ours[i - 1]) for i in (1, 2)] + [student.tail(i, loss.to_student[i - 1](f_t.stages[i])) for i in (1, 2)]
+    maps = sum(F.mse_loss(a, b) for a, b in zip(ours, f_t.stages[1:]))
+    pooled = F.mse_loss(ours[-1].relu().mean((2, 3)), f_t.pooled)
+    torch.testing.assert_close(loss.terms(*given), {"ce": F.cross_entropy(z_s, y), "kd": kl(z_s), "hybrids": sum(map(kl, hybrids)),
+                                                    "features": 5 * (maps + pooled)}, rtol=1e-4, atol=1e-5)
+
+
 def test_the_features_alone_ramp_up():
     student, teacher, x, y = small()
     loss, given = losses.build("fcfd", hybrids=9).prepare(student, teacher, x), seen(student, teacher, x, y)

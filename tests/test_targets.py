@@ -8,10 +8,10 @@ import torch.nn.functional as F
 
 from ldrld import losses
 from ldrld.losses.targets import kl_within, log_odds, swapped
-from ldrld.losses.views import operations, strong_view
+from ldrld.losses.views import TwoViews, operations, strong_view
 from ldrld.relations import dway_kl
 
-WITH_VIEWS = losses.available("pictures")
+WITH_VIEWS = [name for name in losses.available("pictures") if issubclass(losses.registry._losses[name], TwoViews)]
 DATA = SimpleNamespace(mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
 
 
@@ -186,6 +186,19 @@ def test_sld_swaps_the_student_late():
     loss.at_epoch(63, 100)
     expected = 0.9 * sum(T**2 * dway_kl(z_s, swapped(z_s, y[:, None]), T).mean() for T in range(1, 7))
     torch.testing.assert_close(loss.terms(z_s, z_t, y)["student"], expected)
+    late = {}
+    for epoch in (150, 151):                           # the official code compares with > 150, epochs counted from 1
+        loss.at_epoch(epoch, 240)
+        late[epoch] = loss.late
+    assert late == {150: False, 151: True}
+
+
+def test_slds_swapped_student_is_a_constant():
+    z_s, z_t, y = sample(32)
+    term = lambda z: losses.build("sld").terms(z, z_t, y)["student"]
+    constant = swapped(z_s, y[:, None])
+    by_hand = lambda z: 0.9 * sum(T**2 * dway_kl(z, constant, T).mean() for T in range(1, 7))
+    torch.testing.assert_close(gradient(term, z_s), gradient(by_hand, z_s))
 
 
 @pytest.mark.parametrize("name", WITH_VIEWS)

@@ -260,6 +260,16 @@ def test_the_second_head_learns_by_the_inner_loss_and_the_first_by_labels(inner)
     assert second[:2] == (None, None) and all(g is not None for g in second[2:])
 
 
+def test_the_second_heads_loss_warms_up():
+    student, teacher, x, y = small()
+    dho = losses.build("dho", loss="dkd").prepare(student, teacher, x)
+    z_s, f_s = student(x, features=True)
+    with torch.no_grad(): z_t = teacher(x)
+    whole = dho.terms(z_s, z_t, y, f_s)
+    dho.at_epoch(1, 240)
+    for name, value in dho.terms(z_s, z_t, y, f_s).items(): torch.testing.assert_close(value, whole[name] / (1 if name == "ce" else 20))
+
+
 def test_dho_defaults_are_the_papers():
     dho = losses.build("dho")
     assert dho.hyperparameters == {"loss": "kd", "loss_args": {"temperature": 2.0, "kd_weight": 0.5}, "alpha": 0.5, "beta": 1.0, "ce_weight": 0.5}

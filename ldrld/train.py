@@ -251,7 +251,7 @@ class Student:
         for name, term in terms.items(): self.sums[name] = self.sums.get(name, 0) + term * len(y)
         self.hits += (z_s.detach()[: len(y)].argmax(1) == y).sum()
         self.seen += len(y)
-        self.last = z_s.detach(), z_t, y
+        self.last = z_s.detach().clone(), z_t, y                # a recorded graph writes the next answer to the same place
         self.seconds += time.perf_counter() - started
 
     def end_epoch(self, epoch: int, seconds: float, test_accuracy: float) -> None:

@@ -346,8 +346,7 @@ def interval_plot(
                     fmt="o", color=COLOURS["LDRLD"], capsize=3, zorder=3)
     ax.axvline(0, color="#444444", linewidth=0.8)
     ax.set(yticks=range(len(table)), yticklabels=table[column], ylabel=column, xlabel=f"difference to “{table[column].iloc[0]}”, points")
-    ax.margins(y=0.2)
-    ax.invert_yaxis()
+    ax.set_ylim(len(table) - 0.4, -0.6)
     return fig
 
 # %% ../nbs/90_report.ipynb #0214ad59

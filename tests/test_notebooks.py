@@ -39,8 +39,8 @@ def test_agreement_can_fail():
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook(path, tmp_path, monkeypatch):
     if path.stem != "index": monkeypatch.setenv("LDRLD_OUT", str(tmp_path))
-    if path.parent.name == "paper":
-        for evidence in ("runs/quick", "bench"): shutil.copytree(ROOT / "data" / evidence, tmp_path / "data" / evidence)
+    if path.parent.name in ("paper", "guides"):
+        for evidence in ("runs/quick", "bench", "tables/quick-tune"): shutil.copytree(ROOT / "data" / evidence, tmp_path / "data" / evidence)
     stored = json.loads(path.read_text(encoding="utf-8"))
     fresh = nbformat.read(path, as_version=4)
     # the last cell exports; a test must not write into the package

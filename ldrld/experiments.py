@@ -288,8 +288,8 @@ def alpha_beta(p):
 
 @experiment("depth_temperature", "Depth against temperature", "42_depth_temperature", by=("depth", "temperature"), baseline={"depth": 7, "temperature": 4.0})
 def depth_temperature(p):
-    "d against T."
-    for d in (3, 7, 20):
+    "d against T, as deep as the profile goes: it cannot be more than there are classes."
+    for d in (d for d in (3, 7, 20) if d <= max(p.depths)):
         for t in p.temperatures: yield from on_pair(p, ablation_pair(p), {"depth": d, "temperature": t}, "LDRLD", depth=d, temperature=t)
 
 @experiment("ranking", "Who ranks the classes", "45_ranking", by=("ranked by",), baseline={"ranked by": "student"})

@@ -3,6 +3,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from ldrld import cli, data, paths, runs, tune
-from ldrld.experiments import Profile, profile, student_config
+from ldrld.experiments import Method, Profile, method_config, profile
 
 ROOT = Path(__file__).parent.parent
 SHORT = {"recipe": "onecycle", "lr": 0.1, "batch_size": 64, "precision": "float32"}
@@ -218,7 +219,7 @@ def test_the_command_at_the_end_names_the_run_of_the_profile(monkeypatch):
         pair = p.pairs[-1]
         program, run, *words = shlex.split(tune.command(tune.trial_config(p, pair, loss, **args), p.name))
         with pytest.raises(typer.Exit): cli.run(words[:-2], profile=words[-1])
-        assert asked[-1] == (student_config(p, pair, loss, 0, **args), p.name) and (program, run) == ("ldrld", "run")
+        assert asked[-1] == (method_config(p, pair, Method(loss, args)), p.name) and (program, run) == ("ldrld", "run")
 
 
 def ldrld(*words):
@@ -246,7 +247,10 @@ def test_the_command_line(out, monkeypatch):
 
 
 def test_committed_searches_follow_from_their_records(tmp_path, monkeypatch):
+    """In a copy: to open a study is to write a line into its journal."""
+    monkeypatch.setenv("LDRLD_OUT", str(tmp_path))
     for file in (ROOT / "data" / "runs").glob("*/studies/*.json"):
+        shutil.copytree(file.parent.parent, tmp_path / "data" / "runs" / file.parent.parent.name, dirs_exist_ok=True)
         search = tune.declared(file.stem, file.parent.parent.name)
-        kept = paths.tables(search.folder) / f"{search.name}.csv"
+        kept = ROOT / "data" / "tables" / search.folder / f"{search.name}.csv"
         assert kept.read_text() == tune.table_of(search).to_csv(index=False), f"{kept}: call ldrld tune again"

@@ -94,7 +94,7 @@ def plain(text: str):
 @app.command()
 def run(settings: Annotated[list[str], typer.Argument(help="name=value, e.g. model=resnet8 loss=ldrld loss_args.depth=5 teacher=resnet14")],
         profile: Annotated[str, typer.Option(help="Folder of records under data/runs.")] = "try", out: Out = None,
-        keep: Annotated[list[str] | None, typer.Option(help="weights or logits, kept besides the record.")] = None):
+        keep: Annotated[list[str] | None, typer.Option(help="weights, logits or insight (features and Grad-CAM maps), kept besides the record.")] = None):
     """Carry out one run; its record is the result."""
     from pydantic import ValidationError
 

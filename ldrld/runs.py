@@ -374,7 +374,7 @@ def company(
 
 # %% ../nbs/80_runs.ipynb #fd59a77e
 def run_together(
-    runs: list[tuple[RunConfig, tuple[str, ...]]],  # configurations, and what to keep of each: "weights", "logits"
+    runs: list[tuple[RunConfig, tuple[str, ...]]],  # configurations, and what to keep of each: "weights", "logits", "insight"
     profile: str = "quick",  # where the records go
     report=print,  # called with each line of progress; None for silence
 ) -> list[Record]:  # in the order of `runs`
@@ -429,7 +429,7 @@ def _leave(config, keep, student, record, profile, images, dtype, made, together
 def run(
     config: RunConfig,
     profile: str = "quick",  # where the record goes
-    keep: tuple[str, ...] = (),  # of "weights", "logits"
+    keep: tuple[str, ...] = (),  # of "weights", "logits", "insight"
     report=print,  # called with each line of progress; None for silence
 ) -> Record:
     "Carry out a run, or return its record if it is finished; an interrupted one is taken up where it stopped."

@@ -15,6 +15,7 @@ from PIL import Image
 from ldrld.data import ImageData, cifar100, fingerprint, folder, image_data, load
 from ldrld.data.glyphs import CHARACTERS, Recipe, glyphs, make
 from ldrld.paths import data_root
+from ldrld.report import superclasses
 
 FEW = Recipe(train=200, test=100)
 
@@ -260,3 +261,11 @@ def test_official_cifar():
     assert data.train_labels.bincount().tolist() == [500] * 100 and data.test_labels.bincount().tolist() == [100] * 100
     assert data.superclass_of.bincount().tolist() == [5] * 20
     assert data.classes[:2] == ("apple", "aquarium_fish") and data.superclasses[data.superclass_of[1]] == "fish"
+
+
+@pytest.mark.skipif(not (data_root() / "cifar-100-python").is_dir(), reason="needs the official files")
+def test_the_list_of_superclasses_is_that_of_the_data():
+    """Figures of CIFAR-100 are made from it where the pictures are not at hand."""
+    groups, of = superclasses("small")
+    images = load("cifar100")
+    assert [groups[i] for i in of] == [images.superclasses[i] for i in images.superclass_of]

@@ -122,8 +122,9 @@ def test_warm_up_and_what_is_trained_are_passed_on():
 
 
 def test_published_settings_build():
-    assert len(Standardized.pair_settings) == len(Standardized.dkd_pair_settings) == 14
-    for table in (Standardized.pair_settings, Standardized.dkd_pair_settings):
+    assert Standardized.pair_settings is Standardized.wrapped_pair_settings["kd"] and len(Standardized.wrapped_pair_settings) == 2
+    for table in Standardized.wrapped_pair_settings.values():
+        assert len(table) == 14
         for given in table.values():
             loss = losses.build("standardized", **given)
             assert loss.ce_weight == losses.build(given["loss"]).ce_weight and given["loss_args"].items() <= loss.loss_args.items()

@@ -116,9 +116,8 @@ class Standardized(Wrapper):
     Source: Sun et al., CVPR 2024, arXiv 2403.01427; official code sunshangquan/logit-standardization-KD.
     """
     defaults = {"kd": {"temperature": 2.0, "kd_weight": 1.0}, "dkd": {"temperature": 2.0}}
-    pair_settings = released("kd")
-    dkd_pair_settings = released("dkd")
-    wrapped_pair_settings = {"kd": pair_settings, "dkd": dkd_pair_settings}  # by wrapped loss; nothing for any other
+    wrapped_pair_settings = {"kd": released("kd"), "dkd": released("dkd")}  # by wrapped loss; nothing for any other
+    pair_settings = wrapped_pair_settings["kd"]
 
     def __init__(
         self,

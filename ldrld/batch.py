@@ -1,4 +1,4 @@
-"""Runs a whole profile: training notebooks two at a time, then the notebooks that make tables and figures.
+"""Runs a whole profile: what is worth most first, several processes at a time, then the notebooks that make tables and figures.
 
 Plain code rather than a notebook: it starts processes, and there is nothing in it to learn about distillation.
 """
@@ -7,8 +7,11 @@ import math
 import multiprocessing
 import os
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from graphlib import TopologicalSorter
+from importlib.util import find_spec
 from pathlib import Path
 
 from filelock import Timeout
@@ -16,10 +19,9 @@ from tqdm import tqdm
 
 from ldrld import data, paths
 from ldrld.experiments import EXPERIMENTS, batch, profile
-from ldrld.report import to_report
 from ldrld.runs import KEPT, Paused, RunConfig, company, load_record, lock_of, name_of, run_together, same_pictures
 
-__all__ = ["Outcome", "reproduce", "report", "finished", "cohorts"]
+__all__ = ["Outcome", "reproduce", "report", "finished", "missing", "cohorts"]
 
 TRAIN, COHORT = "run/train.ipynb", "run/cohort.ipynb"
 
@@ -90,14 +92,19 @@ def execute_runs(runs: list[tuple[dict, tuple[str, ...]]], profile_name: str, no
 
 
 def cohorts(runs: list[tuple[RunConfig, tuple[str, ...]]], size: int) -> list[list[tuple[RunConfig, tuple[str, ...]]]]:
-    """Pack runs that can share a pass and a teacher into cohorts of at most `size`, as equal as they come, in the order of `runs`."""
+    """Pack runs that can share a pass and a teacher into cohorts of at most `size`, as equal as they come.
+
+    The cohorts stand in the order of their first runs in `runs`; a run whose weights others need stands alone.
+    """
     groups: dict = {}
-    for config, keep in runs: groups.setdefault((company(config), config.teacher and name_of(config.teacher)), []).append((config, keep))
+    for i, (config, keep) in enumerate(runs):
+        alone = name_of(config) if "weights" in keep else None
+        groups.setdefault((company(config), config.teacher and name_of(config.teacher), alone), []).append((i, config, keep))
     packed = []
     for group in groups.values():
         n = math.ceil(len(group) / size)
         packed += [group[k * len(group) // n : (k + 1) * len(group) // n] for k in range(n)]
-    return packed
+    return [[(config, keep) for _, config, keep in cohort] for cohort in sorted(packed, key=lambda cohort: cohort[0][0])]
 
 
 def finished(config: RunConfig, keep: tuple[str, ...], profile_name: str) -> bool:
@@ -106,37 +113,72 @@ def finished(config: RunConfig, keep: tuple[str, ...], profile_name: str) -> boo
     return load_record(name, profile_name) is not None and all(KEPT[k](name, profile_name).exists() for k in keep)
 
 
+def missing(p, only: tuple[str, ...] = ()) -> list[tuple[RunConfig, tuple[str, ...]]]:
+    """The runs of a profile that are not finished, those that are worth most first; arguments as in `reproduce`."""
+    return [(config, keep) for config, keep in batch(p, only) if not finished(config, keep, profile(p).name)]
+
+
 def to_log(file: str) -> None:
     """Send what this process and its kernels say on standard error to a file, away from the progress bar."""
     with open(file, "a", encoding="utf-8") as log: os.dup2(log.fileno(), 2)
 
 
-def in_parallel(what: str, tasks: list[tuple], jobs: int) -> list[Outcome]:
-    """Carry out tasks (names, function, arguments) in `jobs` processes of one thread each; failures are told at once."""
+def submitted(pool: ProcessPoolExecutor, function, *arguments) -> Future:
+    """A task's future, also where an earlier task took the pool with it."""
+    try: return pool.submit(function, *arguments)
+    except BrokenProcessPool as error:
+        future: Future = Future()
+        future.set_exception(error)
+        return future
+
+
+def result_of(future, names: list[str], log: Path) -> list[Outcome]:
+    """What a process says came of its task; one that was killed takes the others with it: what is done is kept."""
+    try: outcomes = future.result()
+    except Exception as error: outcomes = [Outcome(name, "failed", f"a process died: {type(error).__name__}: {error}\nlog: {log}") for name in names]
+    for outcome in outcomes:
+        if outcome.status == "failed": tqdm.write(f"FAILED {outcome.name}\n{outcome.detail}")
+    return outcomes
+
+
+def in_parallel(what: str, tasks: list[tuple], jobs: int, needs: dict[str, set[str]] | None = None) -> list[Outcome]:
+    """Carry out tasks (names, function, arguments) in `jobs` processes of one thread each, the first ones first.
+
+    needs: for a name those that must be done before it; what waits for a failed or paused one is left, as paused.
+    """
     if not tasks: return []
     os.environ["OMP_NUM_THREADS"] = "1"  # two processes of two threads on two cores are slower than two of one
     outcomes, log = [], paths.executed("kernels.log")
     log.parent.mkdir(parents=True, exist_ok=True)
+    task_of = {name: i for i, (names, *_) in enumerate(tasks) for name in names}
+    graph = TopologicalSorter({i: {task_of[n] for name in names for n in (needs or {}).get(name, ()) if n in task_of} for i, (names, *_) in enumerate(tasks)})
+    graph.prepare()
+    ready, running = [], {}
     pool = ProcessPoolExecutor(max(1, min(jobs, len(tasks))), multiprocessing.get_context("spawn"), to_log, (str(log),))
-    with pool, tqdm(total=sum(len(names) for names, *_ in tasks), desc=what, unit="") as bar:
-        futures = {pool.submit(function, *arguments): names for names, function, *arguments in tasks}
+    with pool, tqdm(total=len(task_of), desc=what, unit="") as bar:
         try:
-            for future in as_completed(futures):
-                try: ended = future.result()
-                except Exception as error:  # a worker that was killed takes the others with it: say so, keep what is done
-                    ended = [Outcome(name, "failed", f"a process died: {type(error).__name__}: {error}\nlog: {log}") for name in futures[future]]
-                outcomes += ended
-                for outcome in ended:
-                    if outcome.status == "failed": tqdm.write(f"FAILED {outcome.name}\n{outcome.detail}")
-                bar.update(len(ended))
+            while True:
+                ready = sorted([*ready, *graph.get_ready()])
+                while ready and len(running) < jobs:
+                    i = ready.pop(0)
+                    running[submitted(pool, *tasks[i][1:])] = i
+                if not running: break
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    ended = result_of(future, tasks[i := running.pop(future)][0], log)
+                    outcomes += ended
+                    bar.update(len(ended))
+                    if all(o.status == "done" for o in ended): graph.done(i)
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return outcomes
+    left = task_of.keys() - {o.name for o in outcomes}
+    return outcomes + [Outcome(name, "paused", "a run that it needs is not finished") for name in task_of if name in left]
 
 
 def report(p: str = "quick", only: tuple[str, ...] = (), jobs: int = 2) -> list[Outcome]:
     """Make tables and figures of a profile from its records, see `ldrld.report.to_report`; arguments as in `reproduce`, one outcome a notebook."""
+    from ldrld.report import to_report  # here, since a machine that only trains need not have what it imports
+
     p = str(Path(p).resolve()) if p.endswith((".yaml", ".yml")) else p
     chosen = [EXPERIMENTS[name] for name in (only or to_report(p))]
     tasks = [([e.notebook], execute_one, f"paper/{e.notebook}.ipynb", e.notebook, {"profile": p}, profile(p).name) for e in chosen]
@@ -145,33 +187,33 @@ def report(p: str = "quick", only: tuple[str, ...] = (), jobs: int = 2) -> list[
 
 def reproduce(p: str = "quick", only: tuple[str, ...] = (), jobs: int = 2, seconds: float = math.inf,
               notebooks: bool = True, together: int = 5) -> list[Outcome]:
-    """Make every run of a profile that is not finished, then its tables and figures.
+    """Make every run of a profile that is not finished, those that are worth most first, then its tables and figures.
 
     p: "quick", "small", "paper" or a YAML file.  only: names of experiments, none for those that the profile selects.  jobs: processes at a time.
-    seconds: time budget; runs pause after the epoch in which it ends, and go on at the next call.
-    notebooks: run training in its notebook through papermill, else directly.
+    seconds: time budget; runs pause after the epoch in which it ends, and go on at the next call, on this machine or, with the folder of
+    results, on another.
+    notebooks: run training in its notebook through papermill, else directly; then papermill is needed for tables and figures alone, which
+    are left out where it is not installed.
     together: students at most that share a pass over the pictures.
     Returns one outcome for each run and notebook.
     """
-    folder, runs = profile(p).name, batch(p, only)
-    todo = [(config, keep) for config, keep in runs if not finished(config, keep, folder)]
+    folder, planned, outcomes, tried = profile(p).name, batch(p, only), [], set()
+    todo = missing(p, only)
     if todo and profile(p).dataset != "cifar100":  # whose files are checked: here new runs must see what the finished ones saw
         images = data.load(profile(p).dataset)
-        for record in filter(None, (load_record(name_of(config), folder) for config, _ in runs)): same_pictures(record, images)
-    print(f"{len(runs)} runs in profile {folder}, {len(runs) - len(todo)} finished before")
+        for record in filter(None, (load_record(name_of(config), folder) for config, _ in planned)): same_pictures(record, images)
+    print(f"{len(planned)} runs in profile {folder}, {len(planned) - len(todo)} finished before")
     if math.isfinite(seconds): os.environ["LDRLD_DEADLINE"] = str(time.time() + 0.9 * seconds)
-    task = lambda runs: ([name_of(c) for c, _ in runs], execute_runs, [(c.model_dump(), k) for c, k in runs], folder, notebooks)
-    teachers, students = [[run] for run in todo if "weights" in run[1]], [run for run in todo if "weights" not in run[1]]
-    # while a teacher learns, other processes need not wait: there are students that ask none
-    meanwhile = cohorts([run for run in students if not run[0].teacher], together) if 0 < len(teachers) < jobs else []
-    outcomes = in_parallel("teachers", [task(runs) for runs in teachers + meanwhile], jobs)
-    untrained = {name_of(c) for ((c, k),) in teachers if not finished(c, k, folder)}
-    students = [run for run in students if run not in sum(meanwhile, [])]
-    ready = [(c, k) for c, k in students if not c.teacher or name_of(c.teacher) not in untrained]
-    outcomes += [Outcome(name_of(c), "paused", "its teacher is not finished") for c, k in students if (c, k) not in ready]
-    outcomes += in_parallel("students", [task(runs) for runs in cohorts(ready, together)], jobs)
+    while todo:
+        task = lambda runs: ([name_of(c) for c, _ in runs], execute_runs, [(c.model_dump(), k) for c, k in runs], folder, notebooks)
+        needs = {name_of(c): {name_of(c.teacher)} for c, _ in todo if c.teacher}
+        outcomes += in_parallel("runs", [task(runs) for runs in cohorts(todo, together)], jobs, needs)
+        tried |= {name_of(c) for c, _ in todo}
+        todo = [(c, k) for c, k in missing(p, only) if name_of(c) not in tried]  # a search that is finished says what to run next
     os.environ.pop("LDRLD_DEADLINE", None)
-    return outcomes + report(p, only, jobs)
+    if notebooks or find_spec("papermill"): return outcomes + report(p, only, jobs)
+    print(f"no tables and figures: papermill is not installed here; `ldrld report --profile {p}` makes them where it is")
+    return outcomes
 
 
 def compare_with_committed(profile_name: str) -> str | None:

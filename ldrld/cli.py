@@ -62,7 +62,7 @@ def end(outcomes, profile: str) -> None:
 def reproduce(profile: Profile = "quick", only: Only = None, jobs: Jobs = 2, out: Out = None,
               time_budget: Annotated[str | None, typer.Option(help="Stop after about this long, e.g. 9m; call again to go on.")] = None,
               together: Annotated[int, typer.Option(min=1, help="Students at most that share a pass over the pictures; more are quicker, fewer leave their records sooner.")] = 5,
-              direct: Annotated[bool, typer.Option("--direct", help="Train without notebooks; the tables and figures at the end still need papermill.")] = False):
+              direct: Annotated[bool, typer.Option("--direct", help="Train without notebooks: needs neither papermill nor Jupyter; without papermill the tables and figures wait for `ldrld report`.")] = False):
     """Make every run that is not finished, then all tables and figures."""
     budget = seconds(time_budget) if time_budget else math.inf
     chosen = start(profile, only, out)
@@ -182,7 +182,7 @@ def tune(words: Annotated[list[str] | None, typer.Argument(metavar="[SPACE]...",
 
 @app.command()
 def status(profile: Profile = "quick", out: Out = None):
-    """How far a profile is: for each experiment whether it is run always or by name, and the runs planned, finished and missing. For other folders, their records."""
+    """How far a profile is: for each experiment whether it is run always or by name, and the runs planned, finished and missing; then what comes next. For other folders, their records."""
     import pandas as pd
 
     from ldrld import paths
@@ -203,6 +203,15 @@ def status(profile: Profile = "quick", out: Out = None):
         lines.append({"experiment": name, "run": "always" if name in usual else "by name", "planned": len(runs),
                       "finished": int(runs["last"].notna().sum()), "missing": int(runs["last"].isna().sum()), "about": e.title})
     print(pd.DataFrame(lines).to_string(index=False))
+    from ldrld.batch import missing
+    from ldrld.runs import name_of
+    from ldrld.train import epochs_trained
+
+    todo = missing(profile)
+    print(f"\n{len(todo)} runs are missing of those that are run always{'; these come next' if todo else ''}")
+    begun = lambda name: epochs_trained(paths.work(name) / "checkpoint.pt")
+    if todo: print(pd.DataFrame([{"run": name_of(c), "teacher": c.teacher.model if c.teacher else "-", "epochs trained": f"{begun(name_of(c))} of {c.epochs}"}
+                                 for c, _ in todo[:10]]).to_string(index=False))
 
 
 @app.command()

@@ -197,6 +197,8 @@ class LDRLD(RelationLoss):
     Raises ValueError, naming the argument, for a hyper-parameter out of its range.
     Source: the paper, arXiv 2507.15911; normalisation and the factor T² as in the official code (yema-web/LDRLD).
     """
+    pair_settings = {("resnet32x4", "resnet8x4"): {"alpha": 10.5, "beta": 7.0}}  # the only pair that the official code gives them for
+
     def __init__(
         self,
         alpha: float = 10.5,  # α ≥ 0, weight of the local terms, that is pairs and LLKI

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'ADDED', 'KEPT', 'PLAIN', 'RunConfig', 'known', 'explain', 'name_of', 'Record', 'write_whole', 'load_record',
            'records', 'git', 'installed', 'compiled', 'provenance', 'default_device', 'teacher_for', 'Paused',
-           'reported', 'record_of', 'about', 'arrays_whole', 'keep_besides', 'same_pictures', 'lock_of', 'start',
-           'company', 'run_together', 'run', 'settings_from']
+           'reported', 'record_of', 'about', 'arrays_whole', 'keep_besides', 'keep_from_weights', 'same_pictures',
+           'lock_of', 'start', 'company', 'run_together', 'run', 'settings_from']
 
 # %% ../nbs/80_runs.ipynb #9f89401a
 import hashlib
@@ -329,6 +329,18 @@ def keep_besides(
         arrays_whole(KEPT["logits"](name_of(config), profile), logits=z.half().cpu().numpy(), labels=images.test_labels[:1000].numpy())
     if "insight" in keep: arrays_whole(KEPT["insight"](name_of(config), profile), **insight(model, images))
 
+def keep_from_weights(
+    config: RunConfig, keep: tuple[str, ...],  # a finished run's
+    profile: str, device: str,
+) -> bool:  # whether its weights were kept, so that nothing had to be trained
+    "Make what else is to be kept of a finished run from its weights."
+    path = KEPT["weights"](name_of(config), profile)
+    if not path.exists(): return False
+    images = data.altered(data.load(config.dataset), config.train_share, config.label_noise, config.holdout, config.seed)
+    used = models.load_weights(models.build(config.model, len(images.classes)), path).to(device)
+    keep_besides(tuple(k for k in keep if not KEPT[k](name_of(config), profile).exists()), used, used, images, config, profile, device)
+    return True
+
 # %% ../nbs/80_runs.ipynb #66ac7d37
 def same_pictures(
     record: Record,
@@ -395,7 +407,8 @@ def run_together(
             name = name_of(config)
             record = finished[name] = load_record(name, profile)
             if record and config.dataset != "cifar100": same_pictures(record, data.load(config.dataset))
-        todo = [(c, keep) for c, keep in runs if not finished[name_of(c)] or not all(KEPT[k](name_of(c), profile).exists() for k in keep)]
+        incomplete = lambda c, keep: not finished[name_of(c)] or not all(KEPT[k](name_of(c), profile).exists() for k in keep)
+        todo = [(c, keep) for c, keep in runs if incomplete(c, keep) and not (finished[name_of(c)] and keep_from_weights(c, keep, profile, device))]
         for config, _ in (run for run in runs if run not in todo):
             say(f"{name_of(config)}: finished before, {finished[name_of(config)].last_accuracy:.2f} %")
         if todo:

@@ -72,13 +72,13 @@ class TeacherLogits(Teacher):
         path: str | Path | None = None,  # the table's file; None computes every time
         dtype: torch.dtype = torch.float32,  # of the teacher's convolutions
         batch_size: int = 64,  # computed at a time
-        resident: bool = False,  # fill the whole table now and hold it on the pictures' device: for a GPU, which then never waits
+        resident: bool = False,  # hold the answers on the pictures' device; then `ahead` or `fill` must have computed what is asked for
     ):
         super().__init__(teacher, dtype)
         self.crops, self.batch_size = crops, batch_size
-        self.rows, self.table, self.computed = None, None, 0
+        self.rows, self.held, self.computed = None, None, 0
         if path is not None: self.rows = mapped(Path(path), (crops.n * crops.views, classes + 1))
-        if resident: self.fill(hold=True)
+        if resident: self.held = torch.full((crops.n * crops.views, classes), torch.nan, dtype=torch.half, device=crops.pixels.device)
 
     @torch.inference_mode()
     def compute(self,
@@ -92,26 +92,11 @@ class TeacherLogits(Teacher):
             with autocast(self.dtype, device): z.append(self.teacher(self.crops.at(i, v))[: self.batch_size - fill].half())
         return torch.cat(z)
 
-    def fill(self,
-        hold: bool = False,  # also keep the table in the memory of the pictures' device
-        at_once: int = 65536,  # entries
-        report=None,  # called with the number of entries done after each block
-    ) -> None:
-        "Compute every entry that is missing; what an earlier call computed is not computed again."
-        entries, device, held = torch.arange(self.crops.n * self.crops.views), self.crops.pixels.device, []
-        for block in entries.split(at_once):
-            z = self(block // self.crops.views, block % self.crops.views)
-            if hold: held.append(z.half())
-            if report: report(int(block[-1]) + 1)
-        if hold: self.table = torch.cat(held).to(device)
-
-    def __call__(self,
-        index: Tensor, view: Tensor,  # (batch,) which pictures, which view of each
-        x: Tensor | None = None,  # the pictures themselves, not needed: a view says it all
-    ) -> Tensor:  # (batch, classes) float32
-        "The teacher's logits for the given views."
-        if self.table is not None: return self.table[index * self.crops.views + view].float()
-        if self.rows is None: return self.compute(index, view).float()
+    def known(self,
+        index: Tensor, view: Tensor,  # (rows,) which pictures, which view of each
+    ) -> Tensor:  # (rows, classes) half precision
+        "The teacher's logits, from the file where there is one and they are in it."
+        if self.rows is None: return self.compute(index, view)
         index, view = index.cpu(), view.cpu()
         entry = (index * self.crops.views + view).numpy()
         rows = self.rows[entry]
@@ -119,4 +104,32 @@ class TeacherLogits(Teacher):
         if missing.any():
             rows[missing] = seal(self.compute(index[missing], view[missing]))
             self.rows[entry[missing]] = rows[missing]
-        return torch.from_numpy(rows[:, :-1].view(np.float16)).to(self.crops.pixels.device).float()
+        return torch.from_numpy(rows[:, :-1].view(np.float16)).to(self.crops.pixels.device)
+
+    def ahead(self,
+        index: Tensor, view: Tensor,  # (rows,) what will be asked for, such as all that an epoch shows
+        at_once: int = 65536,  # entries
+    ) -> None:
+        "Have answers at hand before they are asked for, so that nobody waits; does nothing where none are held."
+        if self.held is None: return
+        entry = (index * self.crops.views + view).to(self.held.device)
+        for block in entry[self.held[entry, 0].isnan()].split(at_once):
+            self.held[block] = self.known(block // self.crops.views, block % self.crops.views).to(self.held.device)
+
+    def fill(self,
+        at_once: int = 65536,  # entries
+        report=None,  # called with the number of entries done after each block
+    ) -> None:
+        "Compute every entry that is missing; what an earlier call computed is not computed again."
+        have = self.known if self.held is None else self.ahead
+        for block in torch.arange(self.crops.n * self.crops.views).split(at_once):
+            have(block // self.crops.views, block % self.crops.views)
+            if report: report(int(block[-1]) + 1)
+
+    def __call__(self,
+        index: Tensor, view: Tensor,  # (batch,) which pictures, which view of each
+        x: Tensor | None = None,  # the pictures themselves, not needed: a view says it all
+    ) -> Tensor:  # (batch, classes) float32
+        "The teacher's logits for the given views."
+        if self.held is not None: return self.held[index * self.crops.views + view].float()
+        return self.known(index, view).float()

@@ -284,6 +284,7 @@ def train_together(
             started, asked, looked = time.perf_counter(), *asked_for(learning, teacher)
             for student in learning: student.begin_epoch(epoch, epochs, seed)
             order, views = (t.to(device) for t in draw(seed, epoch, crops.n, crops.views))
+            if asked and hasattr(asked, "ahead"): asked.ahead(order, views)
             for index, view in zip(order.split(batch_size), views.split(batch_size)):
                 x, y = crops.at(index, view), labels[index]
                 batch = Batch(index, x, y, asked(index, view, x) if asked else None, looked(x) if looked else None, getattr(teacher, "look", None))

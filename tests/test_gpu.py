@@ -45,6 +45,8 @@ def test_a_table_that_is_held(tmp_path):
     crops, network = Crops(digits.train_images[:100], digits.mean, digits.std, 1, True, "cuda"), models.build("resnet8", 10).cuda()
     table = TeacherLogits(network, crops, 10, tmp_path / "t.bin", batch_size=4096, resident=True)
     index, view = torch.arange(100, device="cuda"), torch.arange(100, device="cuda") % crops.views
+    table.ahead(index, view)
+    assert table.held.is_cuda
     torch.testing.assert_close(table(index, view), TeacherLogits(network, crops, 10)(index, view), rtol=1e-2, atol=1e-2)
 
 

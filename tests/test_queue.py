@@ -1,0 +1,158 @@
+"""The queue: what is run first, what waits for what, what a machine needs that only trains, and that work can move to another."""
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from ldrld import batch, paths
+from ldrld.experiments import EXPERIMENTS, GRID, batch as runs_of, chosen, method_of, profile
+from ldrld.runs import Paused, load_record, name_of, run
+
+ROOT = Path(__file__).parent.parent
+SEARCHING = """
+data: handwritten digits
+dataset: digits
+pairs: [[resnet14, resnet8]]
+teacher: {recipe: onecycle, epochs: 2, lr: 0.1, precision: float32}
+student: {recipe: onecycle, epochs: 3, lr: 0.1, precision: float32}
+seeds: [0, 1]
+search_epochs: 1
+methods: [CE, KD, LDRLD, "LDRLD, searched"]
+experiments: [same_architecture, search]
+"""
+
+
+def ldrld(*words, **env):
+    return subprocess.run([sys.executable, "-c", "from ldrld.cli import main; main()", *map(str, words)], capture_output=True, text=True, cwd=ROOT,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", **env})
+
+
+@pytest.fixture
+def searching(tmp_path, monkeypatch):
+    """A profile of its own file, and an empty place for its results."""
+    file = tmp_path / "searching.yaml"
+    file.write_text(SEARCHING)
+    monkeypatch.setenv("LDRLD_OUT", str(tmp_path / "out"))
+    return file
+
+
+# ---- what comes first -------------------------------------------------------------------------------------------
+
+def test_the_paper_profile_begins_with_what_is_worth_most():
+    p = profile("paper")
+    runs = [config for config, _ in runs_of("paper")]
+    first = [(c.model, c.loss, c.seed) for c in runs if not c.holdout][: 13]
+    assert first == [("resnet20", "ce", 0), ("resnet56", "ce", 0), *(("resnet20", loss, 0) for loss in ("kd", "dkd", "ldrld")),
+                     *(("resnet20", loss, seed) for seed in (1, 2) for loss in ("ce", "kd", "dkd", "ldrld"))]
+    teachers = list(dict.fromkeys(c.teacher.model for c in runs if c.teacher))
+    assert teachers == list(dict.fromkeys(teacher for teacher, _ in p.pairs)), "pair by pair, in the order of the profile"
+    place = {name_of(c): i for i, c in enumerate(runs)}
+    assert all(place[name_of(c.teacher)] < place[name_of(c)] for c in runs if c.teacher)
+    main = max(place[name_of(c)] for e in ("same_architecture", "different_architecture")
+               for c, m in EXPERIMENTS[e].plan("paper")[["config", "method"]].itertuples(index=False) if m in p.first)
+    other = min(place[name_of(c)] for c in EXPERIMENTS["depth"].plan("paper").query("depth != 7")["config"])
+    assert main < other, "before every pair has its first methods, no ablation is begun"
+
+
+def test_cohorts_keep_the_order_and_leave_teachers_alone():
+    runs = runs_of("small")
+    packed = batch.cohorts(runs, 5)
+    assert sorted(name_of(c) for cohort in packed for c, _ in cohort) == sorted(name_of(c) for c, _ in runs)
+    place = {name_of(c): i for i, (c, _) in enumerate(runs)}
+    starts = [place[name_of(cohort[0][0])] for cohort in packed]
+    assert starts == sorted(starts) and max(map(len, packed)) == 5
+    assert all(len(cohort) == 1 for cohort in packed if any("weights" in keep for _, keep in cohort))
+
+
+# ---- what waits for what ----------------------------------------------------------------------------------------
+
+def task(folder: Path, name: str, status: str = "done"):
+    """A stand-in for a training, which leaves the time at which it began; `killed` takes the process with it."""
+    (folder / name).write_text(str(time.time()))
+    if status == "killed": os._exit(1)
+    time.sleep(0.2)
+    (folder / f"{name} ended").write_text(str(time.time()))
+    return [batch.Outcome(name, status)]
+
+
+def test_what_needs_another_waits_for_it_and_nothing_else_does(tmp_path, monkeypatch):
+    monkeypatch.setenv("LDRLD_OUT", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    names, needs = ["teacher", "student", "alone", "bad teacher", "its student"], {"student": {"teacher"}, "its student": {"bad teacher"}}
+    tasks = [([name], task, tmp_path, name, "failed" if name == "bad teacher" else "done") for name in names]
+    outcomes = {o.name: o.status for o in batch.in_parallel("tasks", tasks, 2, needs)}
+    assert outcomes == {"teacher": "done", "student": "done", "alone": "done", "bad teacher": "failed", "its student": "paused"}
+    when = {name: float((tmp_path / name).read_text()) for name in names if (tmp_path / name).exists()}
+    assert "its student" not in when and when["student"] >= float((tmp_path / "teacher ended").read_text()) > when["alone"]
+
+
+def test_a_killed_process_is_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("LDRLD_OUT", str(tmp_path))
+    tasks = [([name], task, tmp_path, name, status) for name, status in (("first", "done"), ("second", "killed"), ("third", "done"))]
+    outcomes = {o.name: o for o in batch.in_parallel("tasks", tasks, 1)}
+    assert {name: o.status for name, o in outcomes.items()} == {"first": "done", "second": "failed", "third": "failed"}
+    assert "a process died" in outcomes["third"].detail
+
+
+# ---- a search, and what follows from it -------------------------------------------------------------------------
+
+def test_a_search_decides_and_its_student_is_trained(searching):
+    p = profile(str(searching))
+    assert method_of("LDRLD, searched").searched and chosen(p, p.pairs[0]) is None
+    open_lines = EXPERIMENTS["same_architecture"].plan(p).query("method == 'LDRLD, searched'")
+    assert open_lines["seed"].tolist() == [0, 1] and open_lines["name"].tolist() == ["", ""]
+    got = ldrld("reproduce", "--profile", searching, "--direct", "--jobs", 1, LDRLD_OUT=os.environ["LDRLD_OUT"])
+    assert got.returncode == 0 and "0 paused, 0 failed" in got.stdout, got.stdout + got.stderr
+    tried = EXPERIMENTS["search"].plan(p)
+    held_out = {(a, b): load_record(name, p.name).last_accuracy for a, b, name in tried[["alpha", "beta", "name"]].itertuples(index=False)}
+    assert len(held_out) == len(GRID["alpha"]) * len(GRID["beta"]) and all(c.holdout == 0.1 and c.epochs == 1 for c in tried["config"])
+    won = chosen(p, p.pairs[0])
+    assert held_out[tuple(won.values())] == max(held_out.values())
+    line = EXPERIMENTS["same_architecture"].plan(p).query("method == 'LDRLD, searched'")
+    assert {(c.loss_args["alpha"], c.loss_args["beta"], c.holdout, c.epochs) for c in line["config"]} == {(*won.values(), 0.0, 3)}
+    table = pd.read_csv(paths.tables(p.name) / "same_architecture.csv")
+    assert table.set_index("method").loc["LDRLD, searched", "n"] == 2
+    assert ldrld("verify", "--profile", searching, LDRLD_OUT=os.environ["LDRLD_OUT"]).returncode == 0
+
+
+# ---- a machine that only trains ---------------------------------------------------------------------------------
+
+ABSENT = """
+from importlib.machinery import PathFinder
+absent, find = {"papermill", "jupyter_client", "jupyter_core", "nbformat", "nbclient", "ipykernel", "IPython", "nbdev", "optuna", "statsmodels", "matplotlib"}, PathFinder.find_spec
+PathFinder.find_spec = lambda name, path=None, target=None: None if name.split(".")[0] in absent else find(name, path, target)
+"""
+
+
+def test_training_needs_neither_papermill_nor_jupyter(searching, tmp_path):
+    """Nor what tables, figures and searches are made with; the processes it starts do not need them either."""
+    (tmp_path / "sitecustomize.py").write_text(ABSENT)
+    bare = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "LDRLD_OUT": str(tmp_path / "out")}
+    assert "No module named 'papermill'" in subprocess.run([sys.executable, "-c", "import papermill"], capture_output=True, text=True, env={**os.environ, **bare}).stderr
+    got = ldrld("run", "dataset=digits", "model=resnet8", "loss=kd", "teacher=resnet8", "recipe=onecycle", "epochs=1", "lr=0.1", **bare)
+    assert got.returncode == 0 and len(list((tmp_path / "out/data/runs/try").glob("*.json"))) == 2, got.stderr
+    got = ldrld("reproduce", "--profile", searching, "--only", "same_architecture", "--direct", "--jobs", 1, **bare)
+    assert got.returncode == 0 and "`ldrld report" in got.stdout and "7 done, 0 paused, 0 failed" in got.stdout, got.stdout + got.stderr
+
+
+def test_work_goes_on_on_another_machine(searching, tmp_path, monkeypatch):
+    """Stopped by its budget, taken along with its folder, it ends as if nothing had happened."""
+    config = runs_of(str(searching), ("same_architecture",))[0][0]
+    whole = run(config, "searching", report=None)
+    monkeypatch.setenv("LDRLD_OUT", str(tmp_path / "here"))
+    monkeypatch.setenv("LDRLD_DEADLINE", "0")
+    with pytest.raises(Paused, match="paused after epoch 1 of 3"): run(config, "searching", report=None)
+    monkeypatch.delenv("LDRLD_DEADLINE")
+    shutil.move(tmp_path / "here", tmp_path / "there")
+    there = {"LDRLD_OUT": str(tmp_path / "there")}
+    assert "1 of 3" in ldrld("status", "--profile", searching, **there).stdout
+    got = ldrld("reproduce", "--profile", searching, "--only", "same_architecture", "--direct", "--jobs", 1, **there)
+    assert got.returncode == 0, got.stderr
+    monkeypatch.setenv("LDRLD_OUT", str(tmp_path / "there"))
+    again = load_record(whole.name, "searching")
+    assert [row["test_accuracy"] for row in again.history] == [row["test_accuracy"] for row in whole.history]

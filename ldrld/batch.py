@@ -114,8 +114,9 @@ def finished(config: RunConfig, keep: tuple[str, ...], profile_name: str) -> boo
 
 
 def missing(p, only: tuple[str, ...] = ()) -> list[tuple[RunConfig, tuple[str, ...]]]:
-    """The runs of a profile that are not finished, those that are worth most first; arguments as in `reproduce`."""
-    return [(config, keep) for config, keep in batch(p, only) if not finished(config, keep, profile(p).name)]
+    """The runs of a profile that are not finished, those that are worth most first, last those that lack nothing but a picture; arguments as in `reproduce`."""
+    todo = [(config, keep) for config, keep in batch(p, only) if not finished(config, keep, profile(p).name)]
+    return sorted(todo, key=lambda run: load_record(name_of(run[0]), profile(p).name) is not None)
 
 
 def to_log(file: str) -> None:

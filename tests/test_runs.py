@@ -232,7 +232,7 @@ def test_a_compiled_network_learns_the_same_to_rounding(out, monkeypatch):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("recipe", ["crd", "ldrld-released", "onecycle"])
+@pytest.mark.parametrize("recipe", ["crd", "crd-warmup", "ldrld-released", "onecycle"])
 def test_training_follows_the_schedule_of_its_recipe(out, recipe):
     from ldrld.data import load
     from ldrld.train import schedule, train

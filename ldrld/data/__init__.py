@@ -258,7 +258,7 @@ def tiny_imagenet(
 ) -> ImageData:
     "Tiny-ImageNet from its official files; `FileNotFoundError` says where they belong."
     official, own = Path(root) / "tiny-imagenet-200", Path(root) / "tiny-imagenet"
-    if own.is_dir(): return replace(folder(own), padding=4)
+    if (own / "train").is_dir() and (own / "test").is_dir(): return replace(folder(own), padding=4)
     listed = official / "val" / "val_annotations.txt"
     if not listed.exists(): raise FileNotFoundError(_TINY_MISSING.format(folder=_shown(official), own=_shown(own)))
     classes = sorted(p.name for p in (official / "train").iterdir() if p.is_dir())

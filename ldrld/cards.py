@@ -68,7 +68,7 @@ def measured(
     model = models.load_weights(models.build(network, len(images.classes)), path).to(default_device())
     return accuracy(logits_of(model, images.test_images, images.mean, images.std), images.test_labels)
 
-# %% ../nbs/81_cards.ipynb #0b070069
+# %% ../nbs/81_cards.ipynb #979ee38e
 def _rows(
     card: dict,  # from `facts`, with what was measured
 ) -> dict[str, str]:
@@ -78,6 +78,7 @@ def _rows(
                                                                           ("holdout", "training pictures held out", 0.0)) if card[k] != usual]
     training = [f"loss `{card['loss']}`" + (f" from {card['teacher']}" if card["teacher"] else ""), f"{card['epochs']} epochs", f"recipe `{card['recipe']}`",
                 f"learning rate {card['learning_rate']:g}", f"batch size {card['batch_size']}", f"seed {card['seed']}", *unusual]
+    size = "small enough to be committed: at most" if card["committed"] else "not committed: larger than"
     rows = {
         "network": f"{card['network']}, {card['classes']} classes, {card['parameters']:,} parameters",
         "training": ", ".join(training),
@@ -85,7 +86,7 @@ def _rows(
         "accuracy at best": f"{card['accuracy_best_epoch']:.2f} %, epoch {card['best_epoch']}, chosen on {on}",
         "accuracy of this file": "not measured" if stored is None else f"{stored:.2f} % (half precision, computed in float32)",
         "record": f"[{card['record']}](../../runs/{card['profile']}/{card['record']}.json)",
-        "weights": f"`{card['weights']}`, {card['bytes']:,} bytes, half precision; {'small enough to be committed: at most' if card['committed'] else 'not committed: larger than'} {LARGEST // 10**6} MB",
+        "weights": f"`{card['weights']}`, {card['bytes']:,} bytes, half precision; {size} {LARGEST // 10**6} MB",
         "SHA-256": f"`{card['sha256']}`",
         "trained on": f"{card['gpu'] or card['processor']}, {card['seconds']:,} seconds, finished {card['finished']}",
     }
@@ -156,7 +157,7 @@ def too_far(
     "Whether a file's accuracy differs from its record's by more than half precision explains."
     return abs(file - record) > max(HALF, 100 * FEW / pictures) + 1e-3  # which of two floats is rounded up must not decide
 
-# %% ../nbs/81_cards.ipynb #1bf5f7f5
+# %% ../nbs/81_cards.ipynb #1c9e487e
 def complaints(
     name: str,  # a run's name
     profile: str,
@@ -169,7 +170,7 @@ def complaints(
     if (found := sha256_of(path)) != card["sha256"]:
         return [f"the file's SHA-256 is {found[:10]}…, the card's {card['sha256'][:10]}…: it was damaged or exchanged; fetch it again, or move file and card away and run again"]
     if record is None: return []                               # the card alone says it all
-    return [f"the card says {k}: {card.get(k)!r}, weights and record say {v!r}" for k, v in facts(record, profile).items() if card.get(k) != v]
+    return [f"the card says {k}: {card.get(k)!r}, weights and record say {v!r}; if the card is out of date, move it away, then `ldrld teachers --write`" for k, v in facts(record, profile).items() if card.get(k) != v]
 
 def _line(name: str, profile: str, look=None) -> dict:
     "One line of `listed`; `look`, a function like `pictures`, if the file is to be measured."
@@ -180,7 +181,6 @@ def _line(name: str, profile: str, look=None) -> dict:
     line = {"teacher": card.get("network"), "data": card.get("dataset"), "last epoch, %": last, "stored file, %": card.get("accuracy_stored_file"),
             "MB": path.stat().st_size / 1e6 if path.exists() else None, "card": state, "record": name if record else f"{name} (no record)", "wrong": wrong}
     if look is None: return line
-    line["measured, %"] = None
     if wrong or not card.get("loads") or not path.exists(): return line
     try: images = look(card["dataset"], card["holdout"])
     except (OSError, ValueError): return line                  # not at hand
@@ -198,7 +198,7 @@ def listed(
     for name in sorted({p.stem for p in paths.weights(profile).glob("*") if p.suffix in (".safetensors", ".md")}):
         try: lines.append(_line(name, profile, look))
         except ValueError as error: lines.append({"record": name, "wrong": [str(error)]})
-    return pd.DataFrame(lines)
+    return pd.DataFrame(lines, columns=["teacher", "data", "last epoch, %", "stored file, %", *(["measured, %"] if check else []), "MB", "card", "record", "wrong"])
 
 # %% ../nbs/81_cards.ipynb #393a465d
 def write_missing(

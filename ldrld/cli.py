@@ -261,7 +261,7 @@ def compare_files(files: list[Path], dataset: str, keep: bool) -> int:
             continue
         wrong += found["disagrees"]
         print(f"{file}: {found['network']}, {found['classes']} classes, {found['bytes'] / 1e6:.1f} MB\n  SHA-256 {found['sha256']}")
-        print(f"  accuracy on {dataset}: " + (f"{found['accuracy']:.2f} % (computed in float32)" if found["reason"] is None else f"not measured: {found['reason']}"))
+        print(f"  accuracy on {dataset}: " + (f"{found['accuracy']:.2f} % (in float32, on pictures normalised by the data's own mean and deviation)" if found["reason"] is None else f"not measured: {found['reason']}"))
         print(f"  {found['verdict']}")
         if keep: print(f"  kept; as a teacher in a configuration: {json.dumps(pretrained(file).model_dump())}")
         print(f"  a student learns from it with: ldrld run dataset={dataset} model=resnet8 loss=ldrld teacher={file}")

@@ -50,7 +50,7 @@ def wrong(profile="t", check=False):
 
 # ---- what is committed ------------------------------------------------------------------------------------------
 
-PROFILES = sorted(p.name for p in (ROOT / "data" / "teachers").glob("*") if p.is_dir())
+PROFILES = [p for p in ("quick", "small", "paper") if (ROOT / "data" / "teachers" / p).is_dir()]
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -268,6 +268,9 @@ def test_the_command_lists_and_checks(teacher, out):
     KEPT["weights"](teacher.name, "t").write_bytes(b"\0" * 100)
     code, said = ldrld("teachers", "--profile", "t", "--check", out=out)
     assert code == 1 and "SHA-256" in said and ldrld("teachers", out=out)[0] == 0
+    cards.card_path(teacher.name, "t").write_text("not mine", encoding="utf-8")
+    code, said = ldrld("teachers", "--check", out=out)
+    assert code == 1 and "is not a card" in said and "1 not measured" in said
     code, said = ldrld("teachers", "--profile", "nobody", out=out)
     assert code == 2 and "unknown --profile" in said
 
@@ -293,6 +296,15 @@ def test_the_command_on_files(out, tmp_path):
         code, said = ldrld("teachers", tmp_path / wrong_file, out=out)
         assert code == 1 and why in said
     assert ldrld("teachers", file, "--check", out=out)[0] == 2 and ldrld("teachers", "--keep", out=out)[0] == 2
+
+
+@pytest.mark.parametrize("reached, code", [(72.40, 0), (71.0, 1)])
+def test_a_checkpoint_that_is_not_the_published_one_is_told(reached, code, tmp_path, monkeypatch, capsys):
+    from ldrld.cli import compare_files
+    monkeypatch.setattr(cards, "pictures", lambda *_: data.ImageData(*["stands for CIFAR-100", *[None] * 4, range(100), *[None] * 7]))
+    monkeypatch.setattr(cards, "measured", lambda *_: reached)
+    assert compare_files([checkpoint_at(tmp_path / "ckpt.pth", "resnet56", 100)], "cifar100", keep=False) == code
+    assert ("does not agree" if code else ": agrees") in capsys.readouterr().out
 
 
 def test_a_checkpoint_where_cifar_is_not(tmp_path):

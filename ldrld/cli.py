@@ -92,7 +92,7 @@ def plain(text: str):
 
 
 @app.command()
-def run(settings: Annotated[list[str], typer.Argument(help="name=value, e.g. model=resnet8 loss=ldrld loss_args.depth=5 teacher=resnet14")],
+def run(settings: Annotated[list[str], typer.Argument(help="name=value, e.g. model=resnet8 loss=ldrld loss_args.depth=5 teacher=resnet14; a teacher may also be a file of weights, see `ldrld teachers`")],
         profile: Annotated[str, typer.Option(help="Folder of records under data/runs.")] = "try", out: Out = None,
         keep: Annotated[list[str] | None, typer.Option(help="weights, logits or insight (features and Grad-CAM maps), kept besides the record.")] = None):
     """Carry out one run; its record is the result."""
@@ -111,21 +111,22 @@ def run(settings: Annotated[list[str], typer.Argument(help="name=value, e.g. mod
             if not isinstance(place, dict): raise typer.BadParameter(f"{text!r}: {folder} was given as {place!r} before")
         place[last] = plain(value)
     from ldrld import paths
-    from ldrld.runs import KEPT, Paused, RunConfig, explain, known
+    from ldrld.runs import KEPT, Paused, RunConfig, explain, known, pretrained
     from ldrld.runs import run as carry_out
 
     try:
         for k in keep or (): known("--keep", k, list(KEPT))
+        if str(given.get("teacher")).endswith((".pth", ".pt", ".safetensors")): given["teacher"] = pretrained(given["teacher"])
         config = RunConfig(**given)
     except ValidationError as error:
         raise typer.BadParameter(explain(error)) from None
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         raise typer.BadParameter(str(error)) from None
     try: record = carry_out(config, profile, tuple(keep or ()))
     except Paused as pause:
         print(pause)
         raise typer.Exit(0) from None
-    except ValueError as error:  # such as a pair of networks that a loss on feature maps cannot join
+    except (ValueError, FileNotFoundError) as error:  # such as a pair of networks that a loss on feature maps cannot join, or data that are not there
         raise typer.BadParameter(str(error)) from None
     print(f"{record.last_accuracy:.2f} % after the last epoch, {record.best_accuracy:.2f} % at best (epoch {record.best_epoch}, chosen on {'held-out' if config.holdout else 'test'} data)")
     print(f"record: {os.path.relpath(paths.records(profile) / record.name)}.json")
@@ -238,6 +239,72 @@ def verify(profile: Annotated[list[str] | None, typer.Option(help="Default: quic
     print(f"records and tables: {os.path.relpath(paths.out() / 'data')}")
     if not checked: print(f"no table found under {paths.out()}; `ldrld report` makes them, --out says where they are")
     if wrong or not checked: raise typer.Exit(1)
+
+
+@app.command()
+def teachers(files: Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", help="Checkpoints of others (.pth or .safetensors): each is identified, measured, and set beside what is published for its network.")] = None,
+             profile: Annotated[str | None, typer.Option(help="Whose teachers to list. Default: of every profile that has some.")] = None,
+             check: Annotated[bool, typer.Option("--check", help="Also load each and measure it where its data are at hand; exit code 1 if anything is wrong.")] = False,
+             write: Annotated[bool, typer.Option("--write", help="Write the cards that are missing; those that are there are left alone.")] = False,
+             keep: Annotated[bool, typer.Option("--keep", help="Keep a copy of each FILE where runs find it, as a teacher.")] = False,
+             dataset: Annotated[str, typer.Option("--data", help="The data set that the FILEs were trained on.")] = "cifar100", out: Out = None):
+    """List the teachers' weights with what their cards say, check them, or compare published checkpoints with what is published."""
+    if files and (check or write or profile): raise typer.BadParameter("--profile, --check and --write are about the project's own teachers; leave them or the FILEs out")
+    if keep and not files: raise typer.BadParameter("--keep needs a FILE")
+    if out is not None: os.environ["LDRLD_OUT"] = str(out.resolve())
+    wrong = compare_files(files, dataset, keep) if files else list_teachers(profile, check, write)
+    if wrong and (files or check): raise typer.Exit(1)
+
+
+def compare_files(files: list[Path], dataset: str, keep: bool) -> int:
+    """Say of each checkpoint what it is and what it reaches; returns how many are wrong."""
+    from ldrld.cards import checkpoint
+    from ldrld.runs import pretrained
+
+    wrong = 0
+    for file in files:
+        try: found = checkpoint(file, dataset)
+        except (ValueError, OSError) as error:
+            print(error)
+            wrong += 1
+            continue
+        wrong += found["disagrees"]
+        print(f"{file}: {found['network']}, {found['classes']} classes, {found['bytes'] / 1e6:.1f} MB\n  SHA-256 {found['sha256']}")
+        print(f"  accuracy on {dataset}: " + (f"{found['accuracy']:.2f} % (in float32, on pictures normalised by the data's own mean and deviation)" if found["reason"] is None else f"not measured: {found['reason']}"))
+        print(f"  {found['verdict']}")
+        if keep: print(f"  kept; as a teacher in a configuration: {json.dumps(pretrained(file).model_dump())}")
+        print(f"  a student learns from it with: ldrld run dataset={dataset} model=resnet8 loss=ldrld teacher={file}")
+    return wrong
+
+
+def list_teachers(profile: str | None, check: bool, write: bool) -> int:
+    """Show the teachers of one profile or of all; returns how many things are wrong."""
+    import pandas as pd
+
+    from ldrld import paths
+    from ldrld.cards import listed, write_missing
+    from ldrld.experiments import PROFILES
+    from ldrld.experiments import profile as profile_of
+    from ldrld.runs import known
+
+    there = sorted(p.name for p in paths.weights("").glob("*") if p.is_dir())
+    try: chosen = there if profile is None else [profile_of(profile).name if profile.endswith((".yaml", ".yml")) else known("--profile", profile, sorted({*there, *PROFILES}))]
+    except (ValueError, OSError) as error: raise typer.BadParameter(str(error)) from None
+    wrong, tables = [], []
+    for name in chosen:
+        for path in write_missing(name) if write else (): print(f"written: {os.path.relpath(path)}")
+        if (table := listed(name, check)).empty: continue
+        wrong += [f"{name}/{record}: {what}" for record, said in zip(table["record"], table.pop("wrong")) for what in said]
+        tables.append(table.assign(profile=name))
+    if not tables:
+        print(f"no teacher under {os.path.relpath(paths.weights(chosen[0] if profile else ''))}; `ldrld reproduce` trains some, --out says where they are")
+        return 0
+    table = pd.concat(tables).set_index("profile").reset_index()
+    shown = {column: lambda value: "-" if pd.isna(value) else value if isinstance(value, str) else f"{value:.2f}" for column in table}
+    print(table.to_string(index=False, formatters=shown))
+    print("\n".join([*wrong, f"{len(table)} teachers, {len(wrong)} things wrong"]))
+    if check and (blind := int(table["measured, %"].isna().sum())): print(f"{blind} not measured: the data are not at hand, the weights are not here, or something above is wrong")
+    return len(wrong)
 
 
 @app.command()

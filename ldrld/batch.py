@@ -200,9 +200,10 @@ def reproduce(p: str = "quick", only: tuple[str, ...] = (), jobs: int = 2, secon
     """
     folder, planned, outcomes, tried = profile(p).name, batch(p, only), [], set()
     todo = missing(p, only)
-    if todo and profile(p).dataset != "cifar100":  # whose files are checked: here new runs must see what the finished ones saw
-        images = data.load(profile(p).dataset)
-        for record in filter(None, (load_record(name_of(config), folder) for config, _ in planned)): same_pictures(record, images)
+    for name in {config.dataset for config, _ in todo} - {"cifar100"}:  # whose files are checked: here new runs must see what the finished ones saw
+        made = [record for config, _ in planned if config.dataset == name and (record := load_record(name_of(config), folder))]
+        if made: images = data.load(name)
+        for record in made: same_pictures(record, images)
     print(f"{len(planned)} runs in profile {folder}, {len(planned) - len(todo)} finished before")
     if math.isfinite(seconds): os.environ["LDRLD_DEADLINE"] = str(time.time() + 0.9 * seconds)
     while todo:

@@ -335,7 +335,7 @@ def bench(names: Annotated[list[str] | None, typer.Argument(help="loss-targets, 
 
 
 @app.command("data")
-def data_command(name: Annotated[str, typer.Argument(help="glyphs, digits, cifar100, or a folder of pictures.")],
+def data_command(name: Annotated[str, typer.Argument(help="glyphs, glyphs-10, glyphs-200, digits, cifar100, cifar100-10, tiny-imagenet, or a folder of pictures.")],
                  root: Annotated[Path | None, typer.Option(help="Where data sets lie. Default: data/ of the project.")] = None):
     """Fetch, make or find a data set, and say what it is."""
     from ldrld import data

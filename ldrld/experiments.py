@@ -10,12 +10,14 @@ __all__ = ['LOGITS', 'FEATURES', 'OTHERS', 'VARIANTS', 'METHODS', 'SEARCHED', 'C
            'completeness', 'depth', 'temperature', 'probability_gap', 'relation_maps', 'learning_curves', 'adw_weights',
            'adw_constants', 'alpha_beta', 'depth_temperature', 'ranking', 'teacher_strength', 'learning_rate',
            'few_shot', 'label_noise', 'variants', 'field_', 'calibration', 'agreement', 'superclasses', 'features',
-           'grad_cam', 'pulls', 'selected', 'by_worth', 'batch']
+           'grad_cam', 'pulls', 'normalisation', 'plateau', 'classes', 'method_name', 'best_epoch', 'selected',
+           'by_worth', 'batch']
 
 # %% ../nbs/82_experiments.ipynb #8af91466
 from collections.abc import Callable, Iterator
 import re
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,8 @@ import pandas as pd
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from . import losses
+from . import losses, paths
+from .data import CLASSES
 from .runs import RunConfig, explain, known, load_record, name_of
 
 # %% ../nbs/82_experiments.ipynb #0b6aeaad
@@ -71,14 +74,16 @@ class Profile(BaseModel):
     first: tuple[str, ...] = Field(("CE", "KD", "LDRLD"), description="those of the methods that every pair has before anything else is run")
     search_epochs: int | None = Field(None, ge=1, description="of a run of the search for α and β; a student's if left out")
     strengths: tuple[str, ...] = Field((), description="teachers of the table on weak and strong teachers; the first pair's if empty")
+    class_sets: tuple[str, ...] = Field((), description="data sets of the table on the number of classes; the profile's own if empty")
     experiments: tuple[str, ...] | None = Field(None, description="those that are run when none is asked for by name; all if left out")
 
     @model_validator(mode="after")
     def _can_be_run(self):
         "Every network, data set and setting is known, and both schedules say how long."
-        for name in ("pairs", "seeds", "depths", "temperatures", "methods", "first", "strengths"):
+        for name in ("pairs", "seeds", "depths", "temperatures", "methods", "first", "strengths", "class_sets"):
             if len(set(values := getattr(self, name))) < len(values): raise ValueError(f"{name}={values}: give each only once")
         for name in (*self.methods, *self.first): method_of(name)
+        for name in self.class_sets: known("class_sets", name, list(CLASSES))
         for who, settings in (("teacher", self.teacher), ("student", self.student)):
             if missing := {"recipe", "epochs"} - settings.keys(): raise ValueError(f"{who}: {' and '.join(sorted(missing))} missing")
             for pair in self.pairs: RunConfig(dataset=self.dataset, model=pair[who == "student"], **settings)
@@ -87,24 +92,26 @@ class Profile(BaseModel):
 # %% ../nbs/82_experiments.ipynb #346a5c2f
 # what is run when nothing is asked for by name
 CORE = ("same_architecture", "rivals", "adw", "completeness", "depth", "temperature", "ranking", "probability_gap", "adw_weights", "relation_maps",
-        "learning_curves", "calibration", "agreement", "superclasses", "features", "grad_cam", "pulls")
+        "learning_curves", "calibration", "agreement", "superclasses", "features", "grad_cam", "pulls", "best_epoch")
 
 # those that come with the project
 PROFILES = {p.name: p for p in (
     Profile(name="quick", data="glyphs, 100 characters", dataset="glyphs", pairs=(("resnet14", "resnet8"), ("resnet14", "wrn_16_1")),
             teacher=dict(recipe="onecycle", epochs=20, lr=0.1), student=dict(recipe="onecycle", epochs=6, lr=0.1),
             depths=(2, 5, 7, 10, 20), temperatures=(1.0, 4.0, 8.0), strengths=("resnet8", "resnet14", "resnet20"),
+            class_sets=("glyphs-10", "glyphs", "glyphs-200"),
             methods=("CE", "KD", "DKD", "DIST", "RLD", "KD+LS", "AT", "SimKD", "LDRLD"),
             experiments=CORE),
     Profile(name="small", data="CIFAR-100", dataset="cifar100", pairs=(("resnet20", "resnet8"), ("resnet32", "resnet8"), ("resnet20", "wrn_16_1")),
             teacher=dict(recipe="onecycle", epochs=30, lr=0.1), student=dict(recipe="onecycle", epochs=15, lr=0.1),
-            strengths=("resnet8", "resnet20", "resnet32"), first=("CE", "KD", "DKD", "KD+LS", "LDRLD"), search_epochs=5,
+            strengths=("resnet8", "resnet20", "resnet32"), class_sets=("cifar100-10", "cifar100"), first=("CE", "KD", "DKD", "KD+LS", "LDRLD"), search_epochs=5,
             methods=("CE", "KD", "DKD", "DIST", "RLD", "KD+LS", "AT", "SimKD", "LDRLD", "LDRLD, searched"),
             experiments=(*CORE, "different_architecture", "search")),
     Profile(name="paper", data="CIFAR-100", dataset="cifar100", pairs=(
              ("resnet56", "resnet20"), ("resnet32x4", "resnet8x4"), ("wrn_40_2", "wrn_16_2"), ("vgg13", "vgg8"),
              ("resnet32x4", "ShuffleV1"), ("resnet110", "resnet20")),
             teacher=dict(recipe="crd", epochs=240), student=dict(recipe="crd", epochs=240), strengths=("resnet8x4", "wrn_16_2", "wrn_40_2", "resnet32x4"),
+            class_sets=("cifar100-10", "cifar100", "tiny-imagenet"),
             methods=("CE", "FitNet", "AT", "RKD", "CRD", "OFD", "ReviewKD", "SimKD", "CAT-KD", "FCFD", "KD", "CTKD", "DKD", "NKD", "DIST", "WTTM", "MLKD", "SD-KD",
                      "RLD", "KD+LS", "LDRLD", "LDRLD, searched"), first=("CE", "KD", "DKD", "LDRLD"), search_epochs=60,
             experiments=(*CORE, "different_architecture", "search", "imagenet")),
@@ -153,6 +160,8 @@ class Experiment:
     logits: bool = False  # whether figures need the logits of the seed-0 runs
     insight: bool = False  # whether figures need features and Grad-CAM maps of the seed-0 runs
     table: bool = True  # whether it ends in a table, or in a figure only
+    largest: bool = False  # whether a table of measures also gives the largest value
+    reads: bool = False  # whether it only reads what other experiments run: a batch makes nothing for it
 
     def plan(self,
         p: str | Profile = "quick",
@@ -416,6 +425,60 @@ def pulls(p):
     "LDRLD and KD on the ablation pair."
     for method in ("KD", "LDRLD"): yield from on_pair(p, ablation_pair(p), {"method": method}, method)
 
+# %% ../nbs/82_experiments.ipynb #0248c0b6
+@experiment("normalisation", "Dividing the local terms by the number of pairs", "34_normalisation", by=("depth", "local terms", "alpha"),
+            baseline={"local terms": "divided", "alpha": "10.5"})
+def normalisation(p):
+    "Divided and summed, α such that both are one loss at depth 7; there also the sum with the published α."
+    for d in (d for d in (3, 7, 20) if d <= max(p.depths)):
+        forms = {("divided", "10.5"): {}, ("summed", "10.5 / 22"): dict(normalize=False, alpha=10.5 / 22), ("summed", "10.5"): dict(normalize=False)}
+        for (terms, alpha), args in forms.items():
+            values = {"depth": d, "local terms": terms, "alpha": alpha}
+            if d == 7 or (terms, alpha) != ("summed", "10.5"): yield from on_pair(p, ablation_pair(p), values, "LDRLD", depth=d, **args)
+
+@experiment("plateau", "The learning rate of the released code", "36_plateau", by=("method", "recipe"), baseline={"recipe": "crd"})
+def plateau(p):
+    "KD and LDRLD under the common recipe, with a warm-up before it, and with the released code's plateau after that."
+    for method in ("KD", "LDRLD"):
+        for recipe in ("crd", "crd-warmup", "ldrld-released"): yield from on_pair(p, ablation_pair(p), {"method": method, "recipe": recipe}, method, recipe=recipe)
+
+# %% ../nbs/82_experiments.ipynb #6a4e946f
+@experiment("classes", "How many classes to compare, of how many", "44_depth_classes", by=("data", "classes", "method", "depth"),
+            baseline={"method": "LDRLD", "depth": "7"})
+def classes(p):
+    "KD and every depth that fits, on data sets with other numbers of classes; each has its own teacher."
+    for name in p.class_sets or [p.dataset] * (p.dataset in CLASSES):
+        q, values = p.model_copy(update={"dataset": name}), {"data": name, "classes": CLASSES[name]}
+        yield from on_pair(q, ablation_pair(p), {**values, "method": "KD", "depth": "–"}, "KD")
+        for d in (d for d in p.depths if d <= CLASSES[name]): yield from on_pair(q, ablation_pair(p), {**values, "method": "LDRLD", "depth": f"{d}"}, "LDRLD", depth=d)
+
+def _kind(loss: str, args: dict) -> tuple: return (loss, *(str(args.get(k)) for k in ("loss", "distance", "rule")))
+
+@cache
+def _names() -> dict[tuple, str]:
+    "What tables call each kind of loss."
+    names: dict[tuple, str] = {}
+    for name, m in (METHODS | VARIANTS).items(): names.setdefault(_kind(m.loss, losses.build(m.loss, **m.args).hyperparameters), name)
+    return names
+
+def method_name(
+    config: RunConfig,
+) -> str:
+    "What tables call the method of a run, whatever its hyper-parameters and its teacher; the loss's own name where no table has one for it."
+    return _names().get(_kind(config.loss, config.loss_args), config.loss)
+
+@experiment("best_epoch", "What reporting the best epoch adds", "84_best_epoch", by=("method", "recipe", "epochs"), measures=("best − last",), largest=True, reads=True)
+def best_epoch(p):
+    "What the profile runs, and what else there is, on the profile's data as it is; each run once."
+    seen, always = set(), selected(p)
+    for e in (e for e in EXPERIMENTS.values() if not e.reads):
+        for _, c in e.lines(p):
+            as_it_is = c and c.dataset == p.dataset and (c.train_share, c.label_noise, c.holdout) == (1.0, 0.0, 0.0)
+            if not as_it_is or (name := name_of(c)) in seen: continue
+            if e.name in always or (paths.records(p.name) / f"{name}.json").exists():
+                seen.add(name)
+                yield {"teacher": "–", "student": "–", "method": method_name(c), "recipe": c.recipe, "epochs": c.epochs}, c
+
 # %% ../nbs/82_experiments.ipynb #d338a4ad
 def selected(
     p: str | Profile = "quick",
@@ -445,6 +508,7 @@ def batch(
     p, runs = profile(p), {}
     teachers = {name_of(teacher_config(p, teacher)) for teacher, _ in p.pairs}
     names = tuple(known("only", name, list(EXPERIMENTS)) for name in only) or selected(p)
+    names = tuple(name for name in names if not EXPERIMENTS[name].reads)
     def need(config, *keep):
         if config.teacher: need(config.teacher, "weights", "logits")          # a fine-tuned teacher has one, too
         name = name_of(config)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['BENCHES', 'STYLE', 'COLOURS', 'NOT_RUN', 'TOLERANCE', 'collect', 'to_report', 'paired', 'summarise', 'holm',
-           'baseline_of', 'summarise_measures', 'shown_measures', 'shown', 'folder_of', 'caption', 'save_table', 'tex',
-           'beside_published', 'caption_of_measures', 'save_figure', 'logits', 'insight', 'superclasses', 'not_run',
-           'pair_map', 'heat_map', 'accuracies', 'line_with_band', 'reference_lines', 'interval_plot', 'quartile_lines',
-           'expected_line', 'verify_table', 'expected_of', 'corrected', 'same']
+           'baseline_of', 'measures_of', 'summarise_measures', 'shown_measures', 'shown', 'folder_of', 'caption',
+           'save_table', 'tex', 'said', 'beside_published', 'caption_of_measures', 'save_figure', 'logits', 'insight',
+           'superclasses', 'not_run', 'pair_map', 'heat_map', 'accuracies', 'line_with_band', 'reference_lines',
+           'interval_plot', 'quartile_lines', 'expected_line', 'verify_table', 'expected_of', 'corrected', 'same']
 
 # %% ../nbs/90_report.ipynb #f99156d2
 import math
@@ -23,7 +23,7 @@ from statsmodels.stats.multitest import multipletests
 
 from . import data, paths, published
 from .experiments import EXPERIMENTS, Experiment, Profile, profile, selected
-from .runs import load_record, name_of, write_whole
+from .runs import Record, load_record, write_whole
 
 # %% ../nbs/90_report.ipynb #3c6c9223
 def collect(
@@ -44,7 +44,7 @@ def to_report(
     "The experiments whose tables and figures a profile shows."
     p, names = profile(p), {name: set(e.plan(p)["name"]) for name, e in EXPERIMENTS.items()}
     always = selected(p)
-    usual = set().union(*(names[name] for name in always))
+    usual = set().union(*(names[name] for name in always if not EXPERIMENTS[name].reads))
     made = {path.stem for path in paths.records(p.name).glob("*.json")}
     return [name for name in EXPERIMENTS if name in always or (names[name] - usual) & made]
 
@@ -93,17 +93,25 @@ def baseline_of(
     return tuple((dict(zip(e.by, key)) | e.baseline).values())
 
 # %% ../nbs/90_report.ipynb #e4cc67b1
+def measures_of(
+    record: Record,
+) -> dict[str, float]:  # by name
+    "What a record measured after the last epoch, and by how many points the best epoch is better than the last."
+    accuracies = [row["test_accuracy"] for row in record.history]
+    return record.measures | {"best − last": max(accuracies) - accuracies[-1]}
+
 def summarise_measures(
     runs: pd.DataFrame,  # from `collect`
     e: str | Experiment,  # one with `measures`
-) -> pd.DataFrame:  # one line a cell: n, for each measure its mean and "… sd", runs
+) -> pd.DataFrame:  # one line a cell: n, for each measure its mean, "… sd" and perhaps "… max", runs
     "Mean and standard deviation of the measures that an experiment is about; `n` counts the runs whose records hold them."
     e = EXPERIMENTS[e] if isinstance(e, str) else e
     lines = []
     for key, cell in runs.groupby(list(e.by), sort=False):
-        done = [r for r in cell["record"] if r and e.measures[0] in r.measures]
-        values = pd.DataFrame([{m: r.measures[m] for m in e.measures} for r in done], columns=list(e.measures), dtype=float)
-        of = {column: v for m in e.measures for column, v in ((m, values[m].mean()), (f"{m} sd", values[m].std()))}
+        done = [r for r in cell["record"] if r and e.measures[0] in measures_of(r)]
+        values = pd.DataFrame([{m: measures_of(r)[m] for m in e.measures} for r in done], columns=list(e.measures), dtype=float)
+        of = {column: v for m in e.measures for column, v in ((m, values[m].mean()), (f"{m} sd", values[m].std()), (f"{m} max", values[m].max()))}
+        of = {column: v for column, v in of.items() if e.largest or not column.endswith(" max")}
         lines.append({**dict(zip(e.by, key)), "n": len(done), **of, "runs": " ".join(r.name for r in done)})
     return pd.DataFrame(lines)
 
@@ -113,9 +121,10 @@ def shown_measures(
     digits: int = 2,
 ) -> pd.DataFrame:  # text
     "A table of measures as people read it: mean ± sd; a run not made is shown as such."
-    out = table.drop(columns=["n", "runs", *(c for m in names for c in (m, f"{m} sd"))])
+    out = table.drop(columns=["n", "runs", *(c for m in names for c in (m, f"{m} sd", f"{m} max"))], errors="ignore")
     spread = lambda r, m: "not run" if not r["n"] else f"{r[m]:.{digits}f}" + (f" ± {r[m + ' sd']:.{digits}f}" if r["n"] > 1 else "")
-    return out.assign(**{name: [spread(r, m) for _, r in table.iterrows()] for m, name in names.items()}, n=table["n"])
+    largest = {f"largest {name}": [f"{v:.{digits}f}" if v == v else "" for v in table[f"{m} max"]] for m, name in names.items() if f"{m} max" in table}
+    return out.assign(**{name: [spread(r, m) for _, r in table.iterrows()] for m, name in names.items()}, **largest, n=table["n"])
 
 # %% ../nbs/90_report.ipynb #020ce914
 def shown(
@@ -178,6 +187,21 @@ def tex(
     "A caption for LaTeX."
     text = re.sub(r"`([^`]*)`", r"\\texttt{\1}", text.replace("%", r"\%").replace("_", r"\_"))
     return text.replace("±", r"$\pm$").replace("→", r"$\to$").replace("−", "$-$").replace("×", r"$\times$").replace("≥", r"$\geq$").replace("≤", r"$\leq$").replace("α", r"$\alpha$").replace("β", r"$\beta$")
+
+# %% ../nbs/90_report.ipynb #1da28017
+def said(
+    line: pd.Series,  # of a table from `summarise`, with a baseline
+    what: str,  # the line, in words
+    than: str,  # the baseline, in words
+) -> str:
+    "What a line's paired difference says, as a sentence."
+    if not line["pairs"]: return f"{what} against {than}: not run."
+    text, n = f"{what} against {than}: {line['difference']:+.2f} points", int(line["pairs"])
+    if n == 1: return f"{text}, from a single seed."
+    if line["low"] == line["high"] == 0: return f"{what} and {than}: equal in all {n} seeds, to the last digit."
+    text += f" [{line['low']:+.2f}, {line['high']:+.2f}] over {n} seeds"
+    if line["low"] <= 0 <= line["high"]: return f"{text}: cannot be told from none."
+    return f"{text}: {'better' if line['difference'] > 0 else 'worse'}."
 
 # %% ../nbs/90_report.ipynb #b394af9a
 def beside_published(
@@ -397,12 +421,13 @@ def verify_table(
     e, p = EXPERIMENTS[e] if isinstance(e, str) else e, profile(p)
     path = paths.tables(p.name) / f"{e.name}.csv"
     if not path.exists(): raise FileNotFoundError(f"{path.name}: no such table in profile {p.name}; `ldrld report` makes it")
-    cells = {key: {c.seed: r for c in cell["config"] if (r := load_record(name_of(c), p.name))}
+    cells = {key: {name if e.measures else c.seed: r for name, c in zip(cell["name"], cell["config"]) if (r := load_record(name, p.name))}
              for key, cell in e.plan(p).groupby(list(e.by), sort=False)}
     table = pd.read_csv(path, keep_default_na=False, na_values=[""]).to_dict("records")
     if len(table) != len(cells): return [f"{path.name}: {len(table)} lines where {len(cells)} cells are planned"]
     wrong, made = [], [r for records in cells.values() for r in records.values()]
-    for what, found in {"pictures": {r.data.get("fingerprint") for r in made}, "precision": {r.precision_used for r in made}}.items():
+    seen = {f"pictures of {d}": {r.data.get("fingerprint") for r in made if r.config.dataset == d} for d in sorted({r.config.dataset for r in made})}
+    for what, found in {**seen, "precision": {r.precision_used for r in made}}.items():
         if len(found) > 1: wrong.append(f"{path.name}: its runs differ in their {what}: {', '.join(sorted(map(str, found)))}")
     expectations = [expected_of(e, key, cells) for key in cells]
     for given, line in zip(corrected(expectations), table):
@@ -421,9 +446,11 @@ def expected_of(
     "What a cell's line should hold, before p is corrected."
     records, ends = cells[key], dict(zip(e.by, key))
     if e.measures:
-        records = {s: r for s, r in records.items() if e.measures[0] in r.measures}
-        of = {m: expected_line([r.measures[m] for r in records.values()], [], None) for m in e.measures}
-        return ends | {"n": len(records), "runs": " ".join(r.name for r in records.values())} | {
+        found = {r.name: measures_of(r) for r in records.values() if e.measures[0] in measures_of(r)}
+        values = {m: [measured[m] for measured in found.values()] for m in e.measures}
+        of = {m: expected_line(values[m], [], None) for m in e.measures}
+        largest = {f"{m} max": max(values[m], default=math.nan) for m in e.measures if e.largest}
+        return ends | largest | {"n": len(found), "runs": " ".join(found)} | {
             column: v for m in e.measures for column, v in ((m, of[m]["mean"]), (f"{m} sd", of[m]["sd"]))}
     base = baseline_of(e, key) if e.baseline else None
     pairs = [(r.last_accuracy, cells[base][s].last_accuracy) for s, r in records.items() if s in cells[base]] if base in cells and base != key else []

@@ -12,10 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from ldrld.data import ImageData, cifar100, fingerprint, folder, image_data, load
+from ldrld.data import CLASSES, LOADERS, ImageData, cifar100, fingerprint, folder, image_data, load, tiny_imagenet, two_of, with_groups
 from ldrld.data.glyphs import CHARACTERS, Recipe, glyphs, make
 from ldrld.paths import data_root
 from ldrld.report import superclasses
+from ldrld.runs import records
 
 FEW = Recipe(train=200, test=100)
 
@@ -54,6 +55,28 @@ def test_glyphs(tmp_path):
     for labels in (data.train_labels, data.test_labels): assert len(set(labels.bincount().tolist())) == 1
     pictures = torch.cat([data.train_images, data.test_images]).flatten(1)
     assert len(torch.unique(pictures, dim=0)) == len(pictures)
+
+
+@pytest.mark.parametrize("classes", [10, 200])
+def test_glyphs_with_other_numbers_of_classes(tmp_path, classes):
+    data, hundred = load(f"glyphs-{classes}", root=tmp_path), load("glyphs", root=tmp_path)
+    check_contract(data)
+    assert data.name == f"glyphs-{classes}" and len(data.classes) == classes and data.superclass_of.bincount().tolist() == [5] * (classes // 5)
+    assert data.train_images.shape == hundred.train_images.shape and data.test_images.shape == hundred.test_images.shape
+    for labels in (data.train_labels, data.test_labels): assert len(set(labels.bincount().tolist())) == 1
+    assert set(data.classes) <= set(CHARACTERS) if classes == 10 else set(data.classes) > set(CHARACTERS)
+
+
+def test_more_classes_leave_the_hundred_as_they_were():
+    """Every record of `glyphs` was made with these bytes."""
+    assert {r.data["fingerprint"] for r in records("quick") if r.config.dataset == "glyphs"} == {load("glyphs").fingerprint}
+    with pytest.raises(ValueError, match="classes=50: expected 10, 100 or 200"): make(Recipe(classes=50), "train")
+    with pytest.raises(ValueError, match="recipe.test is 100; expected a multiple of 200"): make(Recipe(classes=200, test=100), "test")
+
+
+def test_the_number_of_classes_is_known_without_the_pictures():
+    assert CLASSES.keys() == LOADERS.keys()
+    assert all(len(load(name).classes) == CLASSES[name] for name in ("digits", "glyphs", "glyphs-10", "glyphs-200"))
 
 
 def test_importing_the_module_is_light():
@@ -170,6 +193,18 @@ def test_cifar_layout(tiny_cifar):
     assert cifar100(root, download=True, source=source).fingerprint == data.fingerprint  # nothing to fetch
 
 
+def test_ten_classes_of_cifar(tiny_cifar):
+    root, source, coarse = tiny_cifar
+    whole, groups = cifar100(root, source=source), two_of(20)
+    ten = with_groups(whole, groups, "cifar100-10")
+    check_contract(ten)
+    assert len(ten.classes) == 10 and ten.superclasses == tuple(whole.superclasses[g] for g in groups)
+    assert ten.classes == tuple(f"fine {c}" for c in range(100) if coarse[c] in groups)
+    assert (len(ten.train_images), len(ten.test_images)) == (20, 10) and (ten.mean, ten.std, ten.padding, ten.flip) == (whole.mean, whole.std, 4, True)
+    of = {image.numpy().tobytes(): whole.classes[label] for image, label in zip(whole.train_images, whole.train_labels.tolist())}
+    assert all(of[image.numpy().tobytes()] == ten.classes[label] for image, label in zip(ten.train_images, ten.train_labels.tolist()))
+
+
 def test_missing_cifar_says_how_to_get_it(tmp_path):
     with pytest.raises(FileNotFoundError) as caught: load("cifar100", root=tmp_path)
     for way in ("ldrld data cifar100", "download=True", "cifar-100-python"): assert way in str(caught.value)
@@ -233,8 +268,24 @@ def test_folder_with_a_broken_picture(pictures):
 
 
 def test_unknown_name(tmp_path):
-    with pytest.raises(ValueError, match="'digits', 'glyphs', 'cifar100', or a folder"):
-        load("tiny-imagenet", root=tmp_path)
+    with pytest.raises(ValueError, match="'digits', 'glyphs', 'cifar100',.*'tiny-imagenet', or a folder"):
+        load("imagenet", root=tmp_path)
+
+
+def test_tiny_imagenet_as_people_have_it(tmp_path):
+    """The official archive, whose test pictures lie in one folder beside a list, and the same laid out by class."""
+    with pytest.raises(FileNotFoundError, match="(?s)not in .*tiny-imagenet-200.*Two ways.*train/<class>/"): load("tiny-imagenet", root=tmp_path)
+    official, own = tmp_path / "tiny-imagenet-200", tmp_path / "own" / "tiny-imagenet"
+    listed = {"val_0.JPEG": ("n2", 200), "val_1.JPEG": ("n1", 10)}
+    for root, name, shade in [(official, "train/n1/images/a.JPEG", 10), (official, "train/n2/images/a.JPEG", 200), (own, "train/n1/a.png", 10), (own, "train/n2/a.png", 200),
+                              *((official, f"val/images/{n}", s) for n, (_, s) in listed.items()), *((own, f"test/{c}/{n}.png", s) for n, (c, s) in listed.items())]:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (64, 64), shade).save(root / name, quality=100) if name.endswith("JPEG") else Image.new("L", (64, 64), shade).save(root / name)
+    (official / "val" / "val_annotations.txt").write_text("".join(f"{n}\t{c}\t0\t0\t62\t62\n" for n, (c, _) in listed.items()))
+    data, laid_out = tiny_imagenet(tmp_path), load("tiny-imagenet", root=tmp_path / "own")
+    check_contract(data)
+    assert data.classes == ("n1", "n2") and data.test_labels.tolist() == [1, 0] and data.test_images[:, 0, 0, 0].tolist() == [200, 10]
+    assert laid_out.name == data.name == "tiny-imagenet" and (laid_out.padding, laid_out.flip) == (data.padding, data.flip) == (4, True)
 
 
 @pytest.mark.parametrize(("images", "labels", "message"), [

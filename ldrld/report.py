@@ -46,7 +46,8 @@ def to_report(
     always = selected(p)
     usual = set().union(*(names[name] for name in always if not EXPERIMENTS[name].reads))
     made = {path.stem for path in paths.records(p.name).glob("*.json")}
-    return [name for name in EXPERIMENTS if name in always or (names[name] - usual) & made]
+    shared = usual.union(*(runs for name, runs in names.items() if runs <= made and not EXPERIMENTS[name].reads))
+    return [name for name in EXPERIMENTS if name in always or names[name] - usual and (names[name] <= made or (names[name] - shared) & made)]
 
 # %% ../nbs/90_report.ipynb #8f24682d
 def paired(

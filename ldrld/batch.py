@@ -92,14 +92,15 @@ def execute_runs(runs: list[tuple[dict, tuple[str, ...]]], profile_name: str, no
 
 
 def cohorts(runs: list[tuple[RunConfig, tuple[str, ...]]], size: int) -> list[list[tuple[RunConfig, tuple[str, ...]]]]:
-    """Pack runs that can share a pass and a teacher into cohorts of at most `size`, as equal as they come.
+    """Pack runs of one network that can share a pass and a teacher into cohorts of at most `size`, as equal as they come.
 
-    The cohorts stand in the order of their first runs in `runs`; a run whose weights others need stands alone.
+    The cohorts stand in the order of their first runs in `runs`; a run whose weights others need stands alone. Other networks
+    could share the pass, too, but belong to other pairs: what is worth most would wait for them.
     """
     groups: dict = {}
     for i, (config, keep) in enumerate(runs):
         alone = name_of(config) if "weights" in keep else None
-        groups.setdefault((company(config), config.teacher and name_of(config.teacher), alone), []).append((i, config, keep))
+        groups.setdefault((company(config), config.model, config.teacher and name_of(config.teacher), alone), []).append((i, config, keep))
     packed = []
     for group in groups.values():
         n = math.ceil(len(group) / size)

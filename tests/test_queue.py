@@ -67,6 +67,7 @@ def test_cohorts_keep_the_order_and_leave_teachers_alone():
     starts = [place[name_of(cohort[0][0])] for cohort in packed]
     assert starts == sorted(starts) and max(map(len, packed)) == 5
     assert all(len(cohort) == 1 for cohort in packed if any("weights" in keep for _, keep in cohort))
+    assert all(len({(c.model, c.teacher and name_of(c.teacher)) for c, _ in cohort}) == 1 for cohort in packed), "one pair a cohort"
 
 
 # ---- what waits for what ----------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ __all__ = ['LOGITS', 'FEATURES', 'OTHERS', 'VARIANTS', 'METHODS', 'SEARCHED', 'C
            'completeness', 'depth', 'temperature', 'probability_gap', 'relation_maps', 'learning_curves', 'adw_weights',
            'adw_constants', 'alpha_beta', 'depth_temperature', 'ranking', 'teacher_strength', 'learning_rate',
            'few_shot', 'label_noise', 'variants', 'field_', 'calibration', 'agreement', 'superclasses', 'features',
-           'grad_cam', 'pulls', 'selected', 'by_worth', 'batch']
+           'grad_cam', 'pulls', 'claims', 'selected', 'by_worth', 'batch']
 
 # %% ../nbs/82_experiments.ipynb #8af91466
 from collections.abc import Callable, Iterator
@@ -87,7 +87,7 @@ class Profile(BaseModel):
 # %% ../nbs/82_experiments.ipynb #346a5c2f
 # what is run when nothing is asked for by name
 CORE = ("same_architecture", "rivals", "adw", "completeness", "depth", "temperature", "ranking", "probability_gap", "adw_weights", "relation_maps",
-        "learning_curves", "calibration", "agreement", "superclasses", "features", "grad_cam", "pulls")
+        "learning_curves", "calibration", "agreement", "superclasses", "features", "grad_cam", "pulls", "claims")
 
 # those that come with the project
 PROFILES = {p.name: p for p in (
@@ -153,6 +153,8 @@ class Experiment:
     logits: bool = False  # whether figures need the logits of the seed-0 runs
     insight: bool = False  # whether figures need features and Grad-CAM maps of the seed-0 runs
     table: bool = True  # whether it ends in a table, or in a figure only
+    reads: tuple[str, ...] = ()  # experiments whose runs it compares; a profile that selects it plans no run for its sake
+    checked_by: str = ""  # module whose `verify` checks its table, where the lines are no cells of runs
 
     def plan(self,
         p: str | Profile = "quick",
@@ -416,6 +418,18 @@ def pulls(p):
     "LDRLD and KD on the ablation pair."
     for method in ("KD", "LDRLD"): yield from on_pair(p, ablation_pair(p), {"method": method}, method)
 
+# %% ../nbs/82_experiments.ipynb #b848de2b
+@experiment("claims", "Which of the paper's claims held", "02_claims", by=("experiment",), logits=True, checked_by="ldrld.claims", reads=(
+    "same_architecture", "different_architecture", "field", "adw", "completeness", "depth", "ranking", "alpha_beta", "label_noise", "probability_gap", "relation_maps"))
+def claims(p):
+    "The runs of the experiments that it reads, each once."
+    seen = set()
+    for name in EXPERIMENTS["claims"].reads:
+        for line, config in EXPERIMENTS[name].lines(p):
+            if config and name_of(config) not in seen:
+                seen.add(name_of(config))
+                yield {"teacher": line["teacher"], "student": line["student"], "experiment": name}, config
+
 # %% ../nbs/82_experiments.ipynb #d338a4ad
 def selected(
     p: str | Profile = "quick",
@@ -444,7 +458,7 @@ def batch(
     "Every run that the experiments of a profile need, each once, in the order of their worth; teachers before their students."
     p, runs = profile(p), {}
     teachers = {name_of(teacher_config(p, teacher)) for teacher, _ in p.pairs}
-    names = tuple(known("only", name, list(EXPERIMENTS)) for name in only) or selected(p)
+    names = tuple(known("only", name, list(EXPERIMENTS)) for name in only) or tuple(name for name in selected(p) if not EXPERIMENTS[name].reads)
     def need(config, *keep):
         if config.teacher: need(config.teacher, "weights", "logits")          # a fine-tuned teacher has one, too
         name = name_of(config)

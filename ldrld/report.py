@@ -10,6 +10,7 @@ __all__ = ['BENCHES', 'STYLE', 'COLOURS', 'NOT_RUN', 'TOLERANCE', 'collect', 'to
            'expected_line', 'verify_table', 'expected_of', 'corrected', 'same']
 
 # %% ../nbs/90_report.ipynb #f99156d2
+import importlib
 import math
 import re
 import statistics
@@ -44,7 +45,7 @@ def to_report(
     "The experiments whose tables and figures a profile shows."
     p, names = profile(p), {name: set(e.plan(p)["name"]) for name, e in EXPERIMENTS.items()}
     always = selected(p)
-    usual = set().union(*(names[name] for name in always))
+    usual = set().union(*(names[name] for name in always if not EXPERIMENTS[name].reads))
     made = {path.stem for path in paths.records(p.name).glob("*.json")}
     return [name for name in EXPERIMENTS if name in always or (names[name] - usual) & made]
 
@@ -395,9 +396,10 @@ def verify_table(
 ) -> list[str]:  # one line for each thing wrong; empty if all is well
     "Compute every number of an experiment's table again from the records that it rests on."
     e, p = EXPERIMENTS[e] if isinstance(e, str) else e, profile(p)
+    if e.checked_by: return importlib.import_module(e.checked_by).verify(p)
     path = paths.tables(p.name) / f"{e.name}.csv"
     if not path.exists(): raise FileNotFoundError(f"{path.name}: no such table in profile {p.name}; `ldrld report` makes it")
-    cells = {key: {c.seed: r for c in cell["config"] if (r := load_record(name_of(c), p.name))}
+    cells = {key: {seed: r for seed, name in zip(cell["seed"], cell["name"]) if (r := load_record(name, p.name))}
              for key, cell in e.plan(p).groupby(list(e.by), sort=False)}
     table = pd.read_csv(path, keep_default_na=False, na_values=[""]).to_dict("records")
     if len(table) != len(cells): return [f"{path.name}: {len(table)} lines where {len(cells)} cells are planned"]
@@ -431,14 +433,15 @@ def expected_of(
         "runs": " ".join(r.name for r in records.values())}
 
 def corrected(
-    lines: list[dict],  # with teacher, student, and perhaps p
+    lines: list[dict],  # with perhaps p, and what `within` names
+    within: tuple[str, ...] = ("teacher", "student"),  # comparisons that are alike in these are corrected together
 ) -> list[dict]:  # with p_holm in place of p
-    "Holm's procedure by hand: within a pair of networks, the k-th smallest of m values is multiplied by m − k + 1, and none is below the one before."
+    "Holm's procedure by hand: the k-th smallest of m values is multiplied by m − k + 1, and none is below the one before."
     groups: dict = {}
     for line in lines:
         if "p" not in line: continue
         line["p_holm"] = line.pop("p")
-        if not math.isnan(line["p_holm"]): groups.setdefault((line["teacher"], line["student"]), []).append(line)
+        if not math.isnan(line["p_holm"]): groups.setdefault(tuple(line[k] for k in within), []).append(line)
     for group in groups.values():
         largest = 0.0
         for k, line in enumerate(sorted(group, key=lambda line: line["p_holm"])):

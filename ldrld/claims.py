@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['LDRLD', 'KD', 'WHOLE', 'RIVALS', 'COMPARISONS', 'NOTES', 'OUTCOMES', 'LOOKS', 'load', 'Comparison', 'label',
            'by_seed', 'squeezed', 'distance', 'by_picture', 'verdict', 'detectable', 'effect', 'compared', 'judged',
-           'by_claim', 'difference_text', 'shown', 'setting', 'caption', 'in_words', 'forest', 'verify']
+           'by_claim', 'difference_text', 'shown', 'setting', 'caption', 'counted', 'against_others', 'in_words',
+           'forest', 'verify']
 
 # %% ../nbs/92_claims.ipynb #2de763ae
 import math
@@ -265,28 +266,38 @@ def caption(
             + (f" Published: the difference in {NOTES.removeprefix('LDRLD via ')}." if table["published"].notna().any() else ""))
 
 # %% ../nbs/92_claims.ipynb #0dbcf0e4
+def counted(
+    table: pd.DataFrame,  # from `judged`
+    p: str | Profile,
+) -> str:  # one or two sentences
+    "How many comparisons were run, and how they went."
+    n = {o: int((table["verdict"] == o).sum()) for o in OUTCOMES}
+    claims = by_claim(table)
+    if n["not run"] == len(table): return f"On {setting(p)} nothing has been run yet: {len(claims)} claims wait for {len(table)} comparisons."
+    return (f"On {setting(p)}, {len(table) - n['not run']} of {len(table)} comparisons for {len(claims)} claims were run. Held: {n['held']} "
+            f"({claims['strict'].sum()} also with p (Holm) below 0.05); did not hold: {n['did not hold']}; undecided: {n['undecided']}.")
+
+def against_others(
+    table: pd.DataFrame,  # from `judged`
+) -> str:  # one or two sentences; empty where LDRLD was compared with no other method
+    "Whom LDRLD is above, and every method that it is below or not shown to be above."
+    rivals = table[table["claim"].isin(("kd", "rivals", "kd-different")) & table["n"].gt(0)]
+    several = len(rivals[["teacher", "student"]].drop_duplicates()) > 1
+    def who(r): return f"{r['theirs']} ({difference_text(r)}" + f", {r['teacher']} → {r['student']}" * several + ")"
+    said = []
+    for outcome, words in (("held", "is above"), ("undecided", "is not shown to be above"), ("did not hold", "is below")):
+        if names := [who(r) for _, r in rivals[rivals["verdict"] == outcome].iterrows()]: said.append(f"LDRLD {words} {', '.join(names)}.")
+    return " ".join(said)
+
 def in_words(
     table: pd.DataFrame,  # from `judged`
     p: str | Profile,
 ) -> str:  # Markdown
-    "The outcome, with its counts and with every rival that LDRLD is not shown to beat."
-    claims, count = by_claim(table), table["verdict"].value_counts()
-    n = {o: int(count.get(o, 0)) for o in OUTCOMES}
-    run = len(table) - n["not run"]
-    if not run: return f"On {setting(p)} nothing has been run yet: {len(claims)} claims wait for {len(table)} comparisons."
-    strict = int(claims["strict"].sum())
-    text = (f"On {setting(p)}, {run} of {len(table)} comparisons for {len(claims)} claims were run. Held: {n['held']} ({strict} also with p (Holm) below 0.05); "
-            f"did not hold: {n['did not hold']}; undecided: {n['undecided']}.")
-    for o in OUTCOMES:
-        if names := [f"`{c}`" + v.removeprefix(o) for c, v in claims["verdict"].items() if v.startswith(o)]: text += f" Claims {'that ' * (o in OUTCOMES[:2])}{o}: {', '.join(names)}."
-    rivals = table[table["claim"].isin(("kd", "rivals", "kd-different")) & table["n"].gt(0)]
-    several = len(rivals[["teacher", "student"]].drop_duplicates()) > 1
-    def who(r): return f"{r['theirs']} ({difference_text(r)}" + f", {r['teacher']} → {r['student']}" * several + ")"
-    below, open_ = ([who(r) for _, r in rivals[rivals["verdict"] == o].iterrows()] for o in ("did not hold", "undecided"))
-    if below: text += f" LDRLD is below {', '.join(below)}."
-    if open_: text += f" LDRLD is not shown to be above {', '.join(open_)}."
-    if len(rivals) and not below + open_: text += f" LDRLD is above {' and '.join(dict.fromkeys(rivals['theirs']))} wherever they were compared."
-    return text
+    "The outcome, claim by claim, and against every other method."
+    said, verdicts = [counted(table, p)], by_claim(table)["verdict"]
+    for o in OUTCOMES * table["n"].gt(0).any():
+        if names := [f"`{c}`" + v.removeprefix(o) for c, v in verdicts.items() if v.startswith(o)]: said.append(f"Claims {'that ' * (o in OUTCOMES[:2])}{o}: {', '.join(names)}.")
+    return " ".join([*said, against_others(table)]).strip()
 
 # %% ../nbs/92_claims.ipynb #826b9138
 LOOKS = {"held": "#3a8f6b", "did not hold": report.COLOURS["LDRLD"], "undecided": "#9a9a9a"}

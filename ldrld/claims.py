@@ -295,7 +295,7 @@ def in_words(
 ) -> str:  # Markdown
     "The outcome, claim by claim, and against every other method."
     said, verdicts = [counted(table, p)], by_claim(table)["verdict"]
-    for o in OUTCOMES * table["n"].gt(0).any():
+    for o in OUTCOMES if table["n"].gt(0).any() else ():
         if names := [f"`{c}`" + v.removeprefix(o) for c, v in verdicts.items() if v.startswith(o)]: said.append(f"Claims {'that ' * (o in OUTCOMES[:2])}{o}: {', '.join(names)}.")
     return " ".join([*said, against_others(table)]).strip()
 

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['BENCHES', 'STYLE', 'COLOURS', 'NOT_RUN', 'TOLERANCE', 'collect', 'to_report', 'paired', 'summarise', 'holm',
            'baseline_of', 'summarise_measures', 'shown_measures', 'shown', 'folder_of', 'caption', 'save_table', 'tex',
-           'beside_published', 'caption_of_measures', 'machine_of', 'evidence_links', 'where_and_how_long', 'results',
-           'what_waits', 'save_figure', 'logits', 'insight', 'superclasses', 'not_run', 'pair_map', 'heat_map',
-           'accuracies', 'line_with_band', 'reference_lines', 'interval_plot', 'quartile_lines', 'expected_line',
-           'verify_table', 'expected_of', 'corrected', 'same']
+           'beside_published', 'caption_of_measures', 'machine_of', 'evidence_links', 'duration', 'where_and_how_long',
+           'results', 'what_waits', 'save_figure', 'logits', 'insight', 'superclasses', 'not_run', 'pair_map',
+           'heat_map', 'accuracies', 'line_with_band', 'reference_lines', 'interval_plot', 'quartile_lines',
+           'expected_line', 'verify_table', 'expected_of', 'corrected', 'same']
 
 # %% ../nbs/90_report.ipynb #f99156d2
 import importlib
@@ -223,16 +223,22 @@ def evidence_links(
     folder = profile(p).name
     return " ".join(f"[{load_record(name, folder).config.seed}]({start}data/runs/{folder}/{name}.json)" for name in names)
 
+def duration(
+    seconds: float,
+) -> str:
+    "Hours, or minutes where they are few."
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min"
+
 def where_and_how_long(
     made: list[Record],
-) -> str:  # such as "11 runs, 6.0 hours of training; AMD EPYC, 1 thread a run"
-    "How many runs, how many hours, on what; several machines are told apart."
+) -> str:  # such as "11 runs, 6.0 h of training; AMD EPYC, 1 thread a run"
+    "How many runs, how long, on what; several machines are told apart."
     if not made: return "no run"
     on: dict[str, list[Record]] = {}
     for r in made:
         threads = "" if r.machine.get("gpu") or "threads" not in r.machine else f", {r.machine['threads']} thread{'s' * (r.machine['threads'] != 1)} a run"
         on.setdefault(machine_of(r) + threads, []).append(r)
-    def amount(of): return f"{len(of)} run{'s' * (len(of) != 1)}, {sum(r.seconds for r in of) / 3600:.1f} hours of training"
+    def amount(of): return f"{len(of)} run{'s' * (len(of) != 1)}, {duration(sum(r.seconds for r in of))} of training"
     return f"{amount(made)}; " + "; ".join(where + f" ({amount(of)})" * (len(on) > 1) for where, of in sorted(on.items()))
 
 # %% ../nbs/90_report.ipynb #208d6883
@@ -243,7 +249,7 @@ def results(
 ) -> tuple[pd.DataFrame, int]:  # text, and how many further cells wait
     "The main results: one line for each cell that was run, one for those of `methods` that wait on a pair."
     p, lines, further = profile(p), [], 0
-    for e in ("same_architecture", "different_architecture"):
+    for e in (name for name in ("same_architecture", "different_architecture") if name in to_report(p)):
         table = summarise(collect(e, p), e)
         if table.empty: continue
         readable = beside_published(table, p)[0].drop(columns=["teacher", "student", "p (Holm)"], errors="ignore").rename(columns={"paired difference": "difference to KD"})
@@ -253,7 +259,7 @@ def results(
             further += int((cells["n"] == 0).sum()) - len(waiting)
             for i in cells.index[cells["n"] > 0]:
                 made = [load_record(name, p.name) for name in cells.loc[i, "runs"].split()]
-                trained = f"{sum(r.seconds for r in made) / 3600:.1f} h, {', '.join(sorted({machine_of(r) for r in made}))}"
+                trained = f"{duration(sum(r.seconds for r in made))}, {', '.join(sorted({machine_of(r) for r in made}))}"
                 lines.append({**said.loc[i], "records": evidence_links([r.name for r in made], p, start), "trained": trained})
             if len(waiting): lines.append(_waiting(waiting))
     columns = ["teacher → student", "method", "last epoch, %", "best epoch, %", "difference to KD", "published, %", "ours − published", "source", "records", "trained"]
@@ -275,6 +281,7 @@ def what_waits(
     p = profile(p)
     made = {path.stem for path in paths.records(p.name).glob("*.json")}
     planned = {name_of(config) for config, _ in batch(p)}
+    if not planned & made: return f"None of the {len(planned)} runs of profile `{p.name}` has been made."
     share = {}
     for e in map(EXPERIMENTS.get, selected(p)):
         names = [name for name in e.plan(p)["name"] if not e.reads]

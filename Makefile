@@ -21,6 +21,7 @@ lab: $(VENV)/ready  ## read and run the notebooks
 readme: $(VENV)/ready  ## README.md from nbs/index.ipynb
 	$(BIN)/jupyter nbconvert --log-level=ERROR --to markdown --no-input --output-dir . --output README nbs/index.ipynb
 	sed -i -e "s,](\.\./,](,g" -e "s,](\([0-9a-z_/]*\.ipynb\)),](nbs/\1),g" README.md
+	cat -s README.md > README.md.tmp && mv README.md.tmp README.md  # hidden cells leave blank lines by the dozen
 
 notebooks: $(VENV)/ready  ## export, run and clean all library notebooks, their outputs kept
 	$(BIN)/nbdev_export

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['LOGITS', 'FEATURES', 'OTHERS', 'VARIANTS', 'METHODS', 'SEARCHED', 'CORE', 'PROFILES', 'EXPERIMENTS', 'GRID',
-           'HELD_OUT', 'SHOWN', 'Method', 'method_of', 'Profile', 'profile', 'ablation_pair', 'teacher_config',
-           'Experiment', 'experiment', 'mcmi_config', 'method_config', 'on_pair', 'family', 'trials', 'chosen',
-           'every_method', 'same_architecture', 'different_architecture', 'search', 'rivals', 'imagenet', 'adw',
-           'completeness', 'depth', 'temperature', 'probability_gap', 'relation_maps', 'learning_curves', 'adw_weights',
-           'adw_constants', 'alpha_beta', 'depth_temperature', 'ranking', 'teacher_strength', 'learning_rate',
-           'few_shot', 'label_noise', 'variants', 'field_', 'calibration', 'agreement', 'superclasses', 'features',
-           'grad_cam', 'pulls', 'normalisation', 'plateau', 'classes', 'method_name', 'best_epoch', 'selected',
-           'by_worth', 'batch']
+           'HELD_OUT', 'SHOWN', 'CLAIMED', 'Method', 'method_of', 'Profile', 'profile', 'ablation_pair',
+           'teacher_config', 'Experiment', 'experiment', 'mcmi_config', 'method_config', 'on_pair', 'family', 'trials',
+           'chosen', 'every_method', 'same_architecture', 'different_architecture', 'search', 'rivals', 'imagenet',
+           'adw', 'completeness', 'depth', 'temperature', 'probability_gap', 'relation_maps', 'learning_curves',
+           'adw_weights', 'adw_constants', 'alpha_beta', 'depth_temperature', 'ranking', 'teacher_strength',
+           'learning_rate', 'few_shot', 'label_noise', 'variants', 'field_', 'calibration', 'agreement', 'superclasses',
+           'features', 'grad_cam', 'pulls', 'claims', 'normalisation', 'plateau', 'classes', 'method_name',
+           'best_epoch', 'selected', 'by_worth', 'batch']
 
 # %% ../nbs/82_experiments.ipynb #8af91466
 from collections.abc import Callable, Iterator
@@ -92,7 +92,7 @@ class Profile(BaseModel):
 # %% ../nbs/82_experiments.ipynb #346a5c2f
 # what is run when nothing is asked for by name
 CORE = ("same_architecture", "rivals", "adw", "completeness", "depth", "temperature", "ranking", "probability_gap", "adw_weights", "relation_maps",
-        "learning_curves", "calibration", "agreement", "superclasses", "features", "grad_cam", "pulls", "best_epoch")
+        "learning_curves", "calibration", "agreement", "superclasses", "features", "grad_cam", "pulls", "best_epoch", "claims")
 
 # those that come with the project
 PROFILES = {p.name: p for p in (
@@ -162,6 +162,7 @@ class Experiment:
     table: bool = True  # whether it ends in a table, or in a figure only
     largest: bool = False  # whether a table of measures also gives the largest value
     reads: bool = False  # whether it only reads what other experiments run: a batch makes nothing for it
+    checked_by: str = ""  # module whose `verify` checks its table, where the lines are no cells of runs
 
     def plan(self,
         p: str | Profile = "quick",
@@ -424,6 +425,20 @@ def grad_cam(p):
 def pulls(p):
     "LDRLD and KD on the ablation pair."
     for method in ("KD", "LDRLD"): yield from on_pair(p, ablation_pair(p), {"method": method}, method)
+
+# %% ../nbs/82_experiments.ipynb #b848de2b
+CLAIMED = ("same_architecture", "different_architecture", "field", "adw", "completeness", "depth", "ranking", "alpha_beta", "label_noise", "probability_gap",
+           "relation_maps")  # experiments that test claims, see `92_claims`
+
+@experiment("claims", "Which of the paper's claims held", "02_claims", by=("experiment",), logits=True, checked_by="ldrld.claims", reads=True)
+def claims(p):
+    "The runs of the experiments that it reads, each once."
+    seen = set()
+    for name in CLAIMED:
+        for line, config in EXPERIMENTS[name].lines(p):
+            if config and name_of(config) not in seen:
+                seen.add(name_of(config))
+                yield {"teacher": line["teacher"], "student": line["student"], "experiment": name}, config
 
 # %% ../nbs/82_experiments.ipynb #0248c0b6
 @experiment("normalisation", "Dividing the local terms by the number of pairs", "34_normalisation", by=("depth", "local terms", "alpha"),

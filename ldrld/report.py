@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['BENCHES', 'STYLE', 'COLOURS', 'NOT_RUN', 'TOLERANCE', 'collect', 'to_report', 'paired', 'summarise', 'holm',
            'baseline_of', 'measures_of', 'summarise_measures', 'shown_measures', 'shown', 'folder_of', 'caption',
-           'save_table', 'tex', 'said', 'beside_published', 'caption_of_measures', 'save_figure', 'logits', 'insight',
+           'save_table', 'tex', 'said', 'beside_published', 'caption_of_measures', 'machine_of', 'evidence_links',
+           'duration', 'where_and_how_long', 'results', 'what_waits', 'save_figure', 'logits', 'insight',
            'superclasses', 'not_run', 'pair_map', 'heat_map', 'accuracies', 'line_with_band', 'reference_lines',
            'interval_plot', 'quartile_lines', 'expected_line', 'verify_table', 'expected_of', 'corrected', 'same']
 
 # %% ../nbs/90_report.ipynb #f99156d2
+import importlib
 import math
 import re
 import statistics
@@ -22,8 +24,8 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 from . import data, paths, published
-from .experiments import EXPERIMENTS, Experiment, Profile, profile, selected
-from .runs import Record, load_record, write_whole
+from .experiments import EXPERIMENTS, Experiment, Profile, batch, profile, selected
+from .runs import Record, load_record, name_of, write_whole
 
 # %% ../nbs/90_report.ipynb #3c6c9223
 def collect(
@@ -230,6 +232,90 @@ def caption_of_measures(
     return (f"{title}. Test pictures of {p.data}, after the last of {p.student['epochs']} epochs: mean ± standard deviation over seeds. "
             f"Runs per line whose records hold these measures: {seeds} of {len(p.seeds)}.")
 
+# %% ../nbs/90_report.ipynb #52790b57
+def machine_of(
+    record: Record,
+) -> str:
+    "What a run was computed on: its GPU, else its processor."
+    return record.machine.get("gpu") or record.machine.get("processor") or "unknown machine"
+
+def evidence_links(
+    names: list[str],  # of runs
+    p: str | Profile = "quick",
+    start: str = "../",  # the project's folder, seen from the page
+) -> str:  # Markdown
+    "A link to each run's record; its text is the seed."
+    folder = profile(p).name
+    return " ".join(f"[{load_record(name, folder).config.seed}]({start}data/runs/{folder}/{name}.json)" for name in names)
+
+def duration(
+    seconds: float,
+) -> str:
+    "Hours, or minutes where they are few."
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min"
+
+def where_and_how_long(
+    made: list[Record],
+) -> str:  # such as "11 runs, 6.0 h of training; AMD EPYC, 1 thread a run"
+    "How many runs, how long, on what; several machines are told apart."
+    if not made: return "no run"
+    on: dict[str, list[Record]] = {}
+    for r in made:
+        threads = "" if r.machine.get("gpu") or "threads" not in r.machine else f", {r.machine['threads']} thread{'s' * (r.machine['threads'] != 1)} a run"
+        on.setdefault(machine_of(r) + threads, []).append(r)
+    def amount(of): return f"{len(of)} run{'s' * (len(of) != 1)}, {duration(sum(r.seconds for r in of))} of training"
+    return f"{amount(made)}; " + "; ".join(where + f" ({amount(of)})" * (len(on) > 1) for where, of in sorted(on.items()))
+
+# %% ../nbs/90_report.ipynb #208d6883
+def results(
+    p: str | Profile = "quick",
+    methods: tuple[str, ...] = ("CE", "KD", "DKD", "LDRLD"),  # those whose absence is shown
+    start: str = "../",  # as for `evidence_links`
+) -> tuple[pd.DataFrame, int]:  # text, and how many further cells wait
+    "The main results: one line for each cell that was run, one for those of `methods` that wait on a pair."
+    p, lines, further = profile(p), [], 0
+    for e in (name for name in ("same_architecture", "different_architecture") if name in to_report(p)):
+        table = summarise(collect(e, p), e)
+        if table.empty: continue
+        readable = beside_published(table, p)[0].drop(columns=["teacher", "student", "p (Holm)"], errors="ignore").rename(columns={"paired difference": "difference to KD"})
+        for pair, cells in table.groupby(["teacher", "student"], sort=False):
+            said = readable.loc[cells.index].assign(**{"teacher → student": " → ".join(pair)})
+            waiting = said[(cells["n"] == 0) & cells["method"].isin(methods)]
+            further += int((cells["n"] == 0).sum()) - len(waiting)
+            for i in cells.index[cells["n"] > 0]:
+                made = [load_record(name, p.name) for name in cells.loc[i, "runs"].split()]
+                trained = f"{duration(sum(r.seconds for r in made))}, {', '.join(sorted({machine_of(r) for r in made}))}"
+                lines.append({**said.loc[i], "records": evidence_links([r.name for r in made], p, start), "trained": trained})
+            if len(waiting): lines.append(_waiting(waiting))
+    columns = ["teacher → student", "method", "last epoch, %", "best epoch, %", "difference to KD", "published, %", "ours − published", "source", "records", "trained"]
+    out = pd.DataFrame([{c: line.get(c, "") for c in columns} for line in lines], columns=columns)
+    return out[[c for c in columns if c in columns[:3] or out[c].ne("").any()]], further
+
+def _waiting(cells: pd.DataFrame) -> dict:
+    "One line for methods of a pair that wait, with what is published for them."
+    line = {"teacher → student": cells["teacher → student"].iloc[0], "method": ", ".join(cells["method"]), "last epoch, %": "not run"}
+    if "source" not in cells: return line
+    sources = dict.fromkeys(s for s in cells["source"] if s != "not found")
+    return line | {"published, %": ", ".join(f"{m} {v}" for m, v in zip(cells["method"], cells["published, %"])), "source": "; ".join(sources)}
+
+# %% ../nbs/90_report.ipynb #de66acd5
+def what_waits(
+    p: str | Profile = "quick",
+) -> str:  # a sentence or three
+    "How many of a profile's runs are finished, and which of its experiments wait."
+    p = profile(p)
+    made = {path.stem for path in paths.records(p.name).glob("*.json")}
+    planned = {name_of(config) for config, _ in batch(p)}
+    if not planned & made: return f"None of the {len(planned)} runs of profile `{p.name}` has been made."
+    share = {}
+    for e in map(EXPERIMENTS.get, selected(p)):
+        names = [name for name in e.plan(p)["name"] if not e.reads]
+        if names: share[e.name] = sum(name in made for name in names) / len(names)
+    text = f"{len(planned & made)} of the {len(planned)} runs of profile `{p.name}` are finished."
+    for what, fits in (("Not begun", lambda s: s == 0), ("Begun", lambda s: 0 < s < 1)):
+        if names := [f"`{name}`" for name, s in share.items() if fits(s)]: text += f" {what}: {', '.join(names)}."
+    return text
+
 # %% ../nbs/90_report.ipynb #8f06b836
 # one look for all figures
 STYLE = {"figure.dpi": 110, "savefig.dpi": 200, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
@@ -420,9 +506,10 @@ def verify_table(
 ) -> list[str]:  # one line for each thing wrong; empty if all is well
     "Compute every number of an experiment's table again from the records that it rests on."
     e, p = EXPERIMENTS[e] if isinstance(e, str) else e, profile(p)
+    if e.checked_by: return importlib.import_module(e.checked_by).verify(p)
     path = paths.tables(p.name) / f"{e.name}.csv"
     if not path.exists(): raise FileNotFoundError(f"{path.name}: no such table in profile {p.name}; `ldrld report` makes it")
-    cells = {key: {name if e.measures else c.seed: r for name, c in zip(cell["name"], cell["config"]) if (r := load_record(name, p.name))}
+    cells = {key: {name if e.measures else seed: r for name, seed in zip(cell["name"], cell["seed"]) if (r := load_record(name, p.name))}
              for key, cell in e.plan(p).groupby(list(e.by), sort=False)}
     table = pd.read_csv(path, keep_default_na=False, na_values=[""]).to_dict("records")
     if len(table) != len(cells): return [f"{path.name}: {len(table)} lines where {len(cells)} cells are planned"]
@@ -459,14 +546,15 @@ def expected_of(
         "runs": " ".join(r.name for r in records.values())}
 
 def corrected(
-    lines: list[dict],  # with teacher, student, and perhaps p
+    lines: list[dict],  # with perhaps p, and what `within` names
+    within: tuple[str, ...] = ("teacher", "student"),  # comparisons that are alike in these are corrected together
 ) -> list[dict]:  # with p_holm in place of p
-    "Holm's procedure by hand: within a pair of networks, the k-th smallest of m values is multiplied by m − k + 1, and none is below the one before."
+    "Holm's procedure by hand: the k-th smallest of m values is multiplied by m − k + 1, and none is below the one before."
     groups: dict = {}
     for line in lines:
         if "p" not in line: continue
         line["p_holm"] = line.pop("p")
-        if not math.isnan(line["p_holm"]): groups.setdefault((line["teacher"], line["student"]), []).append(line)
+        if not math.isnan(line["p_holm"]): groups.setdefault(tuple(line[k] for k in within), []).append(line)
     for group in groups.values():
         largest = 0.0
         for k, line in enumerate(sorted(group, key=lambda line: line["p_holm"])):

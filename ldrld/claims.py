@@ -21,7 +21,7 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 
 from . import paths, published, report
-from .experiments import CLAIMED, EXPERIMENTS, Profile, ablation_pair, profile
+from .experiments import EXPERIMENTS, Profile, ablation_pair, profile
 from .runs import load_record, name_of
 
 # %% ../nbs/92_claims.ipynb #330c708b

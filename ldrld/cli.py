@@ -183,7 +183,7 @@ def tune(words: Annotated[list[str] | None, typer.Argument(metavar="[SPACE]...",
 
 @app.command()
 def status(profile: Profile = "quick", out: Out = None):
-    """How far a profile is: for each experiment whether it is run always or by name, and the runs planned, finished and missing; then what comes next. For other folders, their records."""
+    """How far a profile is: for each experiment whether it is run always or by name, or only reads what others run, and the runs planned, finished and missing; then what comes next. For other folders, their records."""
     import pandas as pd
 
     from ldrld import paths
@@ -201,7 +201,7 @@ def status(profile: Profile = "quick", out: Out = None):
     lines, usual = [], selected(profile)
     for name, e in EXPERIMENTS.items():
         runs = collect(e, profile)
-        lines.append({"experiment": name, "run": "always" if name in usual else "by name", "planned": len(runs),
+        lines.append({"experiment": name, "run": "reads" if e.reads else "always" if name in usual else "by name", "planned": len(runs),
                       "finished": int(runs["last"].notna().sum()), "missing": int(runs["last"].isna().sum()), "about": e.title})
     print(pd.DataFrame(lines).to_string(index=False))
     from ldrld.batch import missing

@@ -198,7 +198,7 @@ def said(
     than: str,  # the baseline, in words
 ) -> str:
     "What a line's paired difference says, as a sentence."
-    if not line["pairs"]: return f"{what} against {than}: not run."
+    if not line["pairs"]: return f"{what} against {than}: not both run."
     text, n = f"{what} against {than}: {line['difference']:+.2f} points", int(line["pairs"])
     if n == 1: return f"{text}, from a single seed."
     if line["low"] == line["high"] == 0: return f"{what} and {than}: equal in all {n} seeds, to the last digit."

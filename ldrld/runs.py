@@ -390,6 +390,7 @@ def keep_besides(
         arrays_whole(KEPT["logits"](name_of(config), profile), logits=z.half().cpu().numpy(), labels=images.test_labels[:1000].numpy())
     if "insight" in keep: arrays_whole(KEPT["insight"](name_of(config), profile), **insight(model, images))
 
+# %% ../nbs/80_runs.ipynb #0a90e79d
 def keep_from_weights(
     config: RunConfig, keep: tuple[str, ...],  # a finished run's
     profile: str, device: str,

@@ -72,7 +72,7 @@ class TeacherLogits(Teacher):
         path: str | Path | None = None,  # the table's file; None computes every time
         dtype: torch.dtype = torch.float32,  # of the teacher's convolutions
         batch_size: int = 64,  # computed at a time
-        resident: bool = False,  # hold the answers on the pictures' device; then `ahead` or `fill` must have computed what is asked for
+        resident: bool = False,  # hold the answers on the pictures' device; then `ahead` must have computed what is asked for
     ):
         super().__init__(teacher, dtype)
         self.crops, self.batch_size = crops, batch_size
@@ -115,16 +115,6 @@ class TeacherLogits(Teacher):
         entry = (index * self.crops.views + view).to(self.held.device)
         for block in entry[self.held[entry, 0].isnan()].split(at_once):
             self.held[block] = self.known(block // self.crops.views, block % self.crops.views).to(self.held.device)
-
-    def fill(self,
-        at_once: int = 65536,  # entries
-        report=None,  # called with the number of entries done after each block
-    ) -> None:
-        "Compute every entry that is missing; what an earlier call computed is not computed again."
-        have = self.known if self.held is None else self.ahead
-        for block in torch.arange(self.crops.n * self.crops.views).split(at_once):
-            have(block // self.crops.views, block % self.crops.views)
-            if report: report(int(block[-1]) + 1)
 
     def __call__(self,
         index: Tensor, view: Tensor,  # (batch,) which pictures, which view of each

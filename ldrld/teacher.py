@@ -108,12 +108,11 @@ class TeacherLogits(Teacher):
 
     def ahead(self,
         index: Tensor, view: Tensor,  # (rows,) what will be asked for, such as all that an epoch shows
-        at_once: int = 65536,  # entries
     ) -> None:
         "Have answers at hand before they are asked for, so that nobody waits; does nothing where none are held."
         if self.held is None: return
         entry = (index * self.crops.views + view).to(self.held.device)
-        for block in entry[self.held[entry, 0].isnan()].split(at_once):
+        for block in entry[self.held[entry, 0].isnan()].split(65536):
             self.held[block] = self.known(block // self.crops.views, block % self.crops.views).to(self.held.device)
 
     def __call__(self,

@@ -34,6 +34,18 @@ class Outcome:
     detail: str = ""
 
 
+def with_kernel(call, *arguments, **options):
+    """Call what starts a Jupyter kernel and executes a notebook there; anew, twice at most, where the kernel did not come up.
+
+    A kernel is told five ports before it binds them. Where several start side by side another may take one in between; this
+    one then dies of "Address already in use", before it has seen a cell.
+    call: with `arguments` and `options`; must start from scratch each time.
+    """
+    from tenacity import Retrying, retry_if_exception_message, stop_after_attempt
+    again = retry_if_exception_message(match="Kernel died before replying to kernel_info")
+    return Retrying(retry=again, stop=stop_after_attempt(3), reraise=True)(call, *arguments, **options)
+
+
 def execute(notebook: str, name: str, parameters: dict, folder: str) -> Outcome:
     """Execute a source notebook with papermill; a failure is told by cell and traceback.
 
@@ -48,8 +60,8 @@ def execute(notebook: str, name: str, parameters: dict, folder: str) -> Outcome:
     unknown = set(parameters) - set(papermill.inspect_notebook(str(source)))
     if unknown: return Outcome(name, "failed", f"{notebook} has no parameter {', '.join(sorted(unknown))}")
     try:
-        papermill.execute_notebook(str(source), str(target), parameters, kernel_name="python3",
-                                   progress_bar=False, cwd=str(source.parent))
+        with_kernel(papermill.execute_notebook, str(source), str(target), parameters, kernel_name="python3",
+                    progress_bar=False, cwd=str(source.parent))
     except papermill.PapermillExecutionError as error:
         if error.ename == "Paused": return Outcome(name, "paused", error.evalue)
         trace = "\n".join(error.traceback) if isinstance(error.traceback, list) else str(error.traceback)

@@ -2,12 +2,17 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pandas as pd
 import pytest
+from jupyter_client.connect import LocalPortCache
+
+from ldrld.batch import execute
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tests" / "tiny.yaml"
@@ -80,6 +85,28 @@ def test_a_failing_run_is_told_and_the_rest_goes_on(tmp_path):
     assert f"failed: {bad}: run/train.ipynb, cell" in got.stdout and "IsADirectoryError" in got.stdout
     assert len(list((tmp_path / "data/runs/tiny").glob("*.json"))) == 6
     assert pd.read_csv(tmp_path / "data/tables/tiny/same_architecture.csv")["n"].tolist() == [1, 2, 2]
+
+
+def test_a_kernel_whose_port_was_taken_is_started_anew(tmp_path, monkeypatch):
+    """The first kernel is told a port that is taken; one that is always told it is given up, and told."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        find, told, held = LocalPortCache.find_available_port, [], {1}
+
+        def first_taken(self, ip):
+            told.append(ip)
+            return taken.getsockname()[1] if len(told) in held else find(self, ip)
+
+        monkeypatch.setattr(LocalPortCache, "find_available_port", first_taken)
+        monkeypatch.setenv("LDRLD_ROOT", str(tmp_path))
+        monkeypatch.setenv("LDRLD_OUT", str(tmp_path))
+        (tmp_path / "nbs").mkdir()
+        nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 / 1")]), tmp_path / "nbs" / "one.ipynb")
+        assert execute("one.ipynb", "once", {}, "try").status == "done" and len(told) == 10  # five ports each
+        held.update(range(1000))
+        outcome = execute("one.ipynb", "never", {}, "try")
+        assert outcome.status == "failed" and "Kernel died" in outcome.detail and len(told) == 25
 
 
 def test_a_time_budget_pauses_and_goes_on(tmp_path):

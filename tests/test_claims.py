@@ -11,6 +11,7 @@ import pytest
 from nbclient import NotebookClient
 
 from ldrld import claims, paths, report
+from ldrld.batch import with_kernel
 from ldrld.experiments import EXPERIMENTS, batch, profile, selected
 from ldrld.runs import Record, name_of, write_whole
 
@@ -40,7 +41,7 @@ def some_paper_records(tmp_path, monkeypatch):
 def front_page(folder):
     """The Markdown that the index shows where the records lie in `folder`."""
     notebook = nbformat.read(ROOT / "nbs" / "index.ipynb", as_version=4)
-    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(ROOT / "nbs")}}).execute()
+    with_kernel(lambda: NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(ROOT / "nbs")}}).execute())
     return "\n".join(o["data"]["text/markdown"] for c in notebook.cells if c.cell_type == "code" for o in c.outputs)
 
 

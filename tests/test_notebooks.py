@@ -10,6 +10,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from ldrld.batch import with_kernel
+
 ROOT = Path(__file__).parent.parent
 NBS = ROOT / "nbs"
 NOTEBOOKS = sorted([*NBS.glob("*.ipynb"), *(NBS / "guides").glob("*.ipynb"), *(NBS / "run").glob("*.ipynb"), *(NBS / "paper").glob("*.ipynb")])
@@ -45,7 +47,7 @@ def test_notebook(path, tmp_path, monkeypatch):
     fresh = nbformat.read(path, as_version=4)
     # the last cell exports; a test must not write into the package
     fresh.cells = [c for c in fresh.cells if "nbdev_export" not in c.source]
-    NotebookClient(fresh, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+    with_kernel(lambda: NotebookClient(fresh, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute())
     if path.parent.name == "run": return  # its outputs are logs
     by_id = {c["id"]: c for c in fresh.cells}
     for cell in stored["cells"]:

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['BENCHES', 'STYLE', 'COLOURS', 'NOT_RUN', 'TOLERANCE', 'collect', 'to_report', 'paired', 'summarise', 'holm',
            'baseline_of', 'measures_of', 'summarise_measures', 'shown_measures', 'shown', 'folder_of', 'caption',
-           'save_table', 'tex', 'said', 'beside_published', 'caption_of_measures', 'machine_of', 'evidence_links',
-           'duration', 'where_and_how_long', 'results', 'what_waits', 'save_figure', 'logits', 'insight',
-           'superclasses', 'not_run', 'pair_map', 'heat_map', 'accuracies', 'line_with_band', 'reference_lines',
-           'interval_plot', 'quartile_lines', 'expected_line', 'verify_table', 'expected_of', 'corrected', 'same']
+           'save_table', 'tex', 'said', 'worth_of_search', 'beside_published', 'caption_of_measures', 'machine_of',
+           'evidence_links', 'duration', 'where_and_how_long', 'results', 'what_waits', 'save_figure', 'logits',
+           'insight', 'superclasses', 'not_run', 'pair_map', 'heat_map', 'accuracies', 'line_with_band',
+           'reference_lines', 'interval_plot', 'quartile_lines', 'expected_line', 'verify_table', 'expected_of',
+           'corrected', 'same']
 
 # %% ../nbs/90_report.ipynb #f99156d2
 import importlib
@@ -75,7 +76,8 @@ def summarise(
     for key, cell in cells.items():
         done = cell.dropna(subset="last")
         line = dict(zip(e.by, key)) | {"n": len(done), "mean": done["last"].mean(), "sd": done["last"].std(), "best": done["best"].mean()}
-        if e.baseline and baseline_of(e, key) in cells: line |= paired(cell["last"], cells[baseline_of(e, key)]["last"] if key != baseline_of(e, key) else pd.Series(dtype=float))
+        if e.baseline and (base := cells.get(baseline_of(e, key))) is not None:
+            line |= paired(cell["last"], pd.Series(dtype=float) if cell["name"].equals(base["name"]) else base["last"])
         lines.append({**line, "runs": " ".join(done["name"])})
     table = pd.DataFrame(lines)
     return table if "p" not in table else table.assign(p=holm(table)).rename(columns={"p": "p_holm"})
@@ -206,6 +208,20 @@ def said(
     if line["low"] <= 0 <= line["high"]: return f"{text}: cannot be told from none."
     return f"{text}: {'better' if line['difference'] > 0 else 'worse'}."
 
+# %% ../nbs/90_report.ipynb #5b90d3c4
+def worth_of_search(
+    table: pd.DataFrame,  # from `summarise`, of the experiment `rivals`
+) -> list[str]:  # one for each pair that has LDRLD under searched values
+    "What α and β from a search are worth beside the published ones, as sentences."
+    sentences = []
+    for pair, cells in table.groupby(["teacher", "student"], sort=False):
+        lines = {line["method"]: line for _, line in cells[cells["n"] > 0].iterrows()}
+        if not {"LDRLD", "LDRLD, searched"} <= set(lines): continue
+        if lines["LDRLD"]["runs"] == lines["LDRLD, searched"]["runs"]: sentences.append(f"{' → '.join(pair)}: the published values won the search.")
+        else: sentences.append(said(lines["LDRLD, searched"], " → ".join(pair) + ": searched values", "the published ones"))
+    return sentences
+
+
 # %% ../nbs/90_report.ipynb #b394af9a
 def beside_published(
     table: pd.DataFrame,  # from `summarise`, with columns teacher, student, method
@@ -282,7 +298,7 @@ def results(
             said = readable.loc[cells.index].assign(**{"teacher → student": " → ".join(pair)})
             waiting = said[(cells["n"] == 0) & cells["method"].isin(methods)]
             further += int((cells["n"] == 0).sum()) - len(waiting)
-            for i in cells.index[cells["n"] > 0]:
+            for i in cells.index[(cells["n"] > 0) & ~cells.duplicated("runs")]:
                 made = [load_record(name, p.name) for name in cells.loc[i, "runs"].split()]
                 trained = f"{duration(sum(r.seconds for r in made))}, {', '.join(sorted({machine_of(r) for r in made}))}"
                 lines.append({**said.loc[i], "records": evidence_links([r.name for r in made], p, start), "trained": trained})

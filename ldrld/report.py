@@ -557,7 +557,7 @@ def expected_of(
         return ends | largest | {"n": len(found), "runs": " ".join(found)} | {
             column: v for m in e.measures for column, v in ((m, of[m]["mean"]), (f"{m} sd", of[m]["sd"]))}
     base = baseline_of(e, key) if e.baseline else None
-    pairs = [(r.last_accuracy, cells[base][s].last_accuracy) for s, r in records.items() if s in cells[base]] if base in cells and base != key else []
+    pairs = [(r.last_accuracy, cells[base][s].last_accuracy) for s, r in records.items() if s in cells[base] and r.name != cells[base][s].name] if base in cells else []
     return ends | expected_line([r.last_accuracy for r in records.values()], [r.best_accuracy for r in records.values()], pairs if base in cells else None) | {
         "runs": " ".join(r.name for r in records.values())}
 

@@ -16,6 +16,7 @@ import importlib
 import math
 import re
 import statistics
+from itertools import takewhile
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -72,12 +73,14 @@ def summarise(
     "Mean, standard deviation and count of each cell, and its paired difference to the experiment's baseline."
     e = EXPERIMENTS[e] if isinstance(e, str) else e
     cells = {key: cell.set_index("seed") for key, cell in runs.groupby(list(e.by), sort=False)}
-    lines = []
+    lines, compared = [], set()
     for key, cell in cells.items():
         done = cell.dropna(subset="last")
         line = dict(zip(e.by, key)) | {"n": len(done), "mean": done["last"].mean(), "sd": done["last"].std(), "best": done["best"].mean()}
-        if e.baseline and (base := cells.get(baseline_of(e, key))) is not None:
-            line |= paired(cell["last"], pd.Series(dtype=float) if cell["name"].equals(base["name"]) else base["last"])
+        if e.baseline and (base := baseline_of(e, key)) in cells:
+            compared.add((base, *cells[base]["name"]))
+            line |= paired(cell["last"], pd.Series(dtype=float) if (base, *cell["name"]) in compared else cells[base]["last"])
+            compared.add((base, *cell["name"]))
         lines.append({**line, "runs": " ".join(done["name"])})
     table = pd.DataFrame(lines)
     return table if "p" not in table else table.assign(p=holm(table)).rename(columns={"p": "p_holm"})
@@ -220,7 +223,6 @@ def worth_of_search(
         if lines["LDRLD"]["runs"] == lines["LDRLD, searched"]["runs"]: sentences.append(f"{' → '.join(pair)}: the published values won the search.")
         else: sentences.append(said(lines["LDRLD, searched"], " → ".join(pair) + ": searched values", "the published ones"))
     return sentences
-
 
 # %% ../nbs/90_report.ipynb #b394af9a
 def beside_published(
@@ -557,7 +559,9 @@ def expected_of(
         return ends | largest | {"n": len(found), "runs": " ".join(found)} | {
             column: v for m in e.measures for column, v in ((m, of[m]["mean"]), (f"{m} sd", of[m]["sd"]))}
     base = baseline_of(e, key) if e.baseline else None
-    pairs = [(r.last_accuracy, cells[base][s].last_accuracy) for s, r in records.items() if s in cells[base] and r.name != cells[base][s].name] if base in cells else []
+    names = lambda k: [r.name for r in cells[k].values()]
+    known = [k for k in (base, *takewhile(lambda k: k != key, cells)) if k in cells and baseline_of(e, k) == base and names(k) == names(key)] if e.baseline else []
+    pairs = [(r.last_accuracy, cells[base][s].last_accuracy) for s, r in records.items() if s in cells[base]] if base in cells and not known else []
     return ends | expected_line([r.last_accuracy for r in records.values()], [r.best_accuracy for r in records.values()], pairs if base in cells else None) | {
         "runs": " ".join(r.name for r in records.values())}
 

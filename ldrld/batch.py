@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from ldrld import data, paths
 from ldrld.experiments import EXPERIMENTS, batch, profile
+from ldrld.plan import planned
 from ldrld.runs import KEPT, Paused, RunConfig, company, load_record, lock_of, name_of, run_together, same_pictures
 
 __all__ = ["Outcome", "reproduce", "report", "finished", "missing", "cohorts"]
@@ -126,9 +127,14 @@ def finished(config: RunConfig, keep: tuple[str, ...], profile_name: str) -> boo
     return load_record(name, profile_name) is not None and all(KEPT[k](name, profile_name).exists() for k in keep)
 
 
-def missing(p, only: tuple[str, ...] = ()) -> list[tuple[RunConfig, tuple[str, ...]]]:
+def wanted(p, only: tuple[str, ...] = (), plan: bool = False) -> list[tuple[RunConfig, tuple[str, ...]]]:
+    """The runs of a profile's experiments, or of its plan; arguments as in `reproduce`."""
+    return planned(p) if plan else batch(p, only)
+
+
+def missing(p, only: tuple[str, ...] = (), plan: bool = False) -> list[tuple[RunConfig, tuple[str, ...]]]:
     """The runs of a profile that are not finished, those that are worth most first, last those that lack nothing but a picture; arguments as in `reproduce`."""
-    todo = [(config, keep) for config, keep in batch(p, only) if not finished(config, keep, profile(p).name)]
+    todo = [(config, keep) for config, keep in wanted(p, only, plan) if not finished(config, keep, profile(p).name)]
     return sorted(todo, key=lambda run: load_record(name_of(run[0]), profile(p).name) is not None)
 
 
@@ -200,7 +206,7 @@ def report(p: str = "quick", only: tuple[str, ...] = (), jobs: int = 2) -> list[
 
 
 def reproduce(p: str = "quick", only: tuple[str, ...] = (), jobs: int = 2, seconds: float = math.inf,
-              notebooks: bool = True, together: int = 5) -> list[Outcome]:
+              notebooks: bool = True, together: int = 5, plan: bool = False) -> list[Outcome]:
     """Make every run of a profile that is not finished, those that are worth most first, then its tables and figures.
 
     p: "quick", "small", "paper" or a YAML file.  only: names of experiments, none for those that the profile selects.  jobs: processes at a time.
@@ -209,23 +215,25 @@ def reproduce(p: str = "quick", only: tuple[str, ...] = (), jobs: int = 2, secon
     notebooks: run training in its notebook through papermill, else directly; then papermill is needed for tables and figures alone, which
     are left out where it is not installed.
     together: students at most that share a pass over the pictures.
+    plan: make the runs of the profile's plan (`ldrld.plan`) in place of those of its experiments, and no tables.
     Returns one outcome for each run and notebook.
     """
-    folder, planned, outcomes, tried = profile(p).name, batch(p, only), [], set()
-    todo = missing(p, only)
+    folder, runs, outcomes, tried = profile(p).name, wanted(p, only, plan), [], set()
+    todo = missing(p, only, plan)
     for name in {config.dataset for config, _ in todo} - {"cifar100"}:  # whose files are checked: here new runs must see what the finished ones saw
-        made = [record for config, _ in planned if config.dataset == name and (record := load_record(name_of(config), folder))]
+        made = [record for config, _ in runs if config.dataset == name and (record := load_record(name_of(config), folder))]
         if made: images = data.load(name)
         for record in made: same_pictures(record, images)
-    print(f"{len(planned)} runs in profile {folder}, {len(planned) - len(todo)} finished before")
+    print(f"{len(runs)} runs in profile {folder}, {len(runs) - len(todo)} finished before")
     if math.isfinite(seconds): os.environ["LDRLD_DEADLINE"] = str(time.time() + 0.9 * seconds)
     while todo:
         task = lambda runs: ([name_of(c) for c, _ in runs], execute_runs, [(c.model_dump(), k) for c, k in runs], folder, notebooks)
         needs = {name_of(c): {name_of(c.teacher)} for c, _ in todo if c.teacher}
         outcomes += in_parallel("runs", [task(runs) for runs in cohorts(todo, together)], jobs, needs)
         tried |= {name_of(c) for c, _ in todo}
-        todo = [(c, k) for c, k in missing(p, only) if name_of(c) not in tried]  # a search that is finished says what to run next
+        todo = [(c, k) for c, k in missing(p, only, plan) if name_of(c) not in tried]  # a search that is finished says what to run next
     os.environ.pop("LDRLD_DEADLINE", None)
+    if plan: return outcomes
     if notebooks or find_spec("papermill"): return outcomes + report(p, only, jobs)
     print(f"no tables and figures: papermill is not installed here; `ldrld report --profile {p}` makes them where it is")
     return outcomes

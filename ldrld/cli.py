@@ -62,13 +62,14 @@ def end(outcomes, profile: str) -> None:
 def reproduce(profile: Profile = "quick", only: Only = None, jobs: Jobs = 2, out: Out = None,
               time_budget: Annotated[str | None, typer.Option(help="Stop after about this long, e.g. 9m; call again to go on.")] = None,
               together: Annotated[int, typer.Option(min=1, help="Students at most that share a pass over the pictures; more are quicker, fewer leave their records sooner.")] = 5,
+              planned: Annotated[bool, typer.Option("--planned", help="The runs of the profile's plan, data/plan/PROFILE.yaml, in place of those of its experiments.")] = False,
               direct: Annotated[bool, typer.Option("--direct", help="Train without notebooks: needs neither papermill nor Jupyter; without papermill the tables and figures wait for `ldrld report`.")] = False):
     """Make every run that is not finished, then all tables and figures."""
     budget = seconds(time_budget) if time_budget else math.inf
     chosen = start(profile, only, out)
     from ldrld import batch
 
-    outcomes = batch.reproduce(profile, chosen, jobs, budget, notebooks=not direct, together=together)
+    outcomes = batch.reproduce(profile, chosen, jobs, budget, notebooks=not direct, together=together, plan=planned)
     if line := batch.compare_with_committed(Path(profile).stem): print(line)
     end(outcomes, profile)
 

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['LOGITS', 'FEATURES', 'OTHERS', 'VARIANTS', 'METHODS', 'SEARCHED', 'CORE', 'PROFILES', 'EXPERIMENTS', 'GRID',
-           'HELD_OUT', 'SHOWN', 'CLAIMED', 'Method', 'method_of', 'Profile', 'profile', 'ablation_pair',
-           'teacher_config', 'Experiment', 'experiment', 'mcmi_config', 'method_config', 'on_pair', 'family', 'trials',
-           'chosen', 'every_method', 'same_architecture', 'different_architecture', 'search', 'rivals', 'imagenet',
-           'adw', 'completeness', 'depth', 'temperature', 'probability_gap', 'relation_maps', 'learning_curves',
-           'adw_weights', 'adw_constants', 'alpha_beta', 'depth_temperature', 'ranking', 'teacher_strength',
-           'learning_rate', 'few_shot', 'label_noise', 'variants', 'field_', 'calibration', 'agreement', 'superclasses',
-           'features', 'grad_cam', 'pulls', 'claims', 'normalisation', 'plateau', 'classes', 'method_name',
-           'best_epoch', 'selected', 'by_worth', 'batch']
+           'HELD_OUT', 'SHOWN', 'RATES', 'TUNED', 'CLAIMED', 'Method', 'method_of', 'Profile', 'profile',
+           'ablation_pair', 'teacher_config', 'Experiment', 'experiment', 'mcmi_config', 'method_config', 'on_pair',
+           'waiting', 'family', 'trials', 'chosen', 'every_method', 'same_architecture', 'different_architecture',
+           'search', 'rivals', 'imagenet', 'adw', 'completeness', 'depth', 'temperature', 'probability_gap',
+           'relation_maps', 'learning_curves', 'adw_weights', 'adw_constants', 'alpha_beta', 'depth_temperature',
+           'ranking', 'teacher_strength', 'learning_rate', 'rate_trials', 'best_rate_of', 'rates', 'best_rate',
+           'long_search', 'long_search_tested', 'few_shot', 'label_noise', 'variants', 'field_', 'calibration',
+           'agreement', 'superclasses', 'features', 'grad_cam', 'pulls', 'claims', 'normalisation', 'plateau',
+           'classes', 'method_name', 'best_epoch', 'selected', 'by_worth', 'batch']
 
 # %% ../nbs/82_experiments.ipynb #8af91466
 from collections.abc import Callable, Iterator
@@ -220,6 +221,10 @@ def on_pair(p: Profile, pair: tuple[str, str], values: dict, method: Method | st
     for seed in p.seeds:
         yield {"teacher": pair[0], "student": pair[1], **values, "seed": seed}, method_config(p, pair, method, seed, **settings)
 
+def waiting(p: Profile, pair: tuple[str, str], values: dict):
+    "One cell whose settings are still being searched: no configuration for any seed of the profile."
+    for seed in p.seeds: yield {"teacher": pair[0], "student": pair[1], **values, "seed": seed}, None
+
 def family(
     network: str,  # in `ldrld.models`
 ) -> str:
@@ -233,21 +238,23 @@ HELD_OUT = 0.1  # share of the training pictures of each class
 def trials(
     p: Profile,
     pair: tuple[str, str],  # (teacher, student)
+    epochs: int | None = None,  # of a run; the profile's `search_epochs` if left out
 ) -> Iterator[tuple[dict, RunConfig]]:  # lines of an experiment
     "The runs of the search for a pair; none for a pair whose values are published."
     if p.dataset == "cifar100" and losses.published_settings("ldrld", *pair): return
-    short = dict(holdout=HELD_OUT, epochs=p.search_epochs or p.student["epochs"])
+    settings = dict(holdout=HELD_OUT, epochs=epochs or p.search_epochs or p.student["epochs"])
     for a in GRID["alpha"]:
         for b in GRID["beta"]:
             given = {"alpha": a, "beta": b}
-            yield from on_pair(p.model_copy(update={"seeds": p.seeds[:1]}), pair, given, "LDRLD", **given, **short)
+            yield from on_pair(p.model_copy(update={"seeds": p.seeds[:1]}), pair, given, "LDRLD", **given, **settings)
 
 def chosen(
     p: Profile,
     pair: tuple[str, str],  # (teacher, student)
+    epochs: int | None = None,  # of a run of the search, as in `trials`
 ) -> dict | None:  # alpha and beta; None while the search is not finished, or for a pair that needs none
-    "What the search found for a pair: the values with the highest accuracy on the held-out pictures."
-    found = [({k: line[k] for k in GRID}, load_record(name_of(config), p.name)) for line, config in trials(p, pair)]
+    "What the search found for a pair: the values with the highest accuracy on the held-out images."
+    found = [({k: line[k] for k in GRID}, load_record(name_of(config), p.name)) for line, config in trials(p, pair, epochs)]
     if not found or not all(record for _, record in found): return None
     return max(found, key=lambda run: run[1].last_accuracy)[0]
 
@@ -369,6 +376,60 @@ def learning_rate(p):
     base = p.student.get("lr", 0.05)
     for method in SHOWN:
         for factor in (0.25, 0.5, 1, 2, 4): yield from on_pair(p, ablation_pair(p), {"method": method, "lr": base * factor}, method, lr=base * factor)
+
+# %% ../nbs/82_experiments.ipynb #acf905f0
+RATES = (0.5, 1, 2, 4)  # of the profile's learning rate
+TUNED = ("CE", "KD", "DKD", "LDRLD")  # methods whose learning rate is searched
+
+def rate_trials(
+    p: Profile,
+    method: str,  # one of `TUNED`
+) -> Iterator[tuple[dict, RunConfig]]:  # lines of an experiment
+    "One method at every rate, on the ablation pair, judged on held-out training images."
+    one_seed = p.model_copy(update={"seeds": p.seeds[:1]})
+    for factor in RATES:
+        lr = factor * p.student.get("lr", 0.05)
+        yield from on_pair(one_seed, ablation_pair(p), {"method": method, "lr": lr}, method, lr=lr, holdout=HELD_OUT)
+
+def best_rate_of(
+    p: Profile,
+    method: str,  # one of `TUNED`
+) -> float | None:  # None while the search is not finished
+    "The learning rate with the highest accuracy on held-out images."
+    found = [(line["lr"], load_record(name_of(config), p.name)) for line, config in rate_trials(p, method)]
+    if not all(record for _, record in found): return None
+    return max(found, key=lambda run: run[1].last_accuracy)[0]
+
+@experiment("rates", "Learning rates on held-out images", "57_rates", by=("method", "lr"), baseline={"method": "KD"})
+def rates(p):
+    "Every tuned method at every rate."
+    for method in TUNED: yield from rate_trials(p, method)
+
+@experiment("best_rate", "Each method at its best learning rate", "55_best_rate", by=("method", "rate"), baseline={"method": "KD"})
+def best_rate(p):
+    "Every tuned method at the profile's learning rate, and at the one that its search found."
+    for method in TUNED:
+        yield from on_pair(p, ablation_pair(p), {"method": method, "rate": "common"}, method)
+        values, lr = {"method": method, "rate": "best"}, best_rate_of(p, method)
+        if lr is not None: yield from on_pair(p, ablation_pair(p), values, method, lr=lr)
+        else: yield from waiting(p, ablation_pair(p), values)
+
+# %% ../nbs/82_experiments.ipynb #1c41035f
+@experiment("long_search", "α and β, searched at full length", "26_long_search", by=("alpha", "beta"), baseline={"alpha": 10.5, "beta": 7.0})
+def long_search(p):
+    "The declared grid on the ablation pair, with runs as long as a student's training."
+    yield from trials(p, ablation_pair(p), p.student["epochs"])
+
+@experiment("long_search_tested", "What a longer search is worth", "28_search_worth", by=("search",), baseline={"search": "none"})
+def long_search_tested(p):
+    "The published α and β, those of the short search and those of the long one, trained on all images."
+    pair = ablation_pair(p)
+    searches = {"short": p.search_epochs or p.student["epochs"], "full length": p.student["epochs"]}
+    yield from on_pair(p, pair, {"search": "none"}, "LDRLD")
+    for name, epochs in searches.items():
+        found = chosen(p, pair, epochs)
+        if found: yield from on_pair(p, pair, {"search": name}, "LDRLD", **found)
+        else: yield from waiting(p, pair, {"search": name})
 
 # %% ../nbs/82_experiments.ipynb #0c42d813
 @experiment("few_shot", "Few pictures", "52_few_shot", by=("method", "share"), baseline={"method": "KD"})

@@ -5,7 +5,7 @@
 import os
 from pathlib import Path
 
-__all__ = ["root", "out", "data_root", "records", "tables", "figures", "weights", "work", "executed", "published", "notebooks", "measurements"]
+__all__ = ["root", "out", "data_root", "records", "tables", "figures", "weights", "work", "executed", "published", "plans", "notebooks", "measurements"]
 
 
 def root() -> Path:
@@ -66,6 +66,11 @@ def measurements(folder: str = "bench") -> Path:
 def published() -> Path:
     """Numbers from the literature, one source a row."""
     return root() / "data" / "published"
+
+
+def plans() -> Path:
+    """What is run to decide claims, one file a profile."""
+    return root() / "data" / "plan"
 
 
 def notebooks() -> Path:

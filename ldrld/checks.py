@@ -1,4 +1,5 @@
 """Checks of arguments, shared by all losses: shapes and types only, so a training step never waits for the device."""
+from contextlib import contextmanager
 from difflib import get_close_matches
 from math import isfinite
 from numbers import Integral, Real
@@ -6,7 +7,9 @@ from numbers import Integral, Real
 import torch
 
 __all__ = ["number", "integer", "flag", "choice", "unknown_name", "depth_fits", "logits", "transformed",
-           "labels", "mask"]
+           "may_look", "labels", "mask", "values_unseen"]
+
+_unseen = False  # within `values_unseen`
 
 
 def number(name: str, value, above: float | None = None, at_least: float | None = None) -> float:
@@ -94,13 +97,18 @@ def transformed() -> bool:
     return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def may_look(x) -> bool:
+    """Whether a check may read the values of a tensor: on the CPU, outside transforms and `values_unseen`."""
+    return x.device.type == "cpu" and not transformed() and not _unseen
+
+
 def labels(target, student_logits, ignored: int) -> bool:
     """ValueError unless `target` holds one int64 class, or `ignored`, per row; True if it was seen that none is ignored.
 
     Values are looked at on the CPU only: a GPU would wait, and within `torch.compile` and `torch.func` there are none.
     """
     _one_per_row("target", target, student_logits, torch.int64, "an int64 tensor of class indices (convert with .long())")
-    if target.device.type != "cpu" or transformed(): return False
+    if not may_look(target): return False
     classes, (low, high) = student_logits.shape[-1], (int(v) for v in target.aminmax())
     if low == ignored:
         low = int(target.where(target != ignored, max(high, 0)).min())
@@ -114,3 +122,12 @@ def labels(target, student_logits, ignored: int) -> bool:
 def mask(mask, student_logits) -> None:
     """ValueError unless `mask` holds one bool per row of logits."""
     _one_per_row("mask", mask, student_logits, torch.bool, "a bool tensor, true where a row counts")
+
+
+@contextmanager
+def values_unseen():
+    """Context in which no check looks at values, on a CPU either: as on a GPU, where a recorded step cannot."""
+    global _unseen
+    before, _unseen = _unseen, True
+    try: yield
+    finally: _unseen = before

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['NOTHING', 'workspace', 'AT_ONCE', 'BACKENDS', 'kl_and_gradient', 'pairs_of', 'pairs_and_gradient', 'largest',
-           'Workspace', 'some_rows', 'constants', 'analytic', 'kernel', 'kernel_gradient', 'kernel_serves',
-           'OneGradient', 'choose']
+           'Workspace', 'own_workspace', 'some_rows', 'constants', 'analytic', 'kernel', 'kernel_gradient',
+           'kernel_serves', 'OneGradient', 'choose']
 
 # %% ../nbs/32_fast.ipynb #32ad5a4f
 import threading
-from functools import lru_cache
+from contextlib import contextmanager
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,7 @@ def kl_and_gradient(
     return v.sub_(u).mul_(p).sum(-1) + torch.log(largest_p / largest_q), q.sub_(p)
 
 # %% ../nbs/32_fast.ipynb #0c2e3fc7
-@lru_cache(maxsize=64)                                            # the same in every step
+@cache                                            # the same in every step; never freed, since a recorded step may read it
 @torch.inference_mode(False)
 def pairs_of(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     "Ranks i and j of all pairs, from 0, and their weights as a column."
@@ -89,6 +90,13 @@ class Workspace(threading.local):
 
 workspace = Workspace()
 
+@contextmanager
+def own_workspace(held: dict):
+    "Context in which the working memory is `held`, which the caller keeps: recorded steps need memory that nobody else writes to."
+    before, workspace.held = workspace.held, held
+    try: yield
+    finally: workspace.held = before
+
 # %% ../nbs/32_fast.ipynb #bb50d9be
 def some_rows(student, teacher, target, weights, temperature, factors, rank_by, share):
     "`analytic` for a few rows: terms (rows, 4), not multiplied by anything yet, and the gradient with `factors` and the `share` of a row, in the workspace."
@@ -115,7 +123,7 @@ def some_rows(student, teacher, target, weights, temperature, factors, rank_by, 
 # %% ../nbs/32_fast.ipynb #04d626e7
 AT_ONCE = {"cpu": 2**18, "cuda": 2**26}  # logits of each network in working memory; on a CPU, what its caches hold
 
-@lru_cache(maxsize=64)
+@cache
 @torch.inference_mode(False)
 def constants(values: tuple[float, ...], dtype: torch.dtype, device) -> Tensor:
     "A vector that is the same in every step."
@@ -188,7 +196,7 @@ class OneGradient(torch.autograd.Function):
             constants = (x.clone() if x is not None and x.is_inference() else x for x in ctx.constants)
             gradient = torch.autograd.grad(ctx.plain(student, *constants, *ctx.settings), student, above, create_graph=True)[0]
         elif ctx.fused is kernel: gradient = kernel_gradient(ctx, gradient, above)
-        elif above.is_cuda or above != 1: gradient = gradient * above
+        elif not checks.may_look(above) or above != 1: gradient = gradient * above
         return None, None, gradient, *[None] * (4 + len(ctx.settings))
 
 # %% ../nbs/32_fast.ipynb #58aa49dc

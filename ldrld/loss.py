@@ -8,7 +8,7 @@ __all__ = ['IGNORED', 'relation_terms', 'LogitLoss', 'counted_rows', 'mean_of', 
 
 # %% ../nbs/30_loss.ipynb #0c20ea2f
 import inspect
-from functools import lru_cache
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -149,8 +149,9 @@ def plain_loss(*arguments) -> Tensor:
     "The sum of `plain_terms`."
     return sum(plain_terms(*arguments).values())
 
-# the pair weights are the same in every step; made as an ordinary tensor also where autograd is off
-@lru_cache(maxsize=64)
+# the pair weights are the same in every step; made as an ordinary tensor also where autograd is off, and never freed,
+# since a recorded step may read them
+@cache
 @torch.inference_mode(False)
 def kept_weights(*arguments) -> Tensor:
     "`adw_weights`, computed once for the same arguments."

@@ -112,7 +112,8 @@ class TeacherLogits(Teacher):
         "Have answers at hand before they are asked for, so that nobody waits; does nothing where none are held."
         if self.held is None: return
         entry = (index * self.crops.views + view).to(self.held.device)
-        for block in entry[self.held[entry, 0].isnan()].split(65536):
+        missing = entry[self.held[entry, 0].isnan()]
+        for block in missing.split(65536) if len(missing) else ():   # an empty tensor, too, splits into one piece
             self.held[block] = self.known(block // self.crops.views, block % self.crops.views).to(self.held.device)
 
     def __call__(self,

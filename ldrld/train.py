@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'warmup_factor', 'schedule', 'base_lr', 'Crops', 'draw', 'precision_used', 'autocast', 'logits_on',
-           'logits_of', 'accuracy', 'Batch', 'asked_for', 'loss_of', 'pulls', 'Diverged', 'Student', 'train_together',
-           'attempt', 'train', 'save', 'read_checkpoint', 'resume', 'same_rates', 'epochs_trained']
+           'logits_of', 'accuracy', 'Batch', 'asked_for', 'loss_of', 'pulls', 'Diverged', 'described', 'Student',
+           'train_together', 'attempt', 'train', 'save', 'read_checkpoint', 'resume', 'same_rates', 'epochs_trained']
 
 # %% ../nbs/70_train.ipynb #6d16fbd7
 import os
@@ -219,6 +219,13 @@ class Diverged(RuntimeError):
                          "try a lower lr, a recipe with a warm-up, or smaller weights in loss_args")
 
 # %% ../nbs/70_train.ipynb #09144b73
+def described(
+    loss: nn.Module,
+) -> str:
+    "A loss with its hyper-parameters; with its class alone if it does not keep them."
+    try: return f"{type(loss).__name__}({loss.extra_repr()})"
+    except AttributeError: return type(loss).__name__
+
 class Student:
     "One of those that learn together: a network, its loss, and what optimises it."
     def __init__(self,
@@ -239,8 +246,7 @@ class Student:
         parts = [p for p in loss.parameters() if p.requires_grad]
         self.optimizer = SGD([*model.parameters(), *parts], lr, momentum=momentum, weight_decay=weight_decay)
         self.leg, self.diverged = leg, None
-        named = f"{type(loss).__name__}({loss.extra_repr()})"
-        self.settings = {"recipe": recipe, "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "loss": named}
+        self.settings = {"recipe": recipe, "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "loss": described(loss)}
 
     def begin(self,
         epochs: int,  # of the whole training

@@ -379,7 +379,7 @@ class Landing:
     epoch: int
     rates: list[float]  # learning rate of every step
     trace: Tensor  # (steps, terms + 1): the terms of the loss, and how many images of the batch were right
-    right: Tensor  # () share of the test images that are right
+    right: Tensor  # () share of the test images that are right; NaN if a logit is not finite
     norms: dict[str, Tensor]  # gradient norm of each term, on the last batch
     state: dict | None  # for a checkpoint, if one is due
     event: object = None  # of CUDA; None on a CPU, where nothing is waited for
@@ -398,6 +398,7 @@ class Reported(Recorded):
         for _ in range(n // TESTED): self.evaluation[TESTED]()
         if n % TESTED: self.evaluation[n % TESTED]()
         right = (self.test_logits.argmax(1) == self.task.test_labels).float().mean()
+        right = right.where(self.test_logits.isfinite().all(), torch.nan)
         norms = {name: to_host(norm) for name, norm in pulls(student.loss, *self.last).items()}
         due = self.epoch == self.task.epochs or time.monotonic() - self.saved_at >= self.every
         state = self.snapshot() if due and student.checkpoint else None
@@ -435,11 +436,12 @@ class Reported(Recorded):
         return row
 
     def check(self, landing: Landing, terms: np.ndarray) -> None:
-        "Raises `Diverged` at the first term that is not finite."
+        "Raises `Diverged` at the first term, or for test logits, not finite."
         wrong = np.argwhere(~np.isfinite(terms))
-        if not len(wrong): return
-        step, term = wrong[0]
-        raise Diverged(landing.epoch, int(step) + 1, self.names[term], float(terms[step, term]), landing.rates[step])
+        if len(wrong):
+            step, term = wrong[0]
+            raise Diverged(landing.epoch, int(step) + 1, self.names[term], float(terms[step, term]), landing.rates[step])
+        if landing.right.isnan(): raise Diverged(landing.epoch, self.steps, "test logits", float("nan"), landing.rates[-1])
 
     def write(self, state: dict) -> None:
         "Write a checkpoint."

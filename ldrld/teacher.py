@@ -14,7 +14,7 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 from .models.parts import Features
-from .train import Crops, autocast
+from .train import Crops, autocast, draw
 
 # %% ../nbs/75_teacher.ipynb #9b68c730
 PATTERN = np.int16(0x5A5A)  # what the bits of a whole row give
@@ -115,6 +115,19 @@ class TeacherLogits(Teacher):
         missing = entry[self.held[entry, 0].isnan()]
         for block in missing.split(65536) if len(missing) else ():   # an empty tensor, too, splits into one piece
             self.held[block] = self.known(block // self.crops.views, block % self.crops.views).to(self.held.device)
+
+    def cover(self,
+        seed: int, epochs: int,  # of a student
+    ) -> int:  # rows that were computed
+        "Have every answer at hand that a student's training will ask for; does nothing where none are held."
+        if self.held is None: return 0
+        before, seen = self.computed, torch.zeros(len(self.held), dtype=torch.bool)
+        for epoch in range(1, epochs + 1):
+            index, view = draw(seed, epoch, self.crops.n, self.crops.views)
+            seen[index * self.crops.views + view] = True
+        entries = seen.nonzero().flatten()
+        self.ahead(entries // self.crops.views, entries % self.crops.views)
+        return self.computed - before
 
     def __call__(self,
         index: Tensor, view: Tensor,  # (batch,) which pictures, which view of each

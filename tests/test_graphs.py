@@ -96,7 +96,7 @@ def test_low_precision_and_schedules(name, recipe, recorder, digits, teacher):
 
 def test_what_cannot_be_recorded_is_listed(digits, teacher):
     """The list of eager losses holds what fails, and only that."""
-    for name, m in ALL.items():
+    for m in ALL.values():
         if m.loss not in EAGER: continue
         flight = InFlight(student_of(m, digits, teacher), task_of(digits, teacher), imitated)
         with pytest.raises((CaptureError, AssertionError, TypeError, ValueError)):
@@ -128,8 +128,7 @@ def test_stopped_and_resumed(name, digits, teacher, tmp_path):
         if first == "loop": next(train_together([begun], digits, teacher, EPOCHS, BATCH))
         else:
             flights = [InFlight(begun, task_of(digits, teacher), called, checkpoint_every=1e9)]
-            done: list = []
-            for _, row in train_in_flight(flights, stop=lambda: len(done) > 0): done.append(row)
+            done = [row for _, row in train_in_flight(flights, stop=lambda begun=begun: len(begun.history) > 0)]
             assert done[-1] is None and len(begun.history) == 1
         resumed = student_of(ALL[name], digits, teacher, checkpoint=file)
         if second == "loop": *_, (last,) = train_together([resumed], digits, teacher, EPOCHS, BATCH)

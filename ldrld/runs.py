@@ -272,8 +272,8 @@ def git(*words) -> str | None:
 
 PACKED = "packed.json"  # beside the package in a packed folder: the commit, and a hash of each file
 
-def code_of() -> dict:  # version, commit, changed; None for what nobody knows
-    "Which code this is: as git says, or as the folder was packed."
+def code_of() -> dict:  # version, commit, changed, None for what nobody knows; of a packed folder also `as_packed`
+    "Which code this is: as git says, or as the folder was packed, and whether it still is what was packed."
     version, commit, packed = installed("ldrld"), git("rev-parse", "HEAD"), paths.root() / PACKED
     if commit: return {"version": version, "commit": commit, "changed": bool(git("status", "--porcelain", "--", "ldrld"))}
     if not packed.exists(): return {"version": version, "commit": None, "changed": None}
@@ -281,7 +281,7 @@ def code_of() -> dict:  # version, commit, changed; None for what nobody knows
     code = {name: digest for name, digest in told["files"].items() if name.startswith("ldrld/")}
     there = {str(p.relative_to(paths.root())) for p in (paths.root() / "ldrld").rglob("*.py")}
     same = there == {n for n in code if n.endswith(".py")} and all(sha256_of(paths.root() / n) == d for n, d in code.items())
-    return {"version": told["version"], "commit": told["commit"], "changed": told["changed"] if same else True}
+    return {"version": told["version"], "commit": told["commit"], "changed": told["changed"], "as_packed": same}
 
 def installed(
     package: str,

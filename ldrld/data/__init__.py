@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CIFAR100_MEAN', 'CIFAR100_STD', 'LOADERS', 'CLASSES', 'ImageData', 'fingerprint', 'mean_and_std', 'image_data',
-           'digits', 'cifar100', 'two_of', 'with_groups', 'cifar100_10', 'folder', 'tiny_imagenet', 'load', 'altered']
+           'digits', 'cifar100', 'some_of', 'with_groups', 'cifar100_10', 'folder', 'tiny_imagenet', 'load', 'altered']
 
 # %% ../../nbs/60_data.ipynb #1fb654e3
 import hashlib
@@ -181,11 +181,12 @@ _CIFAR100_MISSING = """CIFAR-100 is not in {folder} ({reason}). Three ways to ge
   3. put the official files train, test and meta (https://www.cs.toronto.edu/~kriz/cifar.html) into {folder}"""
 
 # %% ../../nbs/60_data.ipynb #ee1fcce8
-def two_of(
+def some_of(
     groups: int,  # how many there are
-) -> list[int]:  # two indices, in order
-    "Two of several groups, drawn once and for all."
-    return sorted(torch.randperm(groups, generator=torch.Generator().manual_seed(0))[:2].tolist())
+    number: int = 2,  # how many are wanted
+) -> list[int]:  # indices, in order
+    "A few of several groups, drawn once and for all; a larger number contains those of a smaller one."
+    return sorted(torch.randperm(groups, generator=torch.Generator().manual_seed(0))[:number].tolist())
 
 
 def with_groups(
@@ -209,7 +210,7 @@ def cifar100_10(
 ) -> ImageData:
     "Two superclasses of CIFAR-100, ten classes."
     whole = cifar100(root, download)
-    return with_groups(whole, two_of(len(whole.superclasses)), "cifar100-10")
+    return with_groups(whole, some_of(len(whole.superclasses)), "cifar100-10")
 
 # %% ../../nbs/60_data.ipynb #94dc481e
 def folder(
@@ -287,10 +288,12 @@ def _glyphs_of(classes: int) -> Callable:
     return load
 
 
-LOADERS: dict[str, Callable] = {"digits": digits, "glyphs": _glyphs, "cifar100": cifar100, "glyphs-10": _glyphs_of(10),
-                                "glyphs-200": _glyphs_of(200), "cifar100-10": cifar100_10, "tiny-imagenet": tiny_imagenet}
-# number of classes of each, to plan with where the pictures are not at hand
-CLASSES = {"digits": 10, "glyphs": 100, "cifar100": 100, "glyphs-10": 10, "glyphs-200": 200, "cifar100-10": 10, "tiny-imagenet": 200}
+LOADERS: dict[str, Callable] = {"digits": digits, "glyphs": _glyphs, "cifar100": cifar100,
+                                **{f"glyphs-{classes}": _glyphs_of(classes) for classes in (10, 20, 50, 200)},
+                                "cifar100-10": cifar100_10, "tiny-imagenet": tiny_imagenet}
+# number of classes of each, to plan with where the images are not at hand
+CLASSES = {"digits": 10, "glyphs": 100, "cifar100": 100, "glyphs-10": 10, "glyphs-20": 20, "glyphs-50": 50,
+           "glyphs-200": 200, "cifar100-10": 10, "tiny-imagenet": 200}
 
 
 def load(

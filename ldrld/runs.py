@@ -270,7 +270,7 @@ def file_of(
     place = paths.work(name_of(teacher)) / "weights"
     hint = "hand the checkpoint over once more: ldrld teachers FILE --keep (with the --out of the run, if it has one)"
     if not place.exists(): raise FileNotFoundError(f"teacher.sha256={teacher.sha256!r}: {place} is not there; {hint}")
-    if sha256_of(place) != teacher.sha256: raise ValueError(f"teacher.sha256={teacher.sha256!r}: {place} has changed since, its SHA-256 is {sha256_of(place)}; {hint}")
+    if sha256_of(place) != teacher.sha256: raise ValueError(f"{place}: has changed since it was kept: its SHA-256 is {sha256_of(place)[:10]}…, teacher.sha256 is {teacher.sha256[:10]}…; {hint}")
     return place
 
 # %% ../nbs/80_runs.ipynb #363048c9
@@ -290,11 +290,17 @@ def teacher_for(
     device: str,
     report=None,  # called with each line of progress
 ) -> TeacherLogits | None:  # a function (index, view, x) -> logits; None for a loss that asks no teacher
-    "The student's teacher, trained now if nobody has, with the table of its answers."
+    """The student's teacher, trained now if nobody has, with the table of its answers.
+
+    Its weights are compared with their card first (`ldrld.cards.checked_weights`), a file's with the configuration:
+    `ValueError` if the bytes are others.
+    """
+    from ldrld.cards import checked_weights  # here, because that module imports this one
+
     if config.teacher is None: return None
     name, given = name_of(config.teacher), isinstance(config.teacher, Pretrained)
     if not given: run(config.teacher, profile, keep=("weights",), report=report)
-    weights = file_of(config.teacher) if given else KEPT["weights"](name, profile)
+    weights = file_of(config.teacher) if given else checked_weights(name, profile)
     classes = len(images.classes)
     network = models.load_weights(models.build(config.teacher.model, classes), weights).to(device)
     dtype = precision_used((config if given else config.teacher).precision, device)
@@ -396,8 +402,10 @@ def keep_from_weights(
     profile: str, device: str,
 ) -> bool:  # whether its weights were kept, so that nothing had to be trained
     "Make what else is to be kept of a finished run from its weights."
-    path = KEPT["weights"](name_of(config), profile)
-    if not path.exists(): return False
+    from ldrld.cards import checked_weights  # here, because that module imports this one
+
+    if not KEPT["weights"](name_of(config), profile).exists(): return False
+    path = checked_weights(name_of(config), profile)
     images = data.altered(data.load(config.dataset), config.train_share, config.label_noise, config.holdout, config.seed)
     used = models.load_weights(models.build(config.model, len(images.classes)), path).to(device)
     keep_besides(tuple(k for k in keep if not KEPT[k](name_of(config), profile).exists()), used, used, images, config, profile, device)

@@ -56,7 +56,7 @@ class Pretrained(BaseModel):
 class RunConfig(BaseModel):
     "Everything that decides a run's result; frozen, and strict about names and types."
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
-    dataset: str = Field("glyphs", description="name of a data set in `ldrld.data`")
+    dataset: str = Field("glyphs", description="name of a data set in `ldrld.data`, or a folder, `own`, or with its images brought to one size `own@32`")
     model: str = Field("resnet8", description="name of a network in `ldrld.models`")
     loss: str = Field("ce", description="name of a loss in `ldrld.losses`")
     loss_args: dict[str, Any] = Field({}, description="its hyper-parameters; defaults are filled in")
@@ -94,8 +94,10 @@ class RunConfig(BaseModel):
     @field_validator("dataset")
     @classmethod
     def _dataset_is_known(cls, name):
-        if name in data.LOADERS or Path(name).is_absolute() or (paths.data_root() / name).is_dir(): return name
-        return str(Path(name).resolve()) if Path(name).is_dir() else known("dataset", name, list(data.LOADERS))
+        plain, _ = data.name_and_size(name)                      # own@32: a folder, and the size of its images
+        if name in data.LOADERS or Path(plain).is_absolute() or (paths.data_root() / plain).is_dir(): return name
+        if not Path(plain).is_dir(): return known("dataset", name, list(data.LOADERS))
+        return str(Path(plain).resolve()) + name.removeprefix(plain)
 
     @model_validator(mode="after")
     def _teacher_fits(self):

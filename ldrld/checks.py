@@ -1,12 +1,14 @@
 """Checks of arguments, shared by all losses: shapes and types only, so a training step never waits for the device."""
+import warnings
 from difflib import get_close_matches
+from functools import cache
 from math import isfinite
 from numbers import Integral, Real
 
 import torch
 
-__all__ = ["number", "integer", "flag", "choice", "unknown_name", "depth_fits", "logits", "transformed",
-           "labels", "mask"]
+__all__ = ["number", "integer", "flag", "choice", "unknown_name", "depth_fits", "enough_remain", "logits",
+           "transformed", "labels", "mask"]
 
 
 def number(name: str, value, above: float | None = None, at_least: float | None = None) -> float:
@@ -50,6 +52,17 @@ def depth_fits(depth: int, classes: int) -> int:
     if integer("depth", depth, at_least=2) > classes:
         raise ValueError(f"depth must be at most the number of classes, {classes}, got {depth}")
     return int(depth)
+
+
+@cache
+def _few_remain(depth: int, classes: int) -> None:
+    warnings.warn(f"depth={depth} leaves only {classes - depth} of {classes} classes to the remaining term (beta): with so few "
+                  f"classes set depth={classes}; at ten classes that did better than depth=7 (table 44_depth_classes)", stacklevel=5)
+
+
+def enough_remain(depth: int, classes: int) -> None:
+    """One warning, the first time, where two or more classes remain but fewer than are selected: their term then weighs too much."""
+    if 2 <= classes - depth < depth and not transformed(): _few_remain(depth, classes)
 
 
 def _kind(x) -> str:

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -91,6 +92,17 @@ def plain(text: str):
     except ValueError: return value
 
 
+def is_file(teacher: str) -> bool:
+    """Whether a teacher is meant as a file: it is there, or looks like one; ValueError for what is a file and a network."""
+    from ldrld import models
+
+    try: known = bool(models.canonical(teacher))
+    except ValueError: known = False
+    path = Path(teacher).expanduser()
+    if known and path.exists(): raise ValueError(f"teacher={teacher!r} is a network and also a file here; for the file say teacher=./{teacher}")
+    return not known and (path.exists() or len(path.parts) > 1 or path.suffix != "")
+
+
 @app.command()
 def run(settings: Annotated[list[str], typer.Argument(help="name=value, e.g. model=resnet8 loss=ldrld loss_args.depth=5 teacher=resnet14; a teacher may also be a file of weights, see `ldrld teachers`")],
         profile: Annotated[str, typer.Option(help="Folder of records under data/runs.")] = "try", out: Out = None,
@@ -116,7 +128,7 @@ def run(settings: Annotated[list[str], typer.Argument(help="name=value, e.g. mod
 
     try:
         for k in keep or (): known("--keep", k, list(KEPT))
-        if str(given.get("teacher")).endswith((".pth", ".pt", ".safetensors")): given["teacher"] = pretrained(given["teacher"])
+        if isinstance(given.get("teacher"), str) and is_file(given["teacher"]): given["teacher"] = pretrained(Path(given["teacher"]).expanduser())
         config = RunConfig(**given)
     except ValidationError as error:
         raise typer.BadParameter(explain(error)) from None
@@ -244,7 +256,7 @@ def verify(profile: Annotated[list[str] | None, typer.Option(help="Default: quic
 
 
 @app.command()
-def teachers(files: Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", help="Checkpoints of others (.pth or .safetensors): each is identified, measured, and set beside what is published for its network.")] = None,
+def teachers(files: Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", help="Checkpoints of others, whatever their suffix (what torch.save writes, or safetensors): each is identified, measured, and set beside what is published for its network.")] = None,
              profile: Annotated[str | None, typer.Option(help="Whose teachers to list. Default: of every profile that has some.")] = None,
              check: Annotated[bool, typer.Option("--check", help="Also load each and measure it where its data are at hand.")] = False,
              write: Annotated[bool, typer.Option("--write", help="Write the cards that are missing; those that are there are left alone.")] = False,
@@ -275,7 +287,8 @@ def compare_files(files: list[Path], dataset: str, keep: bool) -> int:
         print(f"  accuracy on {dataset}: " + (f"{found['accuracy']:.2f} % (in float32, on pictures normalised by the data's own mean and deviation)" if found["reason"] is None else f"not measured: {found['reason']}"))
         print(f"  {found['verdict']}")
         if keep: print(f"  kept; as a teacher in a configuration: {json.dumps(pretrained(file).model_dump())}")
-        print(f"  a student learns from it with: ldrld run dataset={dataset} model=resnet8 loss=ldrld teacher={file}")
+        words = shlex.join([f"dataset={dataset}", "model=resnet8", "loss=ldrld", f"teacher={file}"])
+        print(f"  a student learns from it with: ldrld run {words}")
     return wrong
 
 

@@ -246,11 +246,14 @@ def sha256_of(
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 def network_in(
-    path: str | Path,  # a `.safetensors` or `.pth` file, as `ldrld.models.load_weights` takes it
+    path: str | Path,  # a checkpoint, as `ldrld.models.load_weights` takes it
 ) -> tuple[str, int]:  # name, classes
     "The network whose weights a file holds; `ValueError` if it is none of ours."
-    if found := identify(read_weights(path)): return found
-    raise ValueError(f"{path}: holds a network that ldrld does not know; expected weights of one of {', '.join(models.available())}")
+    state = read_weights(path)
+    if found := identify(state): return found
+    names = ", ".join(list(state)[:3])
+    raise ValueError(f"{path}: holds a network that ldrld does not know ({len(state)} tensors: {names}, …); "
+                     f"expected weights of one of {', '.join(models.available())}")
 
 def pretrained(
     path: str | Path,  # as above

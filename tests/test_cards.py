@@ -1,5 +1,7 @@
 """Teachers' cards, what is said of files that are not as they should be, and teachers that are files."""
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -419,3 +421,34 @@ def test_a_run_from_a_file_on_the_command_line(out, tmp_path):
     assert record.config.teacher.sha256 == runs.sha256_of(file)
     code, said = ldrld(*(w.replace(str(file), str(tmp_path / "nowhere.pth")) for w in words), out=out)
     assert code == 2 and "no such file" in said
+
+
+@pytest.mark.parametrize("name", ["teacher.pth.tar", "teacher.ckpt", "TEACHER.PTH", "teacher", "a teacher's best (1).pth", "resnet8 copy", "0.1"])
+def test_a_teacher_s_file_may_have_any_name(name, out, tmp_path):
+    """What `ldrld teachers` identifies, `ldrld run` takes: the command that the one suggests is carried out by the other."""
+    file = checkpoint_at(tmp_path / name)
+    code, said = ldrld("teachers", file, "--data", "digits", out=out)
+    suggested = shlex.split(said.split("a student learns from it with: ldrld ")[1].splitlines()[0])
+    assert code == 0 and suggested[-1] == f"teacher={file}"
+    code, said = ldrld(*suggested, "loss_args.depth=10", "recipe=onecycle", "lr=0.1", "epochs=1", out=out)
+    assert code == 0 and runs.records("try")[0].config.teacher.sha256 == runs.sha256_of(file), said
+
+
+def test_what_is_meant_by_a_teacher(tmp_path, monkeypatch):
+    from ldrld.cli import is_file
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("resnet14", "ResNet-14", "resnt14", "WRN_16_1"): assert not is_file(name)
+    checkpoint_at(tmp_path / "mine")
+    for name in ("mine", "./mine", "~/mine", str(tmp_path / "mine"), "nowhere.ckpt", "folder/nowhere", "."): assert is_file(name)
+    checkpoint_at(tmp_path / "resnet14")
+    with pytest.raises(ValueError, match="teacher='resnet14' is a network and also a file here; for the file say teacher=./resnet14"): is_file("resnet14")
+    assert is_file("./resnet14")
+
+
+@pytest.mark.parametrize("given, why", [("{tmp}", "a folder; name a file in it, such as a.pth"), ("{tmp}/nowhere.ckpt", "no such file"), ("resnt14", "did you mean"), ("{tmp}/other.ckpt", "a network that ldrld does not know .1 tensors: features")])
+def test_a_teacher_that_is_none_is_told_in_a_line(given, why, out, tmp_path):
+    checkpoint_at(tmp_path / "a.pth")
+    torch.save({"state_dict": {"features.0.weight": torch.zeros(4, 3, 7, 7)}}, tmp_path / "other.ckpt")
+    code, said = ldrld("run", "dataset=digits", "model=resnet8", "loss=kd", f"teacher={given.format(tmp=tmp_path)}", out=out)
+    assert code == 2 and re.search(why, " ".join(said.split())), said

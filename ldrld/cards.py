@@ -159,11 +159,12 @@ def too_far(
 
 # %% ../nbs/81_cards.ipynb #1c9e487e
 def _unfit(path: Path, card: dict, record: Record | None) -> str | None:
-    "Why the weights at `path` are not those of their record: other bytes than the card's, or a card made of other weights."
+    "Why the weights at `path` are not those of their record: other bytes than the card's, or a card of other weights."
     found, expected, stored = sha256_of(path), card["sha256"], card.get("accuracy_stored_file")
     away = "fetch it again, or move it and its card away, and the next run that needs it trains it anew"
     if found != expected:
-        return f"{path}: its SHA-256 is {found[:10]}…, its card says {expected[:10]}…: it was damaged or exchanged; {away}"
+        return (f"{path}: its SHA-256 is {found[:10]}…, its card says {expected[:10]}…: "
+                f"it was damaged or exchanged; {away}")
     if record and stored is not None and too_far(stored, record.last_accuracy, record.data["test"]):
         return (f"{path}: reaches {stored:.2f} % by its card, {record.last_accuracy:.2f} % by its record: "
                 f"more than half precision explains; {away}")

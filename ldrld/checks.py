@@ -56,12 +56,13 @@ def depth_fits(depth: int, classes: int) -> int:
 
 @cache
 def _few_remain(depth: int, classes: int) -> None:
-    warnings.warn(f"depth={depth} leaves only {classes - depth} of {classes} classes to the remaining term (beta): with so few "
-                  f"classes set depth={classes}; at ten classes that did better than depth=7 (table 44_depth_classes)", stacklevel=5)
+    warnings.warn(f"depth={depth} leaves only {classes - depth} of {classes} classes to the remaining term (beta): "
+                  f"with so few classes set depth={classes}; at ten classes that did better than depth=7 "
+                  "(table 44_depth_classes)", stacklevel=5)
 
 
 def enough_remain(depth: int, classes: int) -> None:
-    """One warning, the first time, where two or more classes remain but fewer than are selected: their term then weighs too much."""
+    """One warning where two or more classes remain but fewer than are selected: their term then weighs too much."""
     if 2 <= classes - depth < depth and not transformed(): _few_remain(depth, classes)
 
 

@@ -96,11 +96,13 @@ def is_file(teacher: str) -> bool:
     """Whether a teacher is meant as a file: it is there, or looks like one; ValueError for what is a file and a network."""
     from ldrld import models
 
-    try: known = bool(models.canonical(teacher))
-    except ValueError: known = False
     path = Path(teacher).expanduser()
-    if known and path.exists(): raise ValueError(f"teacher={teacher!r} is a network and also a file here; for the file say teacher=./{teacher}")
-    return not known and (path.exists() or len(path.parts) > 1 or path.suffix != "")
+    plain = teacher == path.name  # without a folder
+    try: known = plain and bool(models.canonical(teacher))
+    except ValueError: known = False
+    if known and path.exists():
+        raise ValueError(f"teacher={teacher!r} is a network and also a file here; for the file say teacher=./{teacher}")
+    return not known and (path.exists() or not plain or path.suffix != "")
 
 
 @app.command()
@@ -128,7 +130,8 @@ def run(settings: Annotated[list[str], typer.Argument(help="name=value, e.g. mod
 
     try:
         for k in keep or (): known("--keep", k, list(KEPT))
-        if isinstance(given.get("teacher"), str) and is_file(given["teacher"]): given["teacher"] = pretrained(Path(given["teacher"]).expanduser())
+        teacher = given.get("teacher")
+        if isinstance(teacher, str) and is_file(teacher): given["teacher"] = pretrained(Path(teacher).expanduser())
         config = RunConfig(**given)
     except ValidationError as error:
         raise typer.BadParameter(explain(error)) from None
@@ -350,7 +353,7 @@ def bench(names: Annotated[list[str] | None, typer.Argument(help="loss-targets, 
 
 
 @app.command("data")
-def data_command(name: Annotated[str, typer.Argument(help="glyphs, glyphs-10, glyphs-200, digits, cifar100, cifar100-10, tiny-imagenet, or a folder of pictures.")],
+def data_command(name: Annotated[str, typer.Argument(help="glyphs, glyphs-10, -20, -50 or -200, digits, cifar100, cifar100-10, tiny-imagenet, or a folder of images, with its size if need be: own@32.")],
                  root: Annotated[Path | None, typer.Option(help="Where data sets lie. Default: data/ of the project.")] = None):
     """Fetch, make or find a data set, and say what it is."""
     from ldrld import data

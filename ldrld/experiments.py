@@ -461,7 +461,7 @@ def plateau(p):
 @experiment("classes", "How many classes to compare, of how many", "44_depth_classes", by=("data", "classes", "method", "depth"),
             baseline={"method": "LDRLD", "depth": "7"})
 def classes(p):
-    "KD, depth 3 and every depth of the profile that fits, on data sets with other numbers of classes; each has its own teacher."
+    "KD, depth 3 and every depth of the profile that fits, on sets with other numbers of classes, each with its teacher."
     depths = sorted({3, *p.depths})
     for name in p.class_sets or [p.dataset] * (p.dataset in CLASSES):
         q, values = p.model_copy(update={"dataset": name}), {"data": name, "classes": CLASSES[name]}

@@ -56,7 +56,7 @@ class Pretrained(BaseModel):
 class RunConfig(BaseModel):
     "Everything that decides a run's result; frozen, and strict about names and types."
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
-    dataset: str = Field("glyphs", description="name of a data set in `ldrld.data`, or a folder, `own`, or with its images brought to one size `own@32`")
+    dataset: str = Field("glyphs", description="name of a data set in `ldrld.data`, or a folder, with its size if need be: `own@32`")
     model: str = Field("resnet8", description="name of a network in `ldrld.models`")
     loss: str = Field("ce", description="name of a loss in `ldrld.losses`")
     loss_args: dict[str, Any] = Field({}, description="its hyper-parameters; defaults are filled in")
@@ -275,7 +275,9 @@ def file_of(
     place = paths.work(name_of(teacher)) / "weights"
     hint = "hand the checkpoint over once more: ldrld teachers FILE --keep (with the --out of the run, if it has one)"
     if not place.exists(): raise FileNotFoundError(f"teacher.sha256={teacher.sha256!r}: {place} is not there; {hint}")
-    if sha256_of(place) != teacher.sha256: raise ValueError(f"{place}: has changed since it was kept: its SHA-256 is {sha256_of(place)[:10]}…, teacher.sha256 is {teacher.sha256[:10]}…; {hint}")
+    if (found := sha256_of(place)) != teacher.sha256:
+        raise ValueError(f"{place}: has changed since it was kept: its SHA-256 is {found[:10]}…, "
+                         f"teacher.sha256 is {teacher.sha256[:10]}…; {hint}")
     return place
 
 # %% ../nbs/80_runs.ipynb #363048c9

@@ -15,6 +15,7 @@ import unicodedata
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -244,7 +245,8 @@ def _loss(image) -> str | None:
     codec, how = (image.tile[0][0], image.tile[0][3]) if image.tile else ("", "")
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format != "MPO": return f"{frames} frames or pages"  # MPO: one photograph and its previews
-    if image.mode not in _PLAIN + _ALPHA: return f"mode {image.mode}: " + _UNFIT.get(image.mode.split(";")[0], "unknown here")
+    if image.mode not in _PLAIN + _ALPHA:
+        return f"mode {image.mode}: " + _UNFIT.get(image.mode.split(";")[0], "unknown here")
     if image.format == "PNG" and how.endswith(";16B"): return "16 bits a channel"
     if image.format == "PPM" and codec.startswith("ppm") and how[1] > 255: return "16 bits a channel"
     return _tiff_loss(image) if image.format == "TIFF" else None
@@ -258,7 +260,8 @@ def _rgb(image):
     image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        if image.getextrema()[3][0] < 255: raise ValueError("it has transparent pixels; flatten it onto the ground that you want")
+        if image.getextrema()[3][0] < 255:
+            raise ValueError("it has transparent pixels; flatten it onto the background that you want")
     return image.convert("RGB")
 
 
@@ -275,8 +278,10 @@ def _read_image(
             with Image.open(path, formats=_FORMATS) as file: image = _rgb(file)
         if size and image.size != size[::-1]: image = ImageOps.fit(image, size[::-1], Image.Resampling.BICUBIC)
         return np.asarray(image)
-    except Image.UnidentifiedImageError: reason = f"damaged, or none of {', '.join(_FORMATS)}; replace it, or move it away"
-    except Exception as error: reason = error  # a damaged file can fail anywhere in the reader, and in any way
+    except Image.UnidentifiedImageError:
+        reason = f"damaged, or none of {', '.join(_FORMATS)}; replace it, or move it away"
+    except Exception as error:  # a damaged file can fail anywhere in the reader, and in any way
+        reason = error
     held = f" ({path.stat().st_size:,} bytes)" if path.exists() else ""
     raise ValueError(f"{_shown(path)}{held} cannot be read as an image: {reason}")
 
@@ -296,19 +301,23 @@ def _counts(path: Path) -> bool:
 
 def _files(folder: Path, above: tuple[Path, ...] = ()) -> list[Path]:
     "All files below a folder that are part of the data, in order; links are followed, but not in circles."
-    if (real := folder.resolve()) in above: raise ValueError(f"{_shown(folder)}: a link back to a folder above it; remove it")
+    real = folder.resolve()
+    if real in above: raise ValueError(f"{_shown(folder)}: a link back to a folder above it; remove it")
     inside = sorted(filter(_counts, folder.iterdir()))
-    return [file for path in inside for file in (_files(path, (*above, real)) if path.is_dir() else [path])]
+    below = [_files(path, (*above, real)) if path.is_dir() else [path] for path in inside]
+    return list(chain.from_iterable(below))
 
 
 def _class_folders(split: Path) -> dict[str, Path]:
     "The folder of each class by its name, in order of the names."
     inside = sorted(filter(_counts, split.iterdir()))
     if beside := [path for path in inside if not path.is_dir()]:
-        raise ValueError(f"{_shown(beside[0])} lies beside the folders of the classes; move it into one of them, or away")
+        raise ValueError(f"{_shown(beside[0])} lies beside the folders of the classes; move it into one, or away")
     folders = {unicodedata.normalize("NFC", path.name): path for path in inside}  # macOS writes é as e and an accent
-    if len(folders) < len(inside): raise ValueError(f"{_shown(split)}: two subfolders have names that look the same; rename one")
-    if len(folders) < 2: raise ValueError(f"{_shown(split)}: {_few(tuple(folders))}; expected two or more subfolders, one a class")
+    if len(folders) < len(inside):
+        raise ValueError(f"{_shown(split)}: two subfolders have names that look the same; rename one")
+    if len(folders) < 2:
+        raise ValueError(f"{_shown(split)}: {_few(tuple(folders))}; expected two or more subfolders, one a class")
     return dict(sorted(folders.items()))
 
 # %% ../../nbs/60_data.ipynb #60da7a04
@@ -324,7 +333,8 @@ def _read_split(folders: dict[str, Path], size: tuple[int, int] | None = None) -
             images.append(_read_image(path, size))
             labels.append(label)
             if images[-1].shape != images[0].shape:
-                raise ValueError(f"{_shown(path)} is {_size(images[-1])} pixels, the first image {_size(images[0])}; {_ONE_SIZE}")
+                sizes = f"{_size(images[-1])} pixels, the first image {_size(images[0])}"
+                raise ValueError(f"{_shown(path)} is {sizes}; {_ONE_SIZE}")
     return np.stack(images), labels
 
 
@@ -332,13 +342,14 @@ def _height_width(size: int | tuple[int, int]) -> tuple[int, int]:
     "A size as two numbers; `ValueError` for anything but one or two whole numbers from 1 to 4096."
     both = (size, size) if isinstance(size, int) else size
     whole = isinstance(both, (tuple, list)) and len(both) == 2 and all(type(n) is int and 1 <= n <= 4096 for n in both)
-    if not whole or isinstance(size, bool): raise ValueError(f"size={size!r}: expected a number of pixels from 1 to 4096, or (height, width)")
+    if not whole or isinstance(size, bool):
+        raise ValueError(f"size={size!r}: expected a number of pixels from 1 to 4096, or (height, width)")
     return tuple(both)
 
 
 def folder(
     root: Path,  # has `train/` and `test/`, each with one subfolder a class
-    size: int | tuple[int, int] | None = None,  # that images are brought to: pixels, or (height, width); None: all have one size
+    size: int | tuple[int, int] | None = None,  # pixels, or (height, width), that images are brought to; None: as they are
 ) -> ImageData:
     """Images from a folder, `train/<class>/…` and `test/<class>/…`.
 
@@ -356,10 +367,11 @@ def folder(
         raise ValueError(f"{_shown(root)}: train/ and test/ need the same subfolders; in one of them only: {only[:5]}")
     train, test = (_read_split(folders[split], size) for split in ("train", "test"))
     if train[0].shape[1:] != test[0].shape[1:]:
-        raise ValueError(f"{_shown(root)}: test images are {_size(test[0])}, training images {_size(train[0])}; {_ONE_SIZE}")
+        sizes = f"test images are {_size(test[0])}, training images {_size(train[0])}"
+        raise ValueError(f"{_shown(root)}: {sizes}; {_ONE_SIZE}")
     resampled = f"{size[1]}×{size[0]} (scaled to cover, cropped in the middle, bicubic)" if size else ""
-    return image_data(root.name, train, test, classes=tuple(folders["train"]), padding=train[0].shape[1] // 8, flip=True,
-                      resampled=resampled)
+    return image_data(root.name, train, test, classes=tuple(folders["train"]), resampled=resampled,
+                      padding=train[0].shape[1] // 8, flip=True)
 
 # %% ../../nbs/60_data.ipynb #99587d5c
 def tiny_imagenet(
@@ -409,7 +421,7 @@ CLASSES = {"digits": 10, "glyphs": 100, "cifar100": 100, "glyphs-10": 10, "glyph
 def name_and_size(
     name: str,  # such as "own@32" or "own@24x32"
 ) -> tuple[str, tuple[int, int] | None]:  # the folder, and (height, width)
-    "A folder and the size that its images are to be brought to, from a name that has both; a folder of that very name comes first."
+    "A folder, and the size that its images are to be brought to, from a name that has both; a folder so called comes first."
     found = re.fullmatch(r"(.+)@(\d+)(?:x(\d+))?", name)
     if not found or Path(name).is_dir() or (data_root() / name).is_dir(): return name, None
     return found[1], _height_width((int(found[2]), int(found[3] or found[2])))
@@ -426,10 +438,10 @@ def _as_typed(place: Path) -> str: return repr(str(place) if place.is_absolute()
 
 
 def load(
-    name: str,  # one of `LOADERS`, or a folder (a path, or a name below `root`), if need be with `@32` or `@24x32` for `size`
+    name: str,  # one of `LOADERS`, or a folder (a path, or a name below `root`), if need be with its size, `own@32`
     root: str | Path | None = None,  # where data sets lie; None: `ldrld.paths.data_root()`
     download: bool = False,  # whether a data set that is not there may be fetched (CIFAR-100)
-    size: int | tuple[int, int] | None = None,  # that the images of a folder are brought to, see `folder`: pixels, or (height, width)
+    size: int | tuple[int, int] | None = None,  # that a folder's images are brought to, see `folder`
 ) -> ImageData:
     """A data set by name.
 
@@ -442,9 +454,11 @@ def load(
     places = _places(plain, root)
     if plain in LOADERS:
         others = [place for place in places if plain != "tiny-imagenet" or place.resolve() != (root / plain).resolve()]
-        if others: raise ValueError(f"{plain!r} is a built-in data set and also a folder; for the folder say {_as_typed(others[0])}, "
-                                    "for the built-in set rename the folder")
-        if size is not None or within: raise ValueError(f"size={size or within}: {plain!r} is a built-in data set, used as it is; sizes are for folders")
+        if others:
+            raise ValueError(f"{plain!r} is a built-in data set and also a folder; "
+                             f"for the folder say {_as_typed(others[0])}, for the built-in set rename the folder")
+        if size is not None or within:
+            raise ValueError(f"size={size or within}: {plain!r} is a built-in data set, used as it is; sizes are for folders")
         return LOADERS[plain](root, download)
     if len(places) > 1: raise ValueError(f"{plain!r} is two folders; say {' or '.join(map(_as_typed, places))}")
     if places: return folder(places[0], within or size)

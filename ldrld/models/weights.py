@@ -26,10 +26,13 @@ class WeightsError(ValueError):
 # %% ../../nbs/58_weights.ipynb #e0e21fde
 # what lies beside weights and does no harm: numbers, paths, dates, command lines and settings
 _BESIDE = re.compile(r"""
-    numpy\.(_?core\.(multiarray\.(scalar|_reconstruct)|numeric\._frombuffer)|ndarray|dtype|dtypes\.\w+|bool_?|str_|bytes_|u?int\d+|float\d+)
+    numpy\.(ndarray|dtype|dtypes\.\w+|bool_?|str_|bytes_|u?int\d+|float\d+)
+    | numpy\._?core\.(multiarray\.(scalar|_reconstruct)|numeric\._frombuffer)
     | pathlib\.(_local\.)?(Pure)?(Posix|Windows)?Path | datetime\.\w+ | uuid\.UUID | typing\.\w+
-    | argparse\.Namespace | types\.SimpleNamespace | collections\.(defaultdict|deque) | builtins\.(int|float|str|bool|list|dict|tuple|frozenset)
-    | easydict\.EasyDict | addict\.(addict\.)?Dict | yacs\.config\.CfgNode | omegaconf\.[\w.]+ | (pytorch_)?lightning[\w.]*\.AttributeDict""", re.VERBOSE)
+    | argparse\.Namespace | types\.SimpleNamespace | collections\.(defaultdict|deque)
+    | builtins\.(int|float|str|bool|list|dict|tuple|frozenset)
+    | easydict\.EasyDict | addict\.(addict\.)?Dict | yacs\.config\.CfgNode | omegaconf\.[\w.]+
+    | (pytorch_)?lightning[\w.]*\.AttributeDict""", re.VERBOSE)
 
 
 class _StandIn:
@@ -53,9 +56,14 @@ def _asked_for(reason: str) -> str | None:
     return found and (found[1] if "." in found[1] else f"builtins.{found[1]}")
 
 
-_STARTS = {b"version https://git-lfs": "a Git LFS pointer and not yet the file; fetch it with `git lfs pull`", b"<": "a web page, not a PyTorch checkpoint; download it again",
-           b"\x1f\x8b": "a gzip archive; unpack it first", b"BZh": "a bzip2 archive; unpack it first", b"\xfd7zXZ": "an xz archive; unpack it first",
-           b"\x89HDF": "an HDF5 file, as Keras writes them, not a PyTorch checkpoint"}
+_STARTS = {
+    b"version https://git-lfs": "a Git LFS pointer and not yet the file; fetch it with `git lfs pull`",
+    b"<": "a web page, not a PyTorch checkpoint; download it again",
+    b"\x89HDF": "an HDF5 file, as Keras writes them, not a PyTorch checkpoint",
+    b"\x1f\x8b": "a gzip archive; unpack it first",
+    b"BZh": "a bzip2 archive; unpack it first",
+    b"\xfd7zXZ": "an xz archive; unpack it first",
+}
 
 
 def _complaint(path: Path, reason: str) -> str:
@@ -77,8 +85,8 @@ def _packed(path: Path) -> str | None:
     if any(entry.filename.endswith((".pth", ".pt", ".ckpt", ".tar", ".safetensors")) for entry in entries):
         return "a zip archive; unpack it and name the checkpoint inside"
     unpacked = sum(entry.file_size for entry in entries)
-    if unpacked > 2 * path.stat().st_size: return f"it unpacks to {unpacked:,} bytes, which no checkpoint does, so it was not read"
-    return None
+    if unpacked <= 2 * path.stat().st_size: return None
+    return f"it unpacks to {unpacked:,} bytes, which no checkpoint does, so it was not read"
 
 
 def _read_torch(path: Path):
@@ -118,7 +126,8 @@ def _read(path: Path):
     return _read_safetensors(path) if start[8:] == b"{" or path.suffix.lower() == ".safetensors" else _read_torch(path)
 
 # %% ../../nbs/58_weights.ipynb #35071d38
-_WRAPPERS = ("model", "state_dict", "model_state_dict", "model_state", "net", "network", "net_state_dict", "weights", "params", "student")
+_WRAPPERS = ("model", "state_dict", "model_state_dict", "model_state", "net", "network", "net_state_dict", "weights",
+             "params", "student")
 _PREFIXES = ("student.", "module.", "_orig_mod.", "model.", "net.", "network.")
 
 
@@ -144,16 +153,20 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     """The state dict in a file, under the names that it has there."""
     content = _read(path)
     found = _state_dicts(content)
-    if len(found) > 1: raise WeightsError(f"{path}: holds {len(found)} state dicts, under {', '.join(map(repr, found))}; save the one that you want alone")
+    if len(found) > 1:
+        places = ", ".join(map(repr, found))
+        raise WeightsError(f"{path}: holds {len(found)} state dicts, under {places}; save the one that you want alone")
     content = next(iter(found.values()), content)
     items = content.items() if isinstance(content, dict) else []
     odd = [f"{key!r} ({type(value).__name__})" for key, value in items
            if not isinstance(key, str) or not isinstance(value, Tensor) or value.is_nested]
     if odd or not items:
         what = f"a {type(content).__name__}" + (f" with {', '.join(odd[:5])} in it" if odd else "")
-        raise WeightsError(f"{path}: holds {what}; expected tensors by name, bare or under one of {', '.join(map(repr, _WRAPPERS))}")
+        wrappers = ", ".join(map(repr, _WRAPPERS))
+        raise WeightsError(f"{path}: holds {what}; expected tensors by name, bare or under one of {wrappers}")
     if hollow := [key for key, value in items if _hollow(value)]:
-        raise WeightsError(f"{path}: holds names and shapes without the numbers of {', '.join(hollow[:3])}, as on PyTorch's meta device; save the model after its weights are loaded")
+        raise WeightsError(f"{path}: holds names and shapes without the numbers of {', '.join(hollow[:3])}, "
+                           "as on PyTorch's meta device; save the model after its weights are loaded")
     return dict(content)
 
 
@@ -184,7 +197,7 @@ def adapt(
     state: dict[str, Tensor],  # a state dict as `read_weights` gives it
     model: nn.Module,  # whose names are wanted
 ) -> dict[str, Tensor]:
-    """`state` under the names that `model` uses: counters filled in or left out, SimKD's shortcuts and CAT-KD's head renamed."""
+    """`state` under the names that `model` uses: counters filled in or left out, SimKD's and CAT-KD's names replaced."""
     own, head = model.state_dict(), _head_name(model)
     counters = {key: torch.zeros_like(value) for key, value in own.items() if key.endswith("num_batches_tracked")}
     counted = ("total_ops", "total_params")  # by thop and its like

@@ -365,10 +365,10 @@ def test_a_folder_named_like_a_built_in_set_is_not_shadowed(pictures, monkeypatc
 
 
 def test_a_name_that_is_two_folders_is_refused(pictures, tmp_path, monkeypatch):
-    shutil.copytree(pictures, tmp_path / "root" / "own")
+    shutil.copytree(pictures, tmp_path / "sets" / "own")
     monkeypatch.chdir(pictures.parent)
-    with pytest.raises(ValueError, match="'own' is two folders; say './own' or '.*/root/own'"): load("own", root=tmp_path / "root")
-    assert load("./own", root=tmp_path / "root").fingerprint == load("own", root=pictures.parent).fingerprint
+    with pytest.raises(ValueError, match="'own' is two folders; say './own' or '.*/sets/own'"): load("own", root=tmp_path / "sets")
+    assert load("./own", root=tmp_path / "sets").fingerprint == load("own", root=pictures.parent).fingerprint
 
 
 # ---- sizes ---------------------------------------------------------------------------------------------------------

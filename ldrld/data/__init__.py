@@ -417,7 +417,7 @@ LOADERS: dict[str, Callable] = {"digits": digits, "glyphs": _glyphs, "cifar100":
 CLASSES = {"digits": 10, "glyphs": 100, "cifar100": 100, "glyphs-10": 10, "glyphs-20": 20, "glyphs-50": 50,
            "glyphs-200": 200, "cifar100-10": 10, "tiny-imagenet": 200}
 
-
+# %% ../../nbs/60_data.ipynb #4a8c2be6
 def name_and_size(
     name: str,  # such as "own@32" or "own@24x32"
 ) -> tuple[str, tuple[int, int] | None]:  # the folder, and (height, width)

@@ -169,7 +169,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
                            "as on PyTorch's meta device; save the model after its weights are loaded")
     return dict(content)
 
-
+# %% ../../nbs/58_weights.ipynb #35071d39
 def _bare(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A state dict without the prefixes that wrappers of the model put before its names."""
     while prefix := next((p for p in _PREFIXES if any(key.startswith(p) for key in state)), None):

@@ -34,6 +34,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from . import data, losses, models, paths
 from .bench import Point, alternate, benchmark, clock, point, ratio
+from .cards import checked_weights
 from .data import ImageData
 from .teacher import TeacherLogits
 from .train import Crops, Student, accuracy, draw, logits_of, precision_used, train_together
@@ -330,7 +331,7 @@ def training_accuracy(scale, device):
     images = data.load("cifar100")
     kept = torch.randperm(len(images.train_labels), generator=torch.Generator().manual_seed(0))[: 156 * 64]
     images = replace(images, train_images=images.train_images[kept], train_labels=images.train_labels[kept])
-    weights = next(paths.weights("small").glob("cifar100-resnet20-*.safetensors"))
+    weights = checked_weights(next(paths.weights("small").glob("cifar100-resnet20-*.safetensors")).stem, "small")
     return [partial(teach, Setting(images, "resnet20", "resnet8", device=device, cores=1), weights, 2, 3)]
 
 # %% ../nbs/88_bench_training.ipynb #555aacac

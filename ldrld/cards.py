@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LARGEST', 'HOW', 'HALF', 'FEW', 'TOLERANCE', 'published_accuracy', 'facts', 'pictures', 'measured', 'page',
-           'card_path', 'write_card', 'read_card', 'too_far', 'complaints', 'listed', 'write_missing', 'verdict',
-           'checkpoint']
+           'card_path', 'write_card', 'read_card', 'too_far', 'complaints', 'listed', 'wrong_teachers',
+           'checked_weights', 'write_missing', 'verdict', 'checkpoint']
 
 # %% ../nbs/81_cards.ipynb #48ef5d30
 from functools import cache
@@ -158,6 +158,18 @@ def too_far(
     return abs(file - record) > max(HALF, 100 * FEW / pictures) + 1e-3  # which of two floats is rounded up must not decide
 
 # %% ../nbs/81_cards.ipynb #1c9e487e
+def _unfit(path: Path, card: dict, record: Record | None) -> str | None:
+    "Why the weights at `path` are not those of their record: other bytes than the card's, or a card of other weights."
+    found, expected, stored = sha256_of(path), card["sha256"], card.get("accuracy_stored_file")
+    away = "fetch it again, or move it and its card away, and the next run that needs it trains it anew"
+    if found != expected:
+        return (f"{path}: its SHA-256 is {found[:10]}…, its card says {expected[:10]}…: "
+                f"it was damaged or exchanged; {away}")
+    if record and stored is not None and too_far(stored, record.last_accuracy, record.data["test"]):
+        return (f"{path}: reaches {stored:.2f} % by its card, {record.last_accuracy:.2f} % by its record: "
+                f"more than half precision explains; {away}")
+    return None
+
 def complaints(
     name: str,  # a run's name
     profile: str,
@@ -167,8 +179,7 @@ def complaints(
     if not place.exists(): return ["no card; `ldrld teachers --write` makes it" if record else "neither card nor record: nobody can say what this file is"]
     card = read_card(place)
     if not path.exists(): return [f"{path.name} is missing, though small enough to be committed"] if card["committed"] else []
-    if (found := sha256_of(path)) != card["sha256"]:
-        return [f"the file's SHA-256 is {found[:10]}…, the card's {card['sha256'][:10]}…: it was damaged or exchanged; fetch it again, or move file and card away and run again"]
+    if unfit := _unfit(path, card, record): return [unfit]
     if record is None: return []                               # the card alone says it all
     return [f"the card says {k}: {card.get(k)!r}, weights and record say {v!r}; if the card is out of date, move it away, then `ldrld teachers --write`" for k, v in facts(record, profile).items() if card.get(k) != v]
 
@@ -199,6 +210,43 @@ def listed(
         try: lines.append(_line(name, profile, look))
         except ValueError as error: lines.append({"record": name, "wrong": [str(error)]})
     return pd.DataFrame(lines, columns=["teacher", "data", "last epoch, %", "stored file, %", *(["measured, %"] if check else []), "MB", "card", "record", "wrong"])
+
+def wrong_teachers(
+    profile: str,
+) -> list[str]:  # one line for each thing wrong; empty if all is well
+    "What `listed` finds wrong with the teachers of a profile, as `ldrld verify` says it."
+    table = listed(profile)
+    return [f"{record}: {what}" for record, said in zip(table["record"], table["wrong"]) for what in said]
+
+# %% ../nbs/81_cards.ipynb #c1ec4ed1
+def _card_made_now(name: str, profile: str) -> None:
+    "The card of weights that have none, if they reach what their record says; `ValueError` otherwise."
+    path, record = KEPT["weights"](name, profile), load_record(name, profile)
+    away = f"move {path} away, and the next run that needs it trains it anew"
+    if record is None: raise ValueError(f"{path}: has neither card nor record, so nobody can say what it is; {away}")
+    images, network = pictures(record.config.dataset, record.config.holdout), record.config.model
+    if images.fingerprint != record.data["fingerprint"]:
+        raise ValueError(f"{path}: has no card, and the images of {record.config.dataset} have changed since; {away}")
+    reached = measured(path, network, images)
+    if too_far(reached, record.last_accuracy, len(images.test_labels)):
+        raise ValueError(f"{path}: has no card, and reaches {reached:.2f} %, not {record.last_accuracy:.2f} % "
+                         f"as its record says: it was damaged or exchanged; {away}")
+    write_card(record, profile, images)
+
+def checked_weights(
+    name: str,  # a run's name
+    profile: str,
+) -> Path:
+    """Where the weights of a run are, once their SHA-256 is the one on their card.
+
+    Weights with a record but without a card are measured on the test images and get a card if they reach what the
+    record says. Raises `FileNotFoundError` if there are none, and `ValueError`, with what to do, if they are others.
+    """
+    path, place = KEPT["weights"](name, profile), card_path(name, profile)
+    if not path.exists(): raise FileNotFoundError(f"{path}: no such file; run {name} again with keep=('weights',)")
+    if not place.exists(): _card_made_now(name, profile)
+    if unfit := _unfit(path, read_card(place), load_record(name, profile)): raise ValueError(unfit)
+    return path
 
 # %% ../nbs/81_cards.ipynb #393a465d
 def write_missing(

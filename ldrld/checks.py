@@ -1,13 +1,15 @@
 """Checks of arguments, shared by all losses: shapes and types only, so a training step never waits for the device."""
+import warnings
 from contextlib import contextmanager
 from difflib import get_close_matches
+from functools import cache
 from math import isfinite
 from numbers import Integral, Real
 
 import torch
 
-__all__ = ["number", "integer", "flag", "choice", "unknown_name", "depth_fits", "logits", "transformed",
-           "may_look", "labels", "mask", "values_unseen"]
+__all__ = ["number", "integer", "flag", "choice", "unknown_name", "depth_fits", "enough_remain", "logits",
+           "transformed", "may_look", "labels", "mask", "values_unseen"]
 
 _unseen = False  # within `values_unseen`
 
@@ -53,6 +55,18 @@ def depth_fits(depth: int, classes: int) -> int:
     if integer("depth", depth, at_least=2) > classes:
         raise ValueError(f"depth must be at most the number of classes, {classes}, got {depth}")
     return int(depth)
+
+
+@cache
+def _few_remain(depth: int, classes: int) -> None:
+    warnings.warn(f"depth={depth} leaves only {classes - depth} of {classes} classes to the remaining term (beta): "
+                  f"with so few classes set depth={classes}; at ten classes that did better than depth=7 "
+                  "(table 44_depth_classes)", stacklevel=5)
+
+
+def enough_remain(depth: int, classes: int) -> None:
+    """One warning where two or more classes remain but fewer than are selected: their term then weighs too much."""
+    if 2 <= classes - depth < depth and not transformed(): _few_remain(depth, classes)
 
 
 def _kind(x) -> str:

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -92,6 +93,19 @@ def plain(text: str):
     except ValueError: return value
 
 
+def is_file(teacher: str) -> bool:
+    """Whether a teacher is meant as a file: it is there, or looks like one; ValueError for what is a file and a network."""
+    from ldrld import models
+
+    path = Path(teacher).expanduser()
+    plain = teacher == path.name  # without a folder
+    try: known = plain and bool(models.canonical(teacher))
+    except ValueError: known = False
+    if known and path.exists():
+        raise ValueError(f"teacher={teacher!r} is a network and also a file here; for the file say teacher=./{teacher}")
+    return not known and (path.exists() or not plain or path.suffix != "")
+
+
 @app.command()
 def run(settings: Annotated[list[str], typer.Argument(help="name=value, e.g. model=resnet8 loss=ldrld loss_args.depth=5 teacher=resnet14; a teacher may also be a file of weights, see `ldrld teachers`")],
         profile: Annotated[str, typer.Option(help="Folder of records under data/runs.")] = "try", out: Out = None,
@@ -117,7 +131,8 @@ def run(settings: Annotated[list[str], typer.Argument(help="name=value, e.g. mod
 
     try:
         for k in keep or (): known("--keep", k, list(KEPT))
-        if str(given.get("teacher")).endswith((".pth", ".pt", ".safetensors")): given["teacher"] = pretrained(given["teacher"])
+        teacher = given.get("teacher")
+        if isinstance(teacher, str) and is_file(teacher): given["teacher"] = pretrained(Path(teacher).expanduser())
         config = RunConfig(**given)
     except ValidationError as error:
         raise typer.BadParameter(explain(error)) from None
@@ -218,10 +233,11 @@ def status(profile: Profile = "quick", out: Out = None):
 
 @app.command()
 def verify(profile: Annotated[list[str] | None, typer.Option(help="Default: quick, small and paper, where they have tables; a YAML file for one of your own.")] = None, out: Out = None):
-    """Compute every number of every table again from its records."""
+    """Compute every number of every table again from its records, and compare the teachers' weights with their cards."""
     for p in profile or (): start(p)
     if out is not None: os.environ["LDRLD_OUT"] = str(out.resolve())
     from ldrld import paths
+    from ldrld.cards import wrong_teachers
     from ldrld.experiments import EXPERIMENTS, PROFILES
     from ldrld.experiments import profile as profile_of
     from ldrld.report import to_report, verify_table
@@ -235,6 +251,7 @@ def verify(profile: Annotated[list[str] | None, typer.Option(help="Default: quic
             else:
                 wrong += [f"{p.name}: {line}" for line in found]
                 checked += 1
+        wrong += [f"{p.name}: {line}" for line in wrong_teachers(p.name)]
     if missing: print(f"not made yet: {', '.join(missing)}")
     print("\n".join([*wrong, f"{checked} tables checked, {len(wrong)} things wrong"]))
     print(f"records and tables: {os.path.relpath(paths.out() / 'data')}")
@@ -243,18 +260,18 @@ def verify(profile: Annotated[list[str] | None, typer.Option(help="Default: quic
 
 
 @app.command()
-def teachers(files: Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", help="Checkpoints of others (.pth or .safetensors): each is identified, measured, and set beside what is published for its network.")] = None,
+def teachers(files: Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", help="Checkpoints of others, whatever their suffix (what torch.save writes, or safetensors): each is identified, measured, and set beside what is published for its network.")] = None,
              profile: Annotated[str | None, typer.Option(help="Whose teachers to list. Default: of every profile that has some.")] = None,
-             check: Annotated[bool, typer.Option("--check", help="Also load each and measure it where its data are at hand; exit code 1 if anything is wrong.")] = False,
+             check: Annotated[bool, typer.Option("--check", help="Also load each and measure it where its data are at hand.")] = False,
              write: Annotated[bool, typer.Option("--write", help="Write the cards that are missing; those that are there are left alone.")] = False,
              keep: Annotated[bool, typer.Option("--keep", help="Keep a copy of each FILE where runs find it, as a teacher.")] = False,
              dataset: Annotated[str, typer.Option("--data", help="The data set that the FILEs were trained on.")] = "cifar100", out: Out = None):
-    """List the teachers' weights with what their cards say, check them, or compare published checkpoints with what is published."""
+    """List the teachers' weights with what their cards say, check them, or compare published checkpoints with what is published; exit code 1 if anything is wrong."""
     if files and (check or write or profile): raise typer.BadParameter("--profile, --check and --write are about the project's own teachers; leave them or the FILEs out")
     if keep and not files: raise typer.BadParameter("--keep needs a FILE")
     if out is not None: os.environ["LDRLD_OUT"] = str(out.resolve())
     wrong = compare_files(files, dataset, keep) if files else list_teachers(profile, check, write)
-    if wrong and (files or check): raise typer.Exit(1)
+    if wrong: raise typer.Exit(1)
 
 
 def compare_files(files: list[Path], dataset: str, keep: bool) -> int:
@@ -274,7 +291,8 @@ def compare_files(files: list[Path], dataset: str, keep: bool) -> int:
         print(f"  accuracy on {dataset}: " + (f"{found['accuracy']:.2f} % (in float32, on pictures normalised by the data's own mean and deviation)" if found["reason"] is None else f"not measured: {found['reason']}"))
         print(f"  {found['verdict']}")
         if keep: print(f"  kept; as a teacher in a configuration: {json.dumps(pretrained(file).model_dump())}")
-        print(f"  a student learns from it with: ldrld run dataset={dataset} model=resnet8 loss=ldrld teacher={file}")
+        words = shlex.join([f"dataset={dataset}", "model=resnet8", "loss=ldrld", f"teacher={file}"])
+        print(f"  a student learns from it with: ldrld run {words}")
     return wrong
 
 
@@ -336,7 +354,7 @@ def bench(names: Annotated[list[str] | None, typer.Argument(help="loss-targets, 
 
 
 @app.command("data")
-def data_command(name: Annotated[str, typer.Argument(help="glyphs, glyphs-10, glyphs-200, digits, cifar100, cifar100-10, tiny-imagenet, or a folder of pictures.")],
+def data_command(name: Annotated[str, typer.Argument(help="glyphs, glyphs-10, -20, -50 or -200, digits, cifar100, cifar100-10, tiny-imagenet, or a folder of images, with its size if need be: own@32.")],
                  root: Annotated[Path | None, typer.Option(help="Where data sets lie. Default: data/ of the project.")] = None):
     """Fetch, make or find a data set, and say what it is."""
     from ldrld import data

@@ -100,7 +100,7 @@ PROFILES = {p.name: p for p in (
     Profile(name="quick", data="glyphs, 100 characters", dataset="glyphs", pairs=(("resnet14", "resnet8"), ("resnet14", "wrn_16_1")),
             teacher=dict(recipe="onecycle", epochs=20, lr=0.1), student=dict(recipe="onecycle", epochs=6, lr=0.1),
             depths=(2, 5, 7, 10, 20), temperatures=(1.0, 4.0, 8.0), strengths=("resnet8", "resnet14", "resnet20"),
-            class_sets=("glyphs-10", "glyphs", "glyphs-200"),
+            class_sets=("digits", "glyphs-10", "glyphs-20", "glyphs-50", "glyphs", "glyphs-200"),
             methods=("CE", "KD", "DKD", "DIST", "RLD", "KD+LS", "AT", "SimKD", "LDRLD"),
             experiments=CORE),
     Profile(name="small", data="CIFAR-100", dataset="cifar100", pairs=(("resnet20", "resnet8"), ("resnet32", "resnet8"), ("resnet20", "wrn_16_1")),
@@ -522,11 +522,13 @@ def plateau(p):
 @experiment("classes", "How many classes to compare, of how many", "44_depth_classes", by=("data", "classes", "method", "depth"),
             baseline={"method": "LDRLD", "depth": "7"})
 def classes(p):
-    "KD and every depth that fits, on data sets with other numbers of classes; each has its own teacher."
+    "KD, depth 3 and every depth of the profile that fits, on sets with other numbers of classes, each with its teacher."
+    depths = sorted({3, *p.depths})
     for name in p.class_sets or [p.dataset] * (p.dataset in CLASSES):
         q, values = p.model_copy(update={"dataset": name}), {"data": name, "classes": CLASSES[name]}
         yield from on_pair(q, ablation_pair(p), {**values, "method": "KD", "depth": "–"}, "KD")
-        for d in (d for d in p.depths if d <= CLASSES[name]): yield from on_pair(q, ablation_pair(p), {**values, "method": "LDRLD", "depth": f"{d}"}, "LDRLD", depth=d)
+        for d in (d for d in depths if d <= CLASSES[name]):
+            yield from on_pair(q, ablation_pair(p), {**values, "method": "LDRLD", "depth": f"{d}"}, "LDRLD", depth=d)
 
 def _kind(loss: str, args: dict) -> tuple: return (loss, *(str(args.get(k)) for k in ("loss", "distance", "rule")))
 

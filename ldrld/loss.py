@@ -166,6 +166,7 @@ class RelationLoss(LogitLoss):
         "What `plain_terms` and the faster ways take."
         s, t, y, share = counted_rows(student_logits, teacher_logits, target, mask)
         checks.depth_fits(self.depth, s.shape[-1])
+        if self.beta: checks.enough_remain(self.depth, s.shape[-1])
         wide = torch.promote_types(torch.promote_types(s.dtype, t.dtype), torch.float32)
         weights = weights(self.depth, self.epsilon, self.delta, self.decay, self.weighting, wide, s.device)
         return s, t.detach(), y, share, weights, self.temperature, self.factors, self.rank_by
@@ -204,7 +205,7 @@ class LDRLD(RelationLoss):
         self,
         alpha: float = 10.5,  # α ≥ 0, weight of the local terms, that is pairs and LLKI
         beta: float = 7.0,  # β ≥ 0, weight of the remaining term, RNTK; too much for about ten classes, see nbs/guides/10
-        depth: int = 7,  # d ≥ 2, number of selected classes
+        depth: int = 7,  # d ≥ 2, number of selected classes; with a dozen classes or fewer, all of them
         temperature: float = 4.0,  # T > 0
         ce_weight: float = 1.0,  # r ≥ 0, weight of the cross-entropy
         epsilon: float = 1.5,  # ε > −1 in the pair weights

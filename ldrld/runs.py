@@ -62,7 +62,7 @@ class Pretrained(BaseModel):
 class RunConfig(BaseModel):
     "Everything that decides a run's result; frozen, and strict about names and types."
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
-    dataset: str = Field("glyphs", description="name of a data set in `ldrld.data`")
+    dataset: str = Field("glyphs", description="name of a data set in `ldrld.data`, or a folder, with its size if need be: `own@32`")
     model: str = Field("resnet8", description="name of a network in `ldrld.models`")
     loss: str = Field("ce", description="name of a loss in `ldrld.losses`")
     loss_args: dict[str, Any] = Field({}, description="its hyper-parameters; defaults are filled in")
@@ -100,8 +100,10 @@ class RunConfig(BaseModel):
     @field_validator("dataset")
     @classmethod
     def _dataset_is_known(cls, name):
-        if name in data.LOADERS or Path(name).is_absolute() or (paths.data_root() / name).is_dir(): return name
-        return str(Path(name).resolve()) if Path(name).is_dir() else known("dataset", name, list(data.LOADERS))
+        plain, _ = data.name_and_size(name)                      # own@32: a folder, and the size of its images
+        if name in data.LOADERS or Path(plain).is_absolute() or (paths.data_root() / plain).is_dir(): return name
+        if not Path(plain).is_dir(): return known("dataset", name, list(data.LOADERS))
+        return str(Path(plain).resolve()) + name.removeprefix(plain)
 
     @model_validator(mode="after")
     def _teacher_fits(self):
@@ -316,11 +318,14 @@ def sha256_of(
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 def network_in(
-    path: str | Path,  # a `.safetensors` or `.pth` file, as `ldrld.models.load_weights` takes it
+    path: str | Path,  # a checkpoint, as `ldrld.models.load_weights` takes it
 ) -> tuple[str, int]:  # name, classes
     "The network whose weights a file holds; `ValueError` if it is none of ours."
-    if found := identify(read_weights(path)): return found
-    raise ValueError(f"{path}: holds a network that ldrld does not know; expected weights of one of {', '.join(models.available())}")
+    state = read_weights(path)
+    if found := identify(state): return found
+    names = ", ".join(list(state)[:3])
+    raise ValueError(f"{path}: holds a network that ldrld does not know ({len(state)} tensors: {names}, …); "
+                     f"expected weights of one of {', '.join(models.available())}")
 
 def pretrained(
     path: str | Path,  # as above
@@ -342,7 +347,9 @@ def file_of(
     place = paths.work(name_of(teacher)) / "weights"
     hint = "hand the checkpoint over once more: ldrld teachers FILE --keep (with the --out of the run, if it has one)"
     if not place.exists(): raise FileNotFoundError(f"teacher.sha256={teacher.sha256!r}: {place} is not there; {hint}")
-    if sha256_of(place) != teacher.sha256: raise ValueError(f"teacher.sha256={teacher.sha256!r}: {place} has changed since, its SHA-256 is {sha256_of(place)}; {hint}")
+    if (found := sha256_of(place)) != teacher.sha256:
+        raise ValueError(f"{place}: has changed since it was kept: its SHA-256 is {found[:10]}…, "
+                         f"teacher.sha256 is {teacher.sha256[:10]}…; {hint}")
     return place
 
 # %% ../nbs/80_runs.ipynb #363048c9
@@ -362,12 +369,18 @@ def teacher_for(
     device: str,
     report=None,  # called with each line of progress
 ) -> TeacherLogits | None:  # a function (index, view, x) -> logits; None for a loss that asks no teacher
-    "The student's teacher, trained now if nobody has, with the table of its answers."
+    """The student's teacher, trained now if nobody has, with the table of its answers.
+
+    Its weights are compared with their card first (`ldrld.cards.checked_weights`), a file's with the configuration:
+    `ValueError` if the bytes are others.
+    """
+    from ldrld.cards import checked_weights  # here, because that module imports this one
+
     if config.teacher is None: return None
     name, given = name_of(config.teacher), isinstance(config.teacher, Pretrained)
     there = KEPT["weights"](name, profile).exists() and load_record(name, profile)
     if not given and not there: run(config.teacher, profile, keep=("weights",), report=report)
-    weights = file_of(config.teacher) if given else KEPT["weights"](name, profile)
+    weights = file_of(config.teacher) if given else checked_weights(name, profile)
     classes = len(images.classes)
     network = models.load_weights(models.build(config.teacher.model, classes), weights).to(device)
     dtype = precision_used((config if given else config.teacher).precision, device)
@@ -469,8 +482,10 @@ def keep_from_weights(
     profile: str, device: str,
 ) -> bool:  # whether its weights were kept, so that nothing had to be trained
     "Make what else is to be kept of a finished run from its weights."
-    path = KEPT["weights"](name_of(config), profile)
-    if not path.exists(): return False
+    from ldrld.cards import checked_weights  # here, because that module imports this one
+
+    if not KEPT["weights"](name_of(config), profile).exists(): return False
+    path = checked_weights(name_of(config), profile)
     images = data.altered(data.load(config.dataset), config.train_share, config.label_noise, config.holdout, config.seed)
     used = models.load_weights(models.build(config.model, len(images.classes)), path).to(device)
     keep_besides(tuple(k for k in keep if not KEPT[k](name_of(config), profile).exists()), used, used, images, config, profile, device)

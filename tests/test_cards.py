@@ -1,5 +1,8 @@
 """Teachers' cards, what is said of files that are not as they should be, and teachers that are files."""
 import os
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -152,12 +155,109 @@ def test_what_is_wrong_is_told(teacher):
 
 def test_other_weights_under_a_card_of_their_own_are_found_by_their_accuracy(teacher):
     """What a checksum cannot see: the card fits the file, but the file is not what the record tells of."""
+    untrained(teacher)
+    cards.card_path(teacher.name, "t").unlink()
+    assert cards.write_missing("t") and "more than half precision explains" in wrong()[0]
+    with pytest.raises(ValueError, match="more than half precision explains; fetch it again"): cards.checked_weights(teacher.name, "t")
+    place = cards.card_path(teacher.name, "t")
+    card = cards.read_card(place)
+    stored = f"accuracy_stored_file: {card['accuracy_stored_file']}"
+    assert stored in (text := place.read_text(encoding="utf-8"))
+    place.write_text(text.replace(stored, "accuracy_stored_file: null"), encoding="utf-8")
+    assert not wrong() and "more than half precision explains" in wrong(check=True)[0]
+
+
+def untrained(teacher):
+    """The file of a teacher, replaced by a network that has learnt nothing."""
     weights = KEPT["weights"](teacher.name, "t")
     torch.manual_seed(1)
     models.save_weights(models.build("resnet8", 10).half(), weights, models.read_metadata(weights))
-    cards.card_path(teacher.name, "t").unlink()
-    assert cards.write_missing("t") and not wrong()
-    assert "more than half precision explains" in wrong(check=True)[0]
+
+
+def flip_a_bit(teacher):
+    content = bytearray((path := KEPT["weights"](teacher.name, "t")).read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def exchange_4_kb(teacher):
+    content = (path := KEPT["weights"](teacher.name, "t")).read_bytes()
+    path.write_bytes(content[:20_000] + content[24_096:28_192] + content[24_096:])
+
+
+def cut(teacher): (path := KEPT["weights"](teacher.name, "t")).write_bytes(path.read_bytes()[:-2])
+def empty(teacher): KEPT["weights"](teacher.name, "t").write_bytes(b"")
+def another_epoch(teacher):
+    """Weights that are as good as these, but are others."""
+    model = models.load_weights(models.build("resnet8", 10), path := KEPT["weights"](teacher.name, "t"))
+    with torch.no_grad(): model.fc.bias += 1e-3
+    models.save_weights(model.half(), path, models.read_metadata(path))
+
+
+STUDENT = RunConfig(model="resnet8", loss="kd", teacher=TEACHER, seed=1, **SHORT)
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, exchange_4_kb, untrained, cut, empty, another_epoch])
+def test_no_student_learns_from_other_weights_than_the_cards(damage, teacher, out):
+    weights, good = KEPT["weights"](teacher.name, "t"), KEPT["weights"](teacher.name, "t").read_bytes()
+    before = runs.sha256_of(weights)
+    damage(teacher)
+    told = f"{weights.name}: its SHA-256 is {runs.sha256_of(weights)[:10]}…, its card says {before[:10]}….*fetch it again"
+    with pytest.raises(ValueError, match=told): runs.run(STUDENT, "t", report=None)
+    with pytest.raises(ValueError, match=told): runs.run(TEACHER, "t", keep=("logits",), report=None)
+    assert len(list(paths.records("t").glob("*.json"))) == 1 and not KEPT["logits"](teacher.name, "t").exists(), "nothing came of it"
+    assert cards.wrong_teachers("t") and ldrld("teachers", "--profile", "t", out=out)[0] == 1
+    weights.write_bytes(good)
+    assert runs.run(STUDENT, "t", report=None).teacher == teacher.name and not cards.wrong_teachers("t")
+
+
+def test_what_the_refusal_says_to_do_helps(teacher):
+    flip_a_bit(teacher)
+    for path in (KEPT["weights"](teacher.name, "t"), cards.card_path(teacher.name, "t")): path.unlink()
+    assert runs.run(STUDENT, "t", report=None).teacher == teacher.name and not wrong(check=True)
+
+
+def test_weights_without_a_card_are_measured_before_they_teach(teacher):
+    """From before there were cards, or after somebody has deleted one."""
+    place = cards.card_path(teacher.name, "t")
+    text = place.read_text(encoding="utf-8")
+    place.unlink()
+    assert cards.checked_weights(teacher.name, "t") == KEPT["weights"](teacher.name, "t") and place.read_text(encoding="utf-8") == text
+    place.unlink()
+    untrained(teacher)
+    with pytest.raises(ValueError, match="has no card, and reaches .*damaged or exchanged; move .* away"): runs.run(STUDENT, "t", report=None)
+    assert not place.exists()
+
+
+def test_weights_that_nobody_can_vouch_for_are_refused(teacher, monkeypatch):
+    weights, place = KEPT["weights"](teacher.name, "t"), cards.card_path(teacher.name, "t")
+    with pytest.raises(FileNotFoundError, match="no such file; run glyphs-x again"): cards.checked_weights("glyphs-x", "t")
+    text = place.read_text(encoding="utf-8")
+    place.write_text("---\nsha256: 0\n---\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="is not a card, or was damaged"): runs.run(STUDENT, "t", report=None)
+    place.unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cards, "pictures", lambda *_: data.load("glyphs-10"))
+        with pytest.raises(ValueError, match="the images of digits have changed since"): cards.checked_weights(teacher.name, "t")
+    (paths.records("t") / f"{teacher.name}.json").unlink()
+    with pytest.raises(ValueError, match="neither card nor record"): cards.checked_weights(teacher.name, "t")
+    place.write_text(text, encoding="utf-8")
+    assert cards.checked_weights(teacher.name, "t") == weights, "the card alone says what is needed"
+
+
+def test_verify_checks_the_teachers(out):
+    """Of the committed profile, in a copy with one table: one flipped bit in a teacher's weights, and nothing else."""
+    for kind in ("runs", "teachers"): shutil.copytree(ROOT / "data" / kind / "quick", out / "data" / kind / "quick")
+    (out / "data" / "tables" / "quick").mkdir(parents=True)
+    shutil.copy(ROOT / "data" / "tables" / "quick" / "adw.csv", out / "data" / "tables" / "quick")
+    before = ldrld("verify", "--profile", "quick", out=out)[1].splitlines()
+    path = next((out / "data" / "teachers" / "quick").glob("glyphs-resnet14-ce-*.safetensors"))
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    code, said = ldrld("verify", "--profile", "quick", out=out)
+    new, = [line for line in said.splitlines() if line not in before and "tables checked" not in line]
+    assert code == 1 and f"{path.name}: its SHA-256 is" in new and f"quick: {path.stem}: " in new
 
 
 def test_a_run_whose_file_is_no_network_of_ours_leaves_a_card_too(out):
@@ -267,7 +367,7 @@ def test_the_command_lists_and_checks(teacher, out):
     assert ldrld("teachers", "--check", out=out) == (0, (said := ldrld("teachers", "--check", out=out)[1])) and "same bytes" in said and "0 things wrong" in said
     KEPT["weights"](teacher.name, "t").write_bytes(b"\0" * 100)
     code, said = ldrld("teachers", "--profile", "t", "--check", out=out)
-    assert code == 1 and "SHA-256" in said and ldrld("teachers", out=out)[0] == 0
+    assert code == 1 and "SHA-256" in said and ldrld("teachers", out=out)[0] == 1
     cards.card_path(teacher.name, "t").write_text("not mine", encoding="utf-8")
     code, said = ldrld("teachers", "--check", out=out)
     assert code == 1 and "is not a card" in said and "1 not measured" in said
@@ -321,3 +421,34 @@ def test_a_run_from_a_file_on_the_command_line(out, tmp_path):
     assert record.config.teacher.sha256 == runs.sha256_of(file)
     code, said = ldrld(*(w.replace(str(file), str(tmp_path / "nowhere.pth")) for w in words), out=out)
     assert code == 2 and "no such file" in said
+
+
+@pytest.mark.parametrize("name", ["teacher.pth.tar", "teacher.ckpt", "TEACHER.PTH", "teacher", "a teacher's best (1).pth", "resnet8 copy", "0.1"])
+def test_a_teacher_s_file_may_have_any_name(name, out, tmp_path):
+    """What `ldrld teachers` identifies, `ldrld run` takes: the command that the one suggests is carried out by the other."""
+    file = checkpoint_at(tmp_path / name)
+    code, said = ldrld("teachers", file, "--data", "digits", out=out)
+    suggested = shlex.split(said.split("a student learns from it with: ldrld ")[1].splitlines()[0])
+    assert code == 0 and suggested[-1] == f"teacher={file}"
+    code, said = ldrld(*suggested, "loss_args.depth=10", "recipe=onecycle", "lr=0.1", "epochs=1", out=out)
+    assert code == 0 and runs.records("try")[0].config.teacher.sha256 == runs.sha256_of(file), said
+
+
+def test_what_is_meant_by_a_teacher(tmp_path, monkeypatch):
+    from ldrld.cli import is_file
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("resnet14", "ResNet-14", "resnt14", "WRN_16_1"): assert not is_file(name)
+    checkpoint_at(tmp_path / "mine")
+    for name in ("mine", "./mine", "~/mine", str(tmp_path / "mine"), "nowhere.ckpt", "folder/nowhere", "."): assert is_file(name)
+    checkpoint_at(tmp_path / "resnet14")
+    with pytest.raises(ValueError, match="teacher='resnet14' is a network and also a file here; for the file say teacher=./resnet14"): is_file("resnet14")
+    assert is_file("./resnet14")
+
+
+@pytest.mark.parametrize("given, why", [("{tmp}", "a folder; name a file in it, such as a.pth"), ("{tmp}/nowhere.ckpt", "no such file"), ("resnt14", "did you mean"), ("{tmp}/other.ckpt", "a network that ldrld does not know .1 tensors: features")])
+def test_a_teacher_that_is_none_is_told_in_a_line(given, why, out, tmp_path):
+    checkpoint_at(tmp_path / "a.pth")
+    torch.save({"state_dict": {"features.0.weight": torch.zeros(4, 3, 7, 7)}}, tmp_path / "other.ckpt")
+    code, said = ldrld("run", "dataset=digits", "model=resnet8", "loss=kd", f"teacher={given.format(tmp=tmp_path)}", out=out)
+    assert code == 2 and re.search(why, " ".join(said.split())), said

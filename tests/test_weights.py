@@ -1,17 +1,23 @@
 """Checkpoint files: all layouts in use load; anything else is refused, runs no code, and leaves the model alone."""
 import argparse
 import builtins
+import datetime
 import json
 import os
+import pathlib
 import pickle
+import sys
 import tarfile
+import types
 import zipfile
+from collections import OrderedDict, defaultdict, deque
 
+import numpy as np
 import pytest
 import torch
 
 from ldrld import models
-from ldrld.models.weights import identify, read_weights
+from ldrld.models.weights import _bare, identify, read_weights
 
 
 class Hostile:
@@ -55,6 +61,27 @@ layouts = {
     "model and module": lambda s: {"model": renamed("module.", s)},
     "student": lambda s: renamed("student.", s) | {"teacher.fc.bias": torch.zeros(1), "connector.bias": torch.ones(1)},
     "module.student": lambda s: {"model": renamed("module.student.", s) | renamed("module.teacher.", s)},
+    "compiled": lambda s: renamed("_orig_mod.", s),
+    "compiled, then on several GPUs": lambda s: {"model": renamed("module._orig_mod.", s)},
+    "on several GPUs, then compiled": lambda s: {"model": renamed("_orig_mod.module.", s)},
+    "several GPUs, twice": lambda s: renamed("module.module.", s),
+    "Lightning": lambda s: {"epoch": 3, "state_dict": renamed("model.", s), "hyper_parameters": {"lr": 0.1}, "optimizer_states": [{}], "callbacks": {}},
+    "Lightning, with a criterion": lambda s: {"state_dict": renamed("model.", s) | {"criterion.weight": torch.ones(100), "train_acc.total": torch.tensor(3)}},
+    "Lightning, compiled": lambda s: {"state_dict": renamed("model._orig_mod.", s)},
+    "Lightning, a distiller": lambda s: {"state_dict": renamed("student.model.", s) | renamed("teacher.model.", s)},
+    **{name: (lambda s, name=name: {name: s, "epoch": 1, "acc": 59.0}) for name in ("net", "network", "model_state_dict", "model_state", "net_state_dict", "weights", "params", "student")},
+    "one within the other": lambda s: {"state_dict": {"model": s, "epoch": 1}},
+    "three within": lambda s: {"net": {"state_dict": {"model": renamed("module.", s)}}},
+    "an ordered dictionary": lambda s: OrderedDict(renamed("module.", s)),
+    "counted operations": lambda s: s | {"total_ops": torch.zeros(1), "conv1.total_ops": torch.zeros(1), "layer1.0.bn1.total_params": torch.zeros(1)},
+    "counted operations, several GPUs": lambda s: renamed("module.", s | {"total_ops": torch.zeros(1), "conv1.total_ops": torch.zeros(1)}),
+    "NumPy beside it": lambda s: {"net": s, "acc": np.float64(59.0), "best": np.float32(60), "epoch": np.int64(3), "ok": np.bool_(True), "losses": np.arange(5.0), "dtype": np.dtype("float32")},
+    "paths and dates beside it": lambda s: {"model": s, "folder": pathlib.PosixPath("/data/x"), "pure": pathlib.PurePosixPath("y"), "when": datetime.datetime(2026, 1, 2), "took": datetime.timedelta(1)},
+    "containers beside it": lambda s: {"model": s, "log": defaultdict(list, {"acc": [1.0, np.float64(2.0)]}), "tree": defaultdict(dict), "more": types.SimpleNamespace(a=1), "last": deque([1.0], 5)},
+    "a path as a key beside it": lambda s: {"model": s, "sizes": {pathlib.PosixPath("a"): 3, pathlib.PosixPath("b"): 4}},
+    "a default dictionary": lambda s: defaultdict(float, {"model": s}),
+    "namespace of paths": lambda s: {"model": s, "opt": argparse.Namespace(root=pathlib.PosixPath("."), seed=np.int64(3))},
+    "parameters": lambda s: {"model": {key: torch.nn.Parameter(value, requires_grad=value.is_floating_point()) for key, value in s.items()}},
     "half precision": lambda s: {key: value.half() if value.is_floating_point() else value for key, value in s.items()},
 }
 
@@ -68,6 +95,54 @@ def test_layouts(layout, zipped, source, tmp_path):
     expected = source.state_dict()
     if layout == "half precision": expected = {k: v.half().to(v.dtype) for k, v in expected.items()}
     assert same(model.state_dict(), expected)
+
+
+@pytest.mark.parametrize("name", ["teacher.pth.tar", "teacher.ckpt", "TEACHER.PTH", "teacher", "teacher.bin", "teacher.safetensors.pth", "a teacher's best (1).pth", "model_best.tar"])
+def test_a_checkpoint_may_have_any_name(name, source, tmp_path):
+    torch.save({"model": source.state_dict()}, tmp_path / name)
+    assert same(models.load_weights(models.build("resnet8"), tmp_path / name).state_dict(), source.state_dict())
+    models.save_weights(source, tmp_path / "a.safetensors").rename(tmp_path / name)
+    assert same(models.load_weights(models.build("resnet8"), tmp_path / name).state_dict(), source.state_dict())
+
+
+@pytest.mark.parametrize("package", ["easydict.EasyDict", "addict.addict.Dict", "yacs.config.CfgNode", "omegaconf.dictconfig.DictConfig", "pytorch_lightning.utilities.parsing.AttributeDict",
+                                     "lightning.fabric.utilities.data.AttributeDict", "lightning_fabric.utilities.data.AttributeDict"])
+def test_settings_of_packages_that_need_not_be_here(package, source, tmp_path, monkeypatch):
+    module, _, name = package.rpartition(".")
+    kind = type(name, (dict,), {"__module__": module}) if name != "DictConfig" else type(name, (types.SimpleNamespace,), {"__module__": module, "__reduce__": object.__reduce__})
+    for i in range(len(parts := module.split("."))): monkeypatch.setitem(sys.modules, ".".join(parts[: i + 1]), types.ModuleType("stand-in"))
+    setattr(sys.modules[module], name, kind)
+    torch.save({"state_dict": renamed("model.", source.state_dict()), "hyper_parameters": kind(lr=0.1, inner=kind(a=[1]))}, tmp_path / "a.ckpt")
+    monkeypatch.undo()
+    assert same(models.load_weights(models.build("resnet8"), tmp_path / "a.ckpt").state_dict(), source.state_dict())
+
+
+def test_nothing_that_lies_beside_the_weights_is_made(source, tmp_path, monkeypatch):
+    """Not even the harmless: NumPy and pathlib are never called."""
+    torch.save({"model": source.state_dict(), "acc": np.float64(1), "path": pathlib.PosixPath("a"), "log": defaultdict(list)}, tmp_path / "a.pth")
+    before = torch.serialization.get_safe_globals()
+    content = models.weights._read(tmp_path / "a.pth")
+    assert [type(content[key]).__bases__[0].__name__ for key in ("acc", "path")] == ["_StandIn"] * 2 and type(content["log"]) is OrderedDict
+    assert torch.serialization.get_safe_globals() == before, "the permission ends with the call"
+
+
+def test_prefixes_that_are_the_model_s_own_stay(tmp_path):
+    """A network of somebody's own with parts called `model` and `net`, as its own state dict names them."""
+    class Own(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model, self.net = torch.nn.Linear(3, 2), torch.nn.Linear(2, 2)
+
+    mine, other = Own(), Own()
+    for content in (mine.state_dict(), {"state_dict": mine.state_dict()}):
+        torch.save(content, tmp_path / "a.pth")
+        assert same(models.load_weights(other, tmp_path / "a.pth").state_dict(), mine.state_dict())
+
+
+@pytest.mark.parametrize("name", models.available())
+def test_no_network_of_ours_has_a_name_like_a_prefix(name):
+    with torch.device("meta"): state = models.build(name).state_dict()
+    assert _bare(state) is state
 
 
 @pytest.mark.parametrize("name", ["resnet56", "resnet110", "resnet32x4", "wrn_40_2", "vgg13", "ResNet50", "MobileNetV2",
@@ -151,6 +226,28 @@ def torchscript(path, source):
     torch.jit.trace(source, torch.zeros(1, 3, 16, 16)).save(str(path))
 
 
+class Calls:
+    """A pickle that calls a function when it is run."""
+    def __init__(self, *call): self.call = call
+    def __reduce__(self): return self.call[0], self.call[1:]
+
+
+def bomb(path, source):
+    """A checkpoint, and in its archive 200 MB of zeros that pack to 200 kB."""
+    torch.save({"model": source.state_dict()}, path)
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive: archive.writestr("archive/data/99", bytes(200_000_000))
+
+
+def zipped(path, source):
+    torch.save(source.state_dict(), path.with_name("inner.pth"))
+    with zipfile.ZipFile(path, "w") as archive: archive.write(path.with_name("inner.pth"), "inner.pth")
+
+
+def nested(depth, content):
+    for _ in range(depth): content = {"model": content}
+    return content
+
+
 def fresh(name, classes=100):
     return lambda path, source: torch.save({"model": models.build(name, classes).state_dict()}, path)
 
@@ -167,6 +264,29 @@ refused = {  # how the file is made, and what its refusal says
     "hostile bare pickle, new": (lambda path, _: path.write_bytes(pickle.dumps(Hostile())), "not a PyTorch checkpoint"),
     "a whole module": (lambda path, source: torch.save(source, path), "ResNet.*save model.state_dict"),
     "a TorchScript program": (torchscript, "TorchScript"),
+    "hostile beside NumPy": (write(lambda s: {"model": s, "acc": np.float64(1), "opt": Hostile()}), "asks for builtins.exec.*could run code"),
+    "hostile within a default dictionary": (write(lambda s: {"model": s, "log": defaultdict(list, a=[Hostile()])}), "builtins.exec"),
+    "a system call": (write(lambda s: {"model": s, "opt": Calls(os.system, "touch /tmp/ldrld-was-here")}), "system.*|not a PyTorch checkpoint"),
+    "a method of a NumPy array": (write(lambda s: {"model": s, "opt": Calls(np.load, "x.npy")}), r"asks for numpy.load"),
+    "eval": (write(lambda s: {"model": s, "opt": Calls(eval, "1")}), "builtins.eval"),
+    "getattr": (write(lambda s: {"model": s, "opt": Calls(getattr, s, "clear")}), "builtins.getattr"),
+    "an optimiser object": (write(lambda s: {"model": s, "optimizer": torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.1)}), "asks for torch.optim.*SGD"),
+    "a zip bomb": (lambda path, source: bomb(path, source), "unpacks to 20.,...,... bytes, which no checkpoint does"),
+    "a zip archive of checkpoints": (lambda path, source: zipped(path, source), "a zip archive; unpack it and name the checkpoint inside"),
+    "a Git LFS pointer": (lambda path, _: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"), "Git LFS pointer.*git lfs pull"),
+    "gzip": (lambda path, _: path.write_bytes(b"\x1f\x8b\x08" + bytes(60)), "a gzip archive; unpack it first"),
+    "Keras": (lambda path, _: path.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(60)), "an HDF5 file"),
+    "meta tensors": (write(lambda s: {"model": {key: value.to("meta") for key, value in s.items()}}), "without the numbers of conv1.weight.*meta device"),
+    "one meta tensor": (replaced("fc.bias", torch.zeros(100, device="meta")), "without the numbers of fc.bias"),
+    "one number for many": (replaced("conv_test.weight", torch.zeros(1).expand(10**9, 64, 1, 1)), "without the numbers of conv_test.weight"),
+    "a head of no dimension": (replaced("conv_test.weight", torch.zeros(())), "unexpected conv_test.weight"),
+    "a sparse head": (replaced("conv_test.weight", torch.zeros(9, 64, 1, 1).to_sparse()), "unexpected conv_test.weight"),
+    "a nested tensor": (replaced("fc.bias", torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])), r"'fc.bias' \(Tensor\)"),
+    "a NumPy array for weights": (replaced("fc.bias", np.zeros(100)), r"'fc.bias' \(_reconstruct\)|'fc.bias' \(ndarray\)"),
+    "a path for weights": (replaced("fc.bias", pathlib.PosixPath("x")), r"'fc.bias' \(PosixPath\)"),
+    "two state dicts": (write(lambda s: {"model": s, "net": s}), "2 state dicts, under 'model', 'net'; save the one that you want alone"),
+    "two within": (write(lambda s: {"state_dict": {"student": s, "net": s}}), "under 'state_dict.net', 'state_dict.student'"),
+    "wrapped without end": (write(lambda s: nested(200, s)), "expected tensors by name"),
     "cut short": (cut(0.5), "cut short"),
     "nearly whole": (cut(0.999), "cut short"),
     "cut short, old format": (cut(0.5, zipped=False), "cut short"),
@@ -180,7 +300,7 @@ refused = {  # how the file is made, and what its refusal says
     "a number": (write(lambda s: 3), "holds a int; expected tensors by name"),
     "a list": (write(lambda s: list(s.values())), "holds a list"),
     "an empty dict": (write(lambda s: {}), "holds a dict; expected tensors"),
-    "no state dict": (write(lambda s: {"epoch": 3, "optimizer": {}}), "'epoch', 'optimizer'.*expected tensors by name"),
+    "no state dict": (write(lambda s: {"epoch": 3, "optimizer": {}}), r"'epoch' \(int\), 'optimizer' \(dict\).*expected tensors by name"),
     "a text among the tensors": (replaced("fc.bias", "zero"), "'fc.bias'"),
     "numbered tensors": (write(lambda s: dict(enumerate(s.values()))), "expected tensors by name"),
     "other classes": (fresh("resnet8", 10), r"10 classes, .* resnet8 for 100 classes: it fits .*\('resnet8', 10\)"),
@@ -207,7 +327,7 @@ def test_refused_and_left_alone(case, source, tmp_path):
     model = models.build("resnet8")
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(models.WeightsError, match=says) as caught: models.load_weights(model, path)
-    assert str(path) in str(caught.value) and len(str(caught.value)) < 600
+    assert str(path) in str(caught.value) and len(str(caught.value)) < 600 and "\n" not in str(caught.value)
     assert same(before, model.state_dict())
 
 

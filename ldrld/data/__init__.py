@@ -4,13 +4,18 @@
 
 # %% auto #0
 __all__ = ['CIFAR100_MEAN', 'CIFAR100_STD', 'LOADERS', 'CLASSES', 'ImageData', 'fingerprint', 'mean_and_std', 'image_data',
-           'digits', 'cifar100', 'two_of', 'with_groups', 'cifar100_10', 'folder', 'tiny_imagenet', 'load', 'altered']
+           'digits', 'cifar100', 'some_of', 'with_groups', 'cifar100_10', 'folder', 'tiny_imagenet', 'name_and_size',
+           'load', 'altered']
 
 # %% ../../nbs/60_data.ipynb #1fb654e3
 import hashlib
 import pickle
+import re
+import unicodedata
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -36,12 +41,13 @@ class ImageData:
     padding: int  # pixels of zeros around a picture before a crop of the old size is cut out at random
     flip: bool  # whether training may mirror pictures left to right
     fingerprint: str  # SHA-256 over the bytes and labels of both splits
+    resampled: str = ""  # how images were brought to one size, part of the fingerprint; empty: they are as they were
 
     def __repr__(self) -> str:
         n, height, width, _ = self.train_images.shape
         return (f"{self.name}: {n:,} training and {len(self.test_images):,} test pictures of {height}×{width}, "
                 f"{len(self.classes)} classes in {len(self.superclasses)} superclasses, "
-                f"fingerprint {self.fingerprint[:12]}")
+                f"fingerprint {self.fingerprint[:12]}" + (f", resampled to {self.resampled}" if self.resampled else ""))
 
 # %% ../../nbs/60_data.ipynb #8e5aa4c3
 def fingerprint(
@@ -49,9 +55,10 @@ def fingerprint(
     train_labels: torch.Tensor,  # int64 (N,)
     test_images: torch.Tensor,  # uint8 (M, H, W, 3)
     test_labels: torch.Tensor,  # int64 (M,)
+    resampled: str = "",  # how images were brought to one size
 ) -> str:  # 64 hexadecimal digits
-    "SHA-256 over the types, shapes and bytes of both splits."
-    digest = hashlib.sha256()
+    "SHA-256 over the types, shapes and bytes of both splits, and over how they were resampled, if they were."
+    digest = hashlib.sha256(resampled.encode())
     for tensor in (train_images, train_labels, test_images, test_labels):
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.contiguous().numpy())
@@ -77,9 +84,11 @@ def image_data(
     classes: tuple,  # name of each class
     superclasses: tuple | None = None,  # name of each group; None: every class is a group of its own
     superclass_of=None,  # (classes,) index of each class's group
+    resampled: str = "",  # how images were brought to one size
     **augmentation,  # padding and flip, and mean and std where they are a matter of convention
 ) -> ImageData:
     "Checks both splits, fingerprints them and puts them into an `ImageData`; `ValueError` for what does not fit."
+    if len(classes) < 2: raise ValueError(f"{name}: {_few(classes)}; a classifier needs two or more")
     splits = []
     for split, (images, labels) in (("train", train), ("test", test)):
         images, labels = torch.as_tensor(images), torch.as_tensor(labels, dtype=torch.int64)
@@ -91,7 +100,10 @@ def image_data(
     superclass_of = torch.as_tensor(superclass_of, dtype=torch.int64)
     if "mean" not in augmentation: augmentation["mean"], augmentation["std"] = mean_and_std(splits[0])
     return ImageData(name, *splits, tuple(classes), tuple(superclasses), superclass_of,
-                     **augmentation, fingerprint=fingerprint(*splits))
+                     **augmentation, fingerprint=fingerprint(*splits, resampled), resampled=resampled)
+
+
+def _few(classes) -> str: return f"one class only, {classes[0]!r}" if len(classes) else "no classes"
 
 
 def _size(images) -> str: return f"{images.shape[-2]}×{images.shape[-3]}"
@@ -181,11 +193,12 @@ _CIFAR100_MISSING = """CIFAR-100 is not in {folder} ({reason}). Three ways to ge
   3. put the official files train, test and meta (https://www.cs.toronto.edu/~kriz/cifar.html) into {folder}"""
 
 # %% ../../nbs/60_data.ipynb #ee1fcce8
-def two_of(
+def some_of(
     groups: int,  # how many there are
-) -> list[int]:  # two indices, in order
-    "Two of several groups, drawn once and for all."
-    return sorted(torch.randperm(groups, generator=torch.Generator().manual_seed(0))[:2].tolist())
+    number: int = 2,  # how many are wanted
+) -> list[int]:  # indices, in order
+    "A few of several groups, drawn once and for all; a larger number contains those of a smaller one."
+    return sorted(torch.randperm(groups, generator=torch.Generator().manual_seed(0))[:number].tolist())
 
 
 def with_groups(
@@ -209,47 +222,156 @@ def cifar100_10(
 ) -> ImageData:
     "Two superclasses of CIFAR-100, ten classes."
     whole = cifar100(root, download)
-    return with_groups(whole, two_of(len(whole.superclasses)), "cifar100-10")
+    return with_groups(whole, some_of(len(whole.superclasses)), "cifar100-10")
 
 # %% ../../nbs/60_data.ipynb #94dc481e
-def folder(
-    root: Path,  # has `train/` and `test/`, each with one subfolder a class
-) -> ImageData:
-    "Pictures from a folder, `train/<class>/…` and `test/<class>/…`; `ValueError` where classes or sizes do not fit."
-    root = Path(root)
-    names = {split: sorted(p.name for p in (root / split).iterdir() if p.is_dir()) for split in ("train", "test")}
-    if names["train"] != names["test"]:
-        only = sorted(set(names["train"]) ^ set(names["test"]))
-        raise ValueError(f"{_shown(root)}: train/ and test/ need the same subfolders; in one of them only: {only[:5]}")
-    train, test = (_read_split(root / split, names["train"]) for split in ("train", "test"))
-    return image_data(root.name, train, test, classes=tuple(names["train"]),
-                      padding=train[0].shape[1] // 8, flip=True)
+_FORMATS = ("PNG", "JPEG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM")  # as Pillow calls them, whatever a file's suffix
+_PLAIN, _ALPHA = ("1", "L", "P", "RGB", "YCbCr"), ("LA", "PA", "RGBA", "RGBa")  # modes that become RGB without a loss
+_UNFIT = {"CMYK": "its colours depend on a profile", "LAB": "its colours depend on a white point",
+          "F": "floating point, and nobody knows its range", "I": "more than 8 bits, and nobody knows its range"}
 
 
-def _read_split(split: Path, classes: list[str]) -> tuple[np.ndarray, list[int]]:
+def _tiff_loss(image) -> str | None:
+    "What Pillow would leave out of a TIFF file without a word: its mode alone does not say."
+    bits, samples = image.tag_v2.get(258, (1,)), image.tag_v2.get(277, 1)
+    if max(bits) > 8: return f"{max(bits)} bits a channel"
+    if set(image.tag_v2.get(339, (1,))) != {1}: return "signed or floating-point numbers"
+    if samples > len(image.getbands()): return f"{samples} channels"
+    return None
+
+
+def _loss(image) -> str | None:
+    "Why an opened image cannot become three bytes a pixel as it is; None if it can."
+    codec, how = (image.tile[0][0], image.tile[0][3]) if image.tile else ("", "")
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format != "MPO": return f"{frames} frames or pages"  # MPO: one photograph and its previews
+    if image.mode not in _PLAIN + _ALPHA:
+        return f"mode {image.mode}: " + _UNFIT.get(image.mode.split(";")[0], "unknown here")
+    if image.format == "PNG" and how.endswith(";16B"): return "16 bits a channel"
+    if image.format == "PPM" and codec.startswith("ppm") and how[1] > 255: return "16 bits a channel"
+    return _tiff_loss(image) if image.format == "TIFF" else None
+
+
+def _rgb(image):
+    "An opened image, upright, in red, green and blue; `ValueError` if that would change it."
+    from PIL import ImageOps
+
+    if loss := _loss(image): raise ValueError(f"it has {loss}; convert it to 8-bit RGB as you see fit")
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        if image.getextrema()[3][0] < 255:
+            raise ValueError("it has transparent pixels; flatten it onto the background that you want")
+    return image.convert("RGB")
+
+
+def _read_image(
+    path: Path,
+    size: tuple[int, int] | None = None,  # height, width; None: as it is
+) -> np.ndarray:  # uint8 (height, width, 3)
+    "An image file in red, green and blue; `ValueError` that names it where it is damaged or would be changed."
+    from PIL import Image, ImageOps
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=_FORMATS) as file: image = _rgb(file)
+        if size and image.size != size[::-1]: image = ImageOps.fit(image, size[::-1], Image.Resampling.BICUBIC)
+        return np.asarray(image)
+    except Image.UnidentifiedImageError:
+        reason = f"damaged, or none of {', '.join(_FORMATS)}; replace it, or move it away"
+    except Exception as error:  # a damaged file can fail anywhere in the reader, and in any way
+        reason = error
+    held = f" ({path.stat().st_size:,} bytes)" if path.exists() else ""
+    raise ValueError(f"{_shown(path)}{held} cannot be read as an image: {reason}")
+
+# %% ../../nbs/60_data.ipynb #60da7a03
+# in lower case: left behind by systems, never part of the data
+_LEFTOVERS = {"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "icon\r", "__pycache__"}
+# about the images, not one of them
+_NOTES = {".txt", ".csv", ".tsv", ".json", ".xml", ".yaml", ".yml", ".md", ".html", ".log"}
+
+
+def _counts(path: Path) -> bool:
+    "Whether a file or folder is part of the data."
+    name = path.name.lower()
+    if name.startswith(".") or name in _LEFTOVERS: return False
+    return path.is_dir() or not (path.suffix.lower() in _NOTES or name in ("readme", "license"))
+
+
+def _files(folder: Path, above: tuple[Path, ...] = ()) -> list[Path]:
+    "All files below a folder that are part of the data, in order; links are followed, but not in circles."
+    real = folder.resolve()
+    if real in above: raise ValueError(f"{_shown(folder)}: a link back to a folder above it; remove it")
+    inside = sorted(filter(_counts, folder.iterdir()))
+    below = [_files(path, (*above, real)) if path.is_dir() else [path] for path in inside]
+    return list(chain.from_iterable(below))
+
+
+def _class_folders(split: Path) -> dict[str, Path]:
+    "The folder of each class by its name, in order of the names."
+    inside = sorted(filter(_counts, split.iterdir()))
+    if beside := [path for path in inside if not path.is_dir()]:
+        raise ValueError(f"{_shown(beside[0])} lies beside the folders of the classes; move it into one, or away")
+    folders = {unicodedata.normalize("NFC", path.name): path for path in inside}  # macOS writes é as e and an accent
+    if len(folders) < len(inside):
+        raise ValueError(f"{_shown(split)}: two subfolders have names that look the same; rename one")
+    if len(folders) < 2:
+        raise ValueError(f"{_shown(split)}: {_few(tuple(folders))}; expected two or more subfolders, one a class")
+    return dict(sorted(folders.items()))
+
+# %% ../../nbs/60_data.ipynb #60da7a04
+_ONE_SIZE = "all must have one size: give one, ldrld.data.load(folder, size=32), or dataset=folder@32 in a run"
+
+
+def _read_split(folders: dict[str, Path], size: tuple[int, int] | None = None) -> tuple[np.ndarray, list[int]]:
     images, labels = [], []
-    for label, name in enumerate(classes):
-        paths = sorted(path for path in (split / name).rglob("*") if path.suffix.lower() in _PICTURE_SUFFIXES)
-        if not paths: raise ValueError(f"{_shown(split / name)}: no pictures ({', '.join(_PICTURE_SUFFIXES)})")
+    for label, place in enumerate(folders.values()):
+        paths = _files(place)
+        if not paths: raise ValueError(f"{_shown(place)}: no images")
         for path in paths:
-            images.append(_read_picture(path))
+            images.append(_read_image(path, size))
             labels.append(label)
             if images[-1].shape != images[0].shape:
-                raise ValueError(f"{_shown(path)} is {_size(images[-1])} pixels, the first picture {_size(images[0])}; "
-                                 "all must have one size")
+                sizes = f"{_size(images[-1])} pixels, the first image {_size(images[0])}"
+                raise ValueError(f"{_shown(path)} is {sizes}; {_ONE_SIZE}")
     return np.stack(images), labels
 
 
-def _read_picture(path: Path) -> np.ndarray:
-    from PIL import Image
+def _height_width(size: int | tuple[int, int]) -> tuple[int, int]:
+    "A size as two numbers; `ValueError` for anything but one or two whole numbers from 1 to 4096."
+    both = (size, size) if isinstance(size, int) else size
+    whole = isinstance(both, (tuple, list)) and len(both) == 2 and all(type(n) is int and 1 <= n <= 4096 for n in both)
+    if not whole or isinstance(size, bool):
+        raise ValueError(f"size={size!r}: expected a number of pixels from 1 to 4096, or (height, width)")
+    return tuple(both)
 
-    try:
-        with Image.open(path) as picture: return np.asarray(picture.convert("RGB"))
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{_shown(path)} cannot be read as a picture: {error}") from error
 
+def folder(
+    root: Path,  # has `train/` and `test/`, each with one subfolder a class
+    size: int | tuple[int, int] | None = None,  # pixels, or (height, width), that images are brought to; None: as they are
+) -> ImageData:
+    """Images from a folder, `train/<class>/…` and `test/<class>/…`.
 
-_PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+    Hidden files, what systems leave behind, and notes such as `.txt` are passed over. Images are turned upright by their
+    EXIF orientation. With `size`, those of another size are scaled with bicubic interpolation until they cover it, and
+    cropped in the middle. Raises `ValueError` where classes or sizes do not fit, and for a file that is no image, is
+    damaged, or would be changed by conversion to 8-bit RGB (transparency, 16 bits, CMYK, animation and the like).
+    """
+    root, size = Path(root), None if size is None else _height_width(size)
+    if missing := [split for split in ("train", "test") if not (root / split).is_dir()]:
+        raise ValueError(f"{_shown(root)}: no {' and no '.join(missing)} in it; expected train/<class>/ and test/<class>/")
+    folders = {split: _class_folders(root / split) for split in ("train", "test")}
+    if folders["train"].keys() != folders["test"].keys():
+        only = sorted(folders["train"].keys() ^ folders["test"].keys())
+        raise ValueError(f"{_shown(root)}: train/ and test/ need the same subfolders; in one of them only: {only[:5]}")
+    train, test = (_read_split(folders[split], size) for split in ("train", "test"))
+    if train[0].shape[1:] != test[0].shape[1:]:
+        sizes = f"test images are {_size(test[0])}, training images {_size(train[0])}"
+        raise ValueError(f"{_shown(root)}: {sizes}; {_ONE_SIZE}")
+    resampled = f"{size[1]}×{size[0]} (scaled to cover, cropped in the middle, bicubic)" if size else ""
+    return image_data(root.name, train, test, classes=tuple(folders["train"]), resampled=resampled,
+                      padding=train[0].shape[1] // 8, flip=True)
 
 # %% ../../nbs/60_data.ipynb #99587d5c
 def tiny_imagenet(
@@ -261,10 +383,11 @@ def tiny_imagenet(
     if (own / "train").is_dir() and (own / "test").is_dir(): return replace(folder(own), padding=4)
     listed = official / "val" / "val_annotations.txt"
     if not listed.exists(): raise FileNotFoundError(_TINY_MISSING.format(folder=_shown(official), own=_shown(own)))
-    classes = sorted(p.name for p in (official / "train").iterdir() if p.is_dir())
+    folders = _class_folders(official / "train")
+    classes = list(folders)
     of = dict(line.split("\t")[:2] for line in listed.read_text(encoding="utf-8").splitlines())
-    test = [_read_picture(official / "val" / "images" / name) for name in sorted(of)]
-    return image_data("tiny-imagenet", _read_split(official / "train", classes), (np.stack(test), [classes.index(of[name]) for name in sorted(of)]),
+    test = [_read_image(official / "val" / "images" / name) for name in sorted(of)]
+    return image_data("tiny-imagenet", _read_split(folders), (np.stack(test), [classes.index(of[name]) for name in sorted(of)]),
                       classes=tuple(classes), padding=4, flip=True)
 
 
@@ -287,22 +410,60 @@ def _glyphs_of(classes: int) -> Callable:
     return load
 
 
-LOADERS: dict[str, Callable] = {"digits": digits, "glyphs": _glyphs, "cifar100": cifar100, "glyphs-10": _glyphs_of(10),
-                                "glyphs-200": _glyphs_of(200), "cifar100-10": cifar100_10, "tiny-imagenet": tiny_imagenet}
-# number of classes of each, to plan with where the pictures are not at hand
-CLASSES = {"digits": 10, "glyphs": 100, "cifar100": 100, "glyphs-10": 10, "glyphs-200": 200, "cifar100-10": 10, "tiny-imagenet": 200}
+LOADERS: dict[str, Callable] = {"digits": digits, "glyphs": _glyphs, "cifar100": cifar100,
+                                **{f"glyphs-{classes}": _glyphs_of(classes) for classes in (10, 20, 50, 200)},
+                                "cifar100-10": cifar100_10, "tiny-imagenet": tiny_imagenet}
+# number of classes of each, to plan with where the images are not at hand
+CLASSES = {"digits": 10, "glyphs": 100, "cifar100": 100, "glyphs-10": 10, "glyphs-20": 20, "glyphs-50": 50,
+           "glyphs-200": 200, "cifar100-10": 10, "tiny-imagenet": 200}
+
+# %% ../../nbs/60_data.ipynb #4a8c2be6
+def name_and_size(
+    name: str,  # such as "own@32" or "own@24x32"
+) -> tuple[str, tuple[int, int] | None]:  # the folder, and (height, width)
+    "A folder, and the size that its images are to be brought to, from a name that has both; a folder so called comes first."
+    found = re.fullmatch(r"(.+)@(\d+)(?:x(\d+))?", name)
+    if not found or Path(name).is_dir() or (data_root() / name).is_dir(): return name, None
+    return found[1], _height_width((int(found[2]), int(found[3] or found[2])))
+
+
+def _places(name: str, root: Path) -> list[Path]:
+    "Where a name can mean a folder of images: here, and below `root`."
+    there = [place for place in (Path(name), root / name) if (place / "train").is_dir() and (place / "test").is_dir()]
+    if name.startswith(".") or len({place.resolve() for place in there}) < 2: return there[:1]
+    return there
+
+
+def _as_typed(place: Path) -> str: return repr(str(place) if place.is_absolute() else f"./{place}")
 
 
 def load(
-    name: str,  # one of `LOADERS`, or a folder (a path, or a name below `root`)
+    name: str,  # one of `LOADERS`, or a folder (a path, or a name below `root`), if need be with its size, `own@32`
     root: str | Path | None = None,  # where data sets lie; None: `ldrld.paths.data_root()`
     download: bool = False,  # whether a data set that is not there may be fetched (CIFAR-100)
+    size: int | tuple[int, int] | None = None,  # that a folder's images are brought to, see `folder`
 ) -> ImageData:
-    "A data set by name; `ValueError` for a name that is neither known nor a folder of pictures."
+    """A data set by name.
+
+    Raises `ValueError` for a name that is neither known nor a folder of images, or that could mean two of these, and for
+    a `size` for a built-in set.
+    """
     root = data_root() if root is None else Path(root)
-    if name in LOADERS: return LOADERS[name](root, download)
-    for candidate in (Path(name), root / name):
-        if (candidate / "train").is_dir() and (candidate / "test").is_dir(): return folder(candidate)
+    plain, within = name_and_size(name)
+    if size is not None and within: raise ValueError(f"size={size!r}: {name!r} has a size already; give one of them")
+    places = _places(plain, root)
+    if plain in LOADERS:
+        others = [place for place in places if plain != "tiny-imagenet" or place.resolve() != (root / plain).resolve()]
+        if others:
+            raise ValueError(f"{plain!r} is a built-in data set and also a folder; "
+                             f"for the folder say {_as_typed(others[0])}, for the built-in set rename the folder")
+        if size is not None or within:
+            raise ValueError(f"size={size or within}: {plain!r} is a built-in data set, used as it is; sizes are for folders")
+        return LOADERS[plain](root, download)
+    if len(places) > 1: raise ValueError(f"{plain!r} is two folders; say {' or '.join(map(_as_typed, places))}")
+    if places: return folder(places[0], within or size)
+    for place in (Path(plain), root / plain):
+        if place.is_dir(): return folder(place)  # says what is missing
     raise ValueError(f'name is "{name}"; expected {", ".join(f"{known!r}" for known in LOADERS)}, or a folder with '
                      f"train/<class>/ and test/<class>/ in it, here or in {_shown(root)}")
 

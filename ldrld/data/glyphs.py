@@ -22,7 +22,7 @@ import PIL
 import torch
 from PIL import Image, ImageDraw, ImageFont, features
 
-from . import ImageData, _shown, fingerprint, image_data, two_of
+from . import ImageData, _shown, fingerprint, image_data, some_of
 
 # %% ../../nbs/62_glyphs.ipynb #bf31cbd5
 FAMILIES = {
@@ -43,18 +43,18 @@ MORE_FAMILIES = {
 
 
 def families(
-    classes: int = 100,  # 10, 100 or 200
+    classes: int = 100,  # 10, 20, 50, 100 or 200
 ) -> dict[str, str]:  # name of each family -> its five characters
     "The families of a set with so many classes; `ValueError` for another number."
     names = list(FAMILIES)
-    if classes == 10: return {names[i]: FAMILIES[names[i]] for i in two_of(len(names))}
+    if classes in (10, 20, 50): return {names[i]: FAMILIES[names[i]] for i in some_of(len(names), classes // 5)}
     if classes == 100: return FAMILIES
     if classes == 200: return FAMILIES | MORE_FAMILIES
-    raise ValueError(f"classes={classes!r}: expected 10, 100 or 200")
+    raise ValueError(f"classes={classes!r}: expected 10, 20, 50, 100 or 200")
 
 
 def characters(
-    classes: int = 100,  # 10, 100 or 200
+    classes: int = 100,  # 10, 20, 50, 100 or 200
 ) -> str:
     "One character a class."
     return "".join(families(classes).values())
@@ -89,7 +89,7 @@ class Recipe:
     contrast: float = 80.0  # smallest excess of brightness of a character over its ground, of 255
     tint: float = 50.0  # largest departure of a channel from grey, of 255
     noise: float = 16.0  # standard deviation of the noise added to every byte
-    classes: int = 100  # 10, 100 or 200, see `families`
+    classes: int = 100  # 10, 20, 50, 100 or 200, see `families`
 
     def key(self) -> str:
         "Ten digits that name this recipe, drawn by these versions of the libraries."

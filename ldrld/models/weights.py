@@ -6,12 +6,13 @@
 __all__ = ['WeightsError', 'read_weights', 'adapt', 'identify', 'load_weights', 'save_weights', 'read_metadata']
 
 # %% ../../nbs/58_weights.ipynb #de840fc0
-import argparse
 import json
 import os
 import re
 import tarfile
 import warnings
+import zipfile
+from collections import OrderedDict
 from functools import cache
 from pathlib import Path
 
@@ -23,24 +24,87 @@ class WeightsError(ValueError):
     """A file that holds no weights for the model at hand. The model is as it was before."""
 
 # %% ../../nbs/58_weights.ipynb #e0e21fde
-def _complaint(reason: str) -> str:
-    """What PyTorch's restricted reader stumbled over, in a sentence."""
-    if found := re.search(r"GLOBAL (\S+)", reason):
-        return (f"it asks for {found[1]}, which no weights need and which could run code, so it was not read further. "
+# what lies beside weights and does no harm: numbers, paths, dates, command lines and settings
+_BESIDE = re.compile(r"""
+    numpy\.(ndarray|dtype|dtypes\.\w+|bool_?|str_|bytes_|u?int\d+|float\d+)
+    | numpy\._?core\.(multiarray\.(scalar|_reconstruct)|numeric\._frombuffer)
+    | pathlib\.(_local\.)?(Pure)?(Posix|Windows)?Path | datetime\.\w+ | uuid\.UUID | typing\.\w+
+    | argparse\.Namespace | types\.SimpleNamespace | collections\.(defaultdict|deque)
+    | builtins\.(int|float|str|bool|list|dict|tuple|frozenset)
+    | easydict\.EasyDict | addict\.(addict\.)?Dict | yacs\.config\.CfgNode | omegaconf\.[\w.]+
+    | (pytorch_)?lightning[\w.]*\.AttributeDict""", re.VERBOSE)
+
+
+class _StandIn:
+    """What a file gets instead of a class that lies beside its weights: it ignores all that it is given."""
+    becomes: type | None = None  # a plain container, for a class that is filled item by item
+    def __new__(cls, *args, **kwargs): return cls.becomes() if cls.becomes else super().__new__(cls)
+    def __setstate__(self, state): pass
+
+
+def _stand_in(name: str) -> type:
+    """An empty class of this full name."""
+    module, _, last = name.rpartition(".")
+    mapping = last in ("defaultdict", "EasyDict", "Dict", "CfgNode", "AttributeDict")
+    becomes = OrderedDict if mapping else list if last == "deque" else None
+    return type(last, (_StandIn,), {"__module__": module, "becomes": becomes})
+
+
+def _asked_for(reason: str) -> str | None:
+    """The class or function that PyTorch's restricted reader refused, by its full name."""
+    found = re.search(r"GLOBAL (\S+)", reason)
+    return found and (found[1] if "." in found[1] else f"builtins.{found[1]}")
+
+
+_STARTS = {
+    b"version https://git-lfs": "a Git LFS pointer and not yet the file; fetch it with `git lfs pull`",
+    b"<": "a web page, not a PyTorch checkpoint; download it again",
+    b"\x89HDF": "an HDF5 file, as Keras writes them, not a PyTorch checkpoint",
+    b"\x1f\x8b": "a gzip archive; unpack it first",
+    b"BZh": "a bzip2 archive; unpack it first",
+    b"\xfd7zXZ": "an xz archive; unpack it first",
+}
+
+
+def _complaint(path: Path, reason: str) -> str:
+    """What is wrong with a file that PyTorch's restricted reader did not read, in a sentence."""
+    if name := _asked_for(reason):
+        return (f"it asks for {name}, which no weights need and which could run code, so it was not read further. "
                 "If you trust its origin, save model.state_dict() alone where the file was made")
     if "TorchScript" in reason: return "a TorchScript program, not a state dict"
-    return "not a PyTorch checkpoint, or cut short"
+    with open(path, "rb") as file: start = file.read(32)
+    return next((what for begin, what in _STARTS.items() if start.startswith(begin)), "not a PyTorch checkpoint, or cut short")
+
+# %% ../../nbs/58_weights.ipynb #58be51d1
+def _packed(path: Path) -> str | None:
+    """Why a zip archive is not one that PyTorch wrote; None for one that is, and for any other file."""
+    if not zipfile.is_zipfile(path): return None
+    try:
+        with zipfile.ZipFile(path) as archive: entries = archive.infolist()
+    except Exception: return None  # damaged in any way; the reader says so
+    if any(entry.filename.endswith((".pth", ".pt", ".ckpt", ".tar", ".safetensors")) for entry in entries):
+        return "a zip archive; unpack it and name the checkpoint inside"
+    unpacked = sum(entry.file_size for entry in entries)
+    if unpacked <= 2 * path.stat().st_size: return None
+    return f"it unpacks to {unpacked:,} bytes, which no checkpoint does, so it was not read"
 
 
 def _read_torch(path: Path):
     """What a `.pth` file holds, read without running code from it."""
+    what = f"{path} ({path.stat().st_size:,} bytes)"
     if tarfile.is_tarfile(path): raise WeightsError(f"{path}: a tar archive; unpack it and name the checkpoint inside")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can fail anywhere in the reader, and in any way
-        raise WeightsError(f"{path} ({path.stat().st_size:,} bytes): {_complaint(str(error))}") from None
+    if reason := _packed(path): raise WeightsError(f"{what}: {reason}")
+    stand_ins: dict[str, type] = {}
+    while True:
+        try:
+            with torch.serialization.safe_globals(list(stand_ins.values())), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged file can fail anywhere in the reader, and in any way
+            name = _asked_for(str(error))
+            if not name or name in stand_ins or len(stand_ins) > 60 or not _BESIDE.fullmatch(name):
+                raise WeightsError(f"{what}: {_complaint(path, str(error))}") from None
+            stand_ins[name] = _stand_in(name)
 
 # %% ../../nbs/58_weights.ipynb #0a784c74
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -54,33 +118,74 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _read(path: Path):
     """What the file at `path` holds, in either format."""
     if path.is_dir():
-        ends = (".pth", ".pt", ".safetensors")
-        inside = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.suffix in ends)
+        ends = (".pth", ".pt", ".ckpt", ".tar", ".safetensors")
+        inside = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.suffix.lower() in ends)
         raise WeightsError(f"{path}: a folder; name a file in it, such as {', '.join(inside[:5]) or 'teacher.pth'}")
     if not path.exists(): raise FileNotFoundError(f"{path}: no such file")
     with open(path, "rb") as file: start = file.read(9)
-    return _read_safetensors(path) if start[8:] == b"{" or path.suffix == ".safetensors" else _read_torch(path)
+    return _read_safetensors(path) if start[8:] == b"{" or path.suffix.lower() == ".safetensors" else _read_torch(path)
 
 # %% ../../nbs/58_weights.ipynb #35071d38
+_WRAPPERS = ("model", "state_dict", "model_state_dict", "model_state", "net", "network", "net_state_dict", "weights",
+             "params", "student")
+_PREFIXES = ("student.", "module.", "_orig_mod.", "model.", "net.", "network.")
+
+
+def _state_dicts(content, depth: int = 3) -> dict[str, dict]:
+    """The dictionaries of tensors below the wrappers of a file, by where they lie."""
+    found = {}
+    for name in _WRAPPERS if isinstance(content, dict) and depth else ():
+        inside = content.get(name)
+        if not isinstance(inside, dict): continue
+        below = _state_dicts(inside, depth - 1)
+        if not below and any(isinstance(value, Tensor) for value in inside.values()): below = {"": inside}
+        found |= {f"{name}.{where}".rstrip("."): state for where, state in below.items()}
+    return found
+
+
+def _hollow(value: Tensor) -> bool:
+    """Whether a tensor has fewer numbers than its shape says: none at all, or one for many."""
+    if value.layout != torch.strided: return False
+    return value.is_meta or value.untyped_storage().nbytes() < value.numel() * value.element_size()
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """The state dict in a file, under the names that it has there."""
+    content = _read(path)
+    found = _state_dicts(content)
+    if len(found) > 1:
+        places = ", ".join(map(repr, found))
+        raise WeightsError(f"{path}: holds {len(found)} state dicts, under {places}; save the one that you want alone")
+    content = next(iter(found.values()), content)
+    items = content.items() if isinstance(content, dict) else []
+    odd = [f"{key!r} ({type(value).__name__})" for key, value in items
+           if not isinstance(key, str) or not isinstance(value, Tensor) or value.is_nested]
+    if odd or not items:
+        what = f"a {type(content).__name__}" + (f" with {', '.join(odd[:5])} in it" if odd else "")
+        wrappers = ", ".join(map(repr, _WRAPPERS))
+        raise WeightsError(f"{path}: holds {what}; expected tensors by name, bare or under one of {wrappers}")
+    if hollow := [key for key, value in items if _hollow(value)]:
+        raise WeightsError(f"{path}: holds names and shapes without the numbers of {', '.join(hollow[:3])}, "
+                           "as on PyTorch's meta device; save the model after its weights are loaded")
+    return dict(content)
+
+# %% ../../nbs/58_weights.ipynb #35071d39
+def _bare(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict without the prefixes that wrappers of the model put before its names."""
+    while prefix := next((p for p in _PREFIXES if any(key.startswith(p) for key in state)), None):
+        state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    return state
+
+
 def read_weights(
-    path: str | Path,  # a `.safetensors` or `.pth` file
+    path: str | Path,  # a checkpoint, whatever its suffix: `.safetensors` or what `torch.save` writes
 ) -> dict[str, Tensor]:
     """The state dict in a file, on the CPU, freed from wrappers and prefixes.
 
-    Raises `FileNotFoundError` for a missing file, `WeightsError` for one that holds no state dict or wants to run code.
+    Raises `FileNotFoundError` for a missing file, `WeightsError` for one that holds no state dict, or several, or wants to
+    run code.
     """
-    content = _read(Path(path))
-    for wrapper in ("model", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict): content = content[wrapper]
-    items = content.items() if isinstance(content, dict) else []
-    odd = [key for key, value in items if not isinstance(key, str) or not isinstance(value, Tensor)]
-    if odd or not items:
-        found = f"a {type(content).__name__}" + (f" with {', '.join(map(repr, odd[:5]))} in it" if odd else "")
-        raise WeightsError(f"{path}: holds {found}; expected tensors by name, bare or under 'model' or 'state_dict'")
-    for prefix in ("module.student.", "student.", "module."):
-        if any(key.startswith(prefix) for key in content):
-            return {key.removeprefix(prefix): value for key, value in content.items() if key.startswith(prefix)}
-    return dict(content)
+    return _bare(_tensors(Path(path)))
 
 # %% ../../nbs/58_weights.ipynb #7a5343a2
 def _head_name(model: nn.Module) -> str | None:
@@ -92,13 +197,16 @@ def adapt(
     state: dict[str, Tensor],  # a state dict as `read_weights` gives it
     model: nn.Module,  # whose names are wanted
 ) -> dict[str, Tensor]:
-    """`state` under the names that `model` uses: counters filled in, SimKD's shortcuts and CAT-KD's head renamed."""
+    """`state` under the names that `model` uses: counters filled in or left out, SimKD's and CAT-KD's names replaced."""
     own, head = model.state_dict(), _head_name(model)
     counters = {key: torch.zeros_like(value) for key, value in own.items() if key.endswith("num_batches_tracked")}
+    counted = ("total_ops", "total_params")  # by thop and its like
+    state = {key: value for key, value in state.items() if key in own or not key.endswith(counted)}
     if any(".shortcut." in key for key in own):
         state = {key.replace(".downsample.", ".shortcut."): value for key, value in state.items()}
     state = counters | state
-    if head and "conv_test.weight" in state:
+    conv = state.get("conv_test.weight")
+    if head and conv is not None and conv.ndim == 4 and conv.layout == torch.strided:
         weight = state.pop("conv_test.weight").flatten(1)
         state |= {f"{head}.weight": weight, f"{head}.bias": weight.new_zeros(len(weight))}
     return state
@@ -148,16 +256,19 @@ def _misfit(state: dict[str, Tensor], model: nn.Module) -> str | None:
 # %% ../../nbs/58_weights.ipynb #62e376e4
 def load_weights(
     model: nn.Module,  # filled in place
-    path: str | Path,  # a `.safetensors` file, or a `.pth` of RepDistiller, mdistiller and relatives
+    path: str | Path,  # a `.safetensors` file, or what `torch.save` wrote, whatever its suffix
 ) -> nn.Module:
     """Fill `model` with the weights in a file and return it; no code from the file is run.
 
-    Layouts: bare or under `model` or `state_dict`; names with `module.`, `student.` or `module.student.` before them;
-    without `num_batches_tracked`; SimKD's ResNet50; CAT-KD's students. Raises `FileNotFoundError` for a missing file,
-    and `WeightsError` (a `ValueError`) for anything that does not fit exactly, naming what was found and what would
-    fit; the model then is as it was. The model keeps its device, number type and training mode.
+    Layouts: bare or under `model`, `state_dict`, `net` and their like; with `module.`, `_orig_mod.`, `model.` or
+    `student.` before the names; without `num_batches_tracked`, or with `total_ops`; SimKD's ResNet50; CAT-KD's students.
+    What lies beside the weights (numbers, paths, settings) is not looked at. Names that are the model's own as they are
+    keep their prefixes. Raises `FileNotFoundError` for a missing file, and `WeightsError` (a `ValueError`) for anything
+    that does not fit exactly, naming what was found and what would fit; the model then is as it was. The model keeps its
+    device, number type and training mode.
     """
-    found = read_weights(path)
+    held = _tensors(Path(path))
+    found = held if adapt(held, model).keys() == model.state_dict().keys() else _bare(held)
     state = adapt(found, model)
     if problem := _misfit(state, model):
         name = lambda which: f"{which[0]} for {which[1]} classes" if which else "a network that ldrld does not know"

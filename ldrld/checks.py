@@ -6,7 +6,7 @@ from numbers import Integral, Real
 import torch
 
 __all__ = ["number", "integer", "flag", "choice", "unknown_name", "depth_fits", "logits", "transformed",
-           "labels", "mask"]
+           "labels", "mask", "normalizer"]
 
 
 def number(name: str, value, above: float | None = None, at_least: float | None = None) -> float:
@@ -114,3 +114,20 @@ def labels(target, student_logits, ignored: int) -> bool:
 def mask(mask, student_logits) -> None:
     """ValueError unless `mask` holds one bool per row of logits."""
     _one_per_row("mask", mask, student_logits, torch.bool, "a bool tensor, true where a row counts")
+
+
+def normalizer(value, student_logits):
+    """`value`, a number of rows as number or scalar tensor, 1 in place of 0: then no row counts; ValueError for another.
+
+    The value of a tensor is looked at on the CPU only.
+    """
+    what = "normalizer must be the number of rows that count in all micro-batches, a number or a scalar tensor"
+    if not isinstance(value, torch.Tensor):
+        number("normalizer", value, at_least=0.0)
+        return value or 1
+    if value.numel() != 1 or value.dtype == torch.bool or value.is_complex():
+        raise ValueError(f"{what}, got shape {tuple(value.shape)} of {value.dtype}")
+    if value.device.type != "cpu": _same_device("normalizer", value, student_logits)
+    elif not transformed(): number("normalizer", value.item(), at_least=0.0)
+    value = value.detach().reshape(())
+    return value.where(value != 0, torch.ones_like(value))

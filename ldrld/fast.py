@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks
-from .relations import pair_indices
+from .relations import comparable, pair_indices, without_shared
 
 # %% ../nbs/32_fast.ipynb #bcc7a689
 def kl_and_gradient(
@@ -138,8 +138,9 @@ def analytic(
     parts, gradient = [], torch.empty_like(student, memory_format=torch.contiguous_format) if with_grad else None
     for k in range(0, rows, step):
         s, t, y, part = (None if x is None else x[k : k + step] for x in (student, teacher, target, share))
-        s, t = s.to(weights.dtype), t.to(weights.dtype)
         if part is not None: s, t = (z.masked_fill((part == 0)[:, None], 0.0) for z in (s, t))
+        s, t = comparable(s, t, None if y is None else y.clamp(min=0))
+        s, t = s.to(weights.dtype), without_shared(s, t).to(weights.dtype)
         terms, g = some_rows(s, t, y, weights, temperature, factors, rank_by, 1 / rows if part is None else 1.0)
         if part is not None: terms, g = terms * part[:, None], g.mul_(part[:, None])
         parts.append(terms)
@@ -175,7 +176,7 @@ class OneGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, fused, plain, student, teacher, target, share, weights, *settings):
         terms, gradient = fused(student, teacher, target, share, weights, *settings, ctx.needs_input_grad[2])
-        ctx.fused, ctx.plain, ctx.constants, ctx.settings = fused, plain, (teacher, target, share, weights), settings
+        ctx.fused, ctx.plain, ctx.constants = fused, plain, (teacher, target, share)
         ctx.save_for_backward(student, gradient)
         terms = terms.sum(0)
         ctx.mark_non_differentiable(terms)
@@ -186,10 +187,10 @@ class OneGradient(torch.autograd.Function):
         student, gradient = ctx.saved_tensors
         if torch.is_grad_enabled():                                # somebody will differentiate what is returned here
             constants = (x.clone() if x is not None and x.is_inference() else x for x in ctx.constants)
-            gradient = torch.autograd.grad(ctx.plain(student, *constants, *ctx.settings), student, above, create_graph=True)[0]
+            gradient = torch.autograd.grad(ctx.plain(student, *constants), student, above, create_graph=True)[0]
         elif ctx.fused is kernel: gradient = kernel_gradient(ctx, gradient, above)
         elif above.is_cuda or above != 1: gradient = gradient * above
-        return None, None, gradient, *[None] * (4 + len(ctx.settings))
+        return None, None, gradient, *[None] * 7
 
 # %% ../nbs/32_fast.ipynb #58aa49dc
 BACKENDS = ("auto", "plain", "analytic", "triton")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
-from ..loss import LogitLoss, counted_rows, cross_entropy_term, mean_of, readable
+from ..loss import LogitLoss
 from .registry import register
 from .views import TwoViews, temperature_list
 from ..relations import dway_kl, tempered
@@ -41,6 +41,8 @@ class DIST(LogitLoss):
     Source: Huang et al., NeurIPS 2022, arXiv 2205.10536; β, γ, τ as in the official code (hunto/DIST_KD).
     Its CIFAR-100 settings were not found; the authors of TTM used τ = 4 there.
     """
+    row_wise = False  # a class is compared over the samples of the batch
+
     def __init__(
         self,
         temperature: float = 1.0,  # τ > 0
@@ -53,22 +55,12 @@ class DIST(LogitLoss):
         self.beta, self.gamma = checks.number("beta", beta, at_least=0.0), checks.number("gamma", gamma, at_least=0.0)
         self.ce_weight = checks.number("ce_weight", ce_weight, at_least=0.0)
 
-    def terms(
-        self,
-        student_logits: Tensor,  # (batch, classes) or (batch, sequence, vocabulary), any floating type
-        teacher_logits: Tensor,  # the same shape, taken as constant
-        target: Tensor | None = None,  # (batch,) or (batch, sequence) int64; −100 does not count; None: no "ce"
-        mask: Tensor | None = None,  # like target, bool: which samples or tokens count; None: all
-    ) -> dict[str, Tensor]:  # scalars "ce", "inter", "intra"
-        "The weighted terms; they add up to the loss. Raises ValueError for a wrong shape or type."
-        s, t, y, share = counted_rows(student_logits, teacher_logits, target, mask)
-        s, t = readable(s, share), readable(t.detach(), share)
-        P_s, P_t = (tempered(z, self.temperature).softmax(-1) for z in (s, t))
-        counts = None if share is None else (share > 0).to(P_s.dtype)[:, None]
-        intra = (1 - correlation(P_s, P_t, 0, counts)).mean() * (1 if counts is None else counts.amax())
-        return cross_entropy_term(s, y, share, self.ce_weight) | {
-            "inter": self.beta * self.temperature**2 * mean_of(1 - correlation(P_s, P_t, -1), share),
-            "intra": self.gamma * self.temperature**2 * intra}
+    def batch_terms(self, rows):
+        P_s, P_t = (tempered(z, self.temperature).softmax(-1) for z in (rows.student, rows.teacher))
+        counts = None if rows.counts is None else rows.counts.to(P_s.dtype)[:, None]
+        inter, intra = 1 - correlation(P_s, P_t, -1), (1 - correlation(P_s, P_t, 0, counts)).mean()
+        return self.cross_entropy(rows.student, rows.target) | {
+            "inter": self.beta * self.temperature**2 * inter, "intra": self.gamma * self.temperature**2 * intra}
 
 # %% ../../nbs/42_distributions.ipynb #ced00fd9
 def power_transform(
@@ -104,19 +96,9 @@ class TTM(LogitLoss):
         self.gamma, self.beta = checks.number("gamma", gamma, above=0.0), checks.number("beta", beta, at_least=0.0)
         self.ce_weight = checks.number("ce_weight", ce_weight, at_least=0.0)
 
-    def terms(
-        self,
-        student_logits: Tensor,  # (batch, classes) or (batch, sequence, vocabulary), any floating type
-        teacher_logits: Tensor,  # the same shape, taken as constant
-        target: Tensor | None = None,  # (batch,) or (batch, sequence) int64; −100 does not count; None: no "ce"
-        mask: Tensor | None = None,  # like target, bool: which samples or tokens count; None: all
-    ) -> dict[str, Tensor]:  # scalars "ce", "matching"
-        "The weighted terms; they add up to the loss. Raises ValueError for a wrong shape or type."
-        s, t, y, share = counted_rows(student_logits, teacher_logits, target, mask)
-        s, t = readable(s, share), readable(t.detach(), share)
-        kl, log_U = transformed_kl(s, t, self.gamma)
-        return cross_entropy_term(s, y, share, self.ce_weight) | {
-            "matching": self.beta * mean_of(log_U.exp() * kl if self.weighted else kl, share)}
+    def row_terms(self, student, teacher, target):
+        kl, log_U = transformed_kl(student, teacher, self.gamma)
+        return self.cross_entropy(student, target) | {"matching": self.beta * (log_U.exp() * kl if self.weighted else kl)}
 
 # %% ../../nbs/42_distributions.ipynb #2a6ddd76
 @register("wttm")
@@ -174,18 +156,9 @@ class CTKD(LogitLoss):
         grown = self.curriculum * epochs
         self.strength = (1 + cos(pi * min(epoch / grown, 1.0))) / 2 - 1 if grown > 0 else -1.0
 
-    def terms(
-        self,
-        student_logits: Tensor,  # (batch, classes) or (batch, sequence, vocabulary), any floating type
-        teacher_logits: Tensor,  # the same shape, taken as constant
-        target: Tensor | None = None,  # (batch,) or (batch, sequence) int64; −100 does not count; None: no "ce"
-        mask: Tensor | None = None,  # like target, bool: which samples or tokens count; None: all
-    ) -> dict[str, Tensor]:  # scalars "ce", "kd"
-        "The weighted terms; they add up to the loss. Raises ValueError for a wrong shape or type."
-        s, t, y, share = counted_rows(student_logits, teacher_logits, target, mask)
-        s, t, T = readable(s, share), readable(t.detach(), share), self.temperature
-        return cross_entropy_term(s, y, share, self.ce_weight) | {
-            "kd": self.kd_weight * mean_of(T**2 * dway_kl(s, t, T), share)}
+    def row_terms(self, student, teacher, target):
+        T = self.temperature
+        return self.cross_entropy(student, target) | {"kd": self.kd_weight * T**2 * dway_kl(student, teacher, T)}
 
 # %% ../../nbs/42_distributions.ipynb #67ed1c4a
 def gram_difference(
@@ -202,6 +175,9 @@ class MLKD(TwoViews):
     Raises ValueError, naming the argument, for a hyper-parameter out of its range.
     Source: Jin et al., CVPR 2023; weights of the official code (Jin-Ying/Multi-Level-Logit-Distillation), no masks.
     """
+    row_wise = False  # samples are compared with each other, and classes over the samples
+    versions = 2
+
     def __init__(
         self,
         temperatures: list[float] = (2.0, 3.0, 4.0, 5.0, 6.0),  # τ > 0, added up
@@ -217,9 +193,9 @@ class MLKD(TwoViews):
         self.batch_weight = checks.number("batch_weight", batch_weight, at_least=0.0)
         self.class_weight = checks.number("class_weight", class_weight, at_least=0.0)
 
-    def relations(self, s: Tensor, t: Tensor, share: Tensor | None) -> tuple[Tensor, Tensor]:
+    def relations(self, s: Tensor, t: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor]:
         "L_batch and L_class of logits (rows, classes), summed over the temperatures."
-        counts = s.new_ones(len(s), 1) if share is None else (share > 0).to(share.dtype)[:, None]
+        counts = s.new_ones(len(s), 1) if counts is None else counts.to(s.dtype)[:, None]
         batch, classes, n = 0.0, 0.0, counts.sum().clamp(min=1)
         for T in self.temperatures:
             P_s, P_t = (counts * tempered(z, T).softmax(-1) for z in (s, t))
@@ -227,19 +203,10 @@ class MLKD(TwoViews):
             classes = classes + gram_difference(P_s.mT, P_t.mT) / s.shape[-1]
         return batch, classes
 
-    def terms(
-        self,
-        student_logits: Tensor,  # (2·batch, classes) of the weak views, then of the strong; or (batch, classes)
-        teacher_logits: Tensor,  # the same shape, taken as constant
-        target: Tensor | None = None,  # (batch,) int64 classes; −100 does not count; None: no "ce", and one view
-        mask: Tensor | None = None,  # (batch,) bool: which samples count; None: all
-    ) -> dict[str, Tensor]:  # scalars "ce", "instance", "batch", "class"
-        "The weighted terms; they add up to the loss. Raises ValueError for a wrong shape or type."
-        views = self.views(student_logits, teacher_logits, target, mask)
-        ce = [cross_entropy_term(s, y, share, self.ce_weight) for s, t, y, share in views]
-        instance = [mean_of(sum(T**2 * dway_kl(s, t, T) for T in self.temperatures), share) for s, t, _, share in views]
-        (s, t, _, share), *_ = views
-        batch, classes = self.relations(s, t, share)
-        return {name: sum(view[name] for view in ce) for name in ce[0]} | {
-            "instance": self.instance_weight * sum(instance), "batch": self.batch_weight * batch,
+    def batch_terms(self, rows):
+        instance = sum(T**2 * dway_kl(rows.student, rows.teacher, T) for T in self.temperatures)
+        weak = slice(len(rows.student) // rows.versions)
+        batch, classes = self.relations(rows.student[weak], rows.teacher[weak], None if rows.counts is None else rows.counts[weak])
+        return self.cross_entropy(rows.student, rows.target) | {
+            "instance": self.instance_weight * instance, "batch": self.batch_weight * batch,
             "class": self.class_weight * classes}

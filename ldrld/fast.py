@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NOTHING', 'workspace', 'AT_ONCE', 'BACKENDS', 'kl_and_gradient', 'pairs_of', 'pairs_and_gradient', 'largest',
-           'Workspace', 'some_rows', 'constants', 'analytic', 'kernel', 'kernel_gradient', 'kernel_serves',
-           'OneGradient', 'choose']
+           'Workspace', 'some_rows', 'constants', 'held_type', 'analytic', 'kernel', 'kernel_gradient', 'kernel_serves',
+           'scaled', 'OneGradient', 'choose']
 
 # %% ../nbs/32_fast.ipynb #32ad5a4f
 import threading
@@ -121,6 +121,10 @@ def constants(values: tuple[float, ...], dtype: torch.dtype, device) -> Tensor:
     "A vector that is the same in every step."
     return torch.tensor(values, dtype=dtype, device=device)
 
+def held_type(dtype: torch.dtype) -> torch.dtype:
+    "In what type a gradient waits for backward: float16 would lose what a loss scale is to bring into its range."
+    return torch.float32 if dtype == torch.float16 else dtype
+
 def analytic(
     student: Tensor,  # (rows, classes), any floating type
     teacher: Tensor,  # (rows, classes)
@@ -131,11 +135,12 @@ def analytic(
     factors: dict[str, float],  # of "ce", "pairs", "llki", "rntk"
     rank_by: str = "student",  # "student" | "teacher"
     with_grad: bool = True,  # whether the gradient is wanted
-) -> tuple[Tensor, Tensor | None]:  # terms (rows, 4) that add up to the loss; gradient (rows, classes) in the student's type
+) -> tuple[Tensor, Tensor | None]:  # terms (rows, 4) that add up to the loss; gradient (rows, classes) in `held_type` of the student's
     "Value and gradient of LDRLD together. Source: derived in `nbs/32_fast`; the same as `LDRLD.terms` and autograd."
     rows, classes = student.shape
     step = max(1, AT_ONCE.get(student.device.type, 2**18) // max(classes, 2 * len(weights) ** 2))
-    parts, gradient = [], torch.empty_like(student, memory_format=torch.contiguous_format) if with_grad else None
+    parts, gradient = [], None
+    if with_grad: gradient = torch.empty(student.shape, dtype=held_type(student.dtype), device=student.device)
     for k in range(0, rows, step):
         s, t, y, part = (None if x is None else x[k : k + step] for x in (student, teacher, target, share))
         if part is not None: s, t = (z.masked_fill((part == 0)[:, None], 0.0) for z in (s, t))
@@ -170,6 +175,10 @@ def kernel_serves(student: Tensor, teacher: Tensor, depth: int) -> bool:
     return depth <= kernels.MAX_DEPTH and kernels.available()
 
 # %% ../nbs/32_fast.ipynb #650e1fa3
+def scaled(gradient: Tensor, above: Tensor, dtype: torch.dtype) -> Tensor:
+    "The gradient times what comes from above, a scalar, rounded to `dtype` at the end."
+    return torch.mul(gradient, above, out=torch.empty_like(gradient, dtype=dtype))
+
 class OneGradient(torch.autograd.Function):
     "LDRLD as one node of autograd's graph: its value, its four terms without gradient; the gradient is made in the forward."
 
@@ -185,11 +194,12 @@ class OneGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, above, _):
         student, gradient = ctx.saved_tensors
+        held = gradient.dtype != student.dtype                     # waits in float32
         if torch.is_grad_enabled():                                # somebody will differentiate what is returned here
             constants = (x.clone() if x is not None and x.is_inference() else x for x in ctx.constants)
             gradient = torch.autograd.grad(ctx.plain(student, *constants), student, above, create_graph=True)[0]
-        elif ctx.fused is kernel: gradient = kernel_gradient(ctx, gradient, above)
-        elif above.is_cuda or above != 1: gradient = gradient * above
+        elif ctx.fused is kernel and not held: gradient = kernel_gradient(ctx, gradient, above)
+        elif held or above.is_cuda or above != 1: gradient = scaled(gradient, above, student.dtype)
         return None, None, gradient, *[None] * 7
 
 # %% ../nbs/32_fast.ipynb #58aa49dc

@@ -138,7 +138,7 @@ def centred(
     z: Tensor,  # (rows, classes), from `finite`
 ) -> tuple[Tensor, Tensor]:  # z less its mean, 0 where a class is ruled out; unbiased variance (rows, 1)
     "Logits around their mean, and how they vary, over the classes that are not ruled out."
-    allowed = z > RULED_OUT
+    allowed = ~(z <= RULED_OUT)  # so that NaN is not hidden
     n = allowed.sum(-1, keepdim=True)
     mean = z.where(allowed, 0.0).sum(-1, keepdim=True) / n.clamp(min=1)
     z = (z - mean).where(allowed, 0.0)

@@ -76,7 +76,7 @@ def test_micro_batches_of_ldrld_by_every_way(backend):
     mask = target != IGNORED
     parts = [value_and_grad(loss, z_s[k], z_t[k], target[k].clamp(min=0), mask[k], normalizer=19) for k in (slice(0, 2), slice(2, 4))]
     torch.testing.assert_close((sum(v for v, _ in parts), torch.cat([g for _, g in parts])), (whole, gradient))
-    compiled = torch.compile(loss, backend="eager", fullgraph=True)
+    compiled = torch.compile(LDRLD(), backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(z_s[:2], z_t[:2], target[:2], normalizer=torch.tensor(19)), parts[0][0])
     torch._dynamo.reset()
 
@@ -326,12 +326,16 @@ def near(rows, classes, seed=0):
     return z_s.half(), z_t.half(), target
 
 
-def norms(loss, z_s, z_t, target, scale=2.0**16):
-    """Gradient norms of the scaled loss on float16 logits, unscaled again, and of the plain formulas in float32."""
+def norms(loss, z_s, z_t, target, scale=None):
+    """Gradient norms of the plain formulas in float32, and of the scaled loss on float16 logits, unscaled again.
+
+    Without a scale it is as large as a GradScaler would make it: the largest entry is about 1,000.
+    """
     found = []
-    for z in (z_s.clone(), z_s.float()):
+    for z in (z_s.float(), z_s.clone()):
         one = copy.deepcopy(loss)
         if z.dtype == torch.float32: getattr(one, "base", one).backend = "plain"
+        if scale is None: scale = 2.0 ** int(10 - value_and_grad(one, z, z_t.to(z.dtype), target)[1].abs().max().log2())
         z.requires_grad_()
         (one(z, z_t.to(z.dtype), target) * scale).backward()
         assert z.grad.dtype == z.dtype
@@ -342,18 +346,21 @@ def norms(loss, z_s, z_t, target, scale=2.0**16):
 @pytest.mark.parametrize("rows, classes", [(16, 100), (64, 1000), (8, 32000)])
 @pytest.mark.parametrize("name, given", EVERY, ids=named)
 def test_a_loss_scale_finds_the_gradient(name, given, rows, classes):
+    if name == "mlkd" and classes > 1000: pytest.skip("a matrix of all classes by all classes")
     loss = losses.build(name, **given)
     inner = getattr(loss, "base", loss)
     for part in (loss, inner):
         if hasattr(part, "ce_weight"): part.ce_weight = 0.0 if name != "ce" else 1.0   # the divergence alone, which is small
-    half, single = norms(loss, *near(rows, classes), scale=2.0**12)
+    z_s, z_t, target = near(rows, classes)
+    if name == "corrected": target[: rows // 2] = z_t.argmax(1)[: rows // 2]
+    single, half = norms(loss, z_s, z_t, target)
     assert half == pytest.approx(single, rel=0.01) and single > 0
 
 
 @pytest.mark.parametrize("rows, classes", [(64, 32000), (256, 5000)])
 def test_a_loss_scale_finds_ldrlds_gradient_at_a_language_models_size(rows, classes):
     loss = LDRLD(ce_weight=0.0)
-    half, single = norms(loss, *near(rows, classes)[:2], None)
+    single, half = norms(loss, *near(rows, classes)[:2], None, 2.0**16)
     assert half == pytest.approx(single, rel=0.01)
     z_s, z_t, _ = near(rows, classes)
     z = z_s.clone().requires_grad_()
@@ -552,9 +559,9 @@ def test_a_student_without_an_opinion_does_not_explode(name, given, dtype):
     for rows in (torch.zeros(12, 20), torch.full((12, 20), 7.0), torch.ones(12, 1) * torch.arange(20) / 10, torch.zeros(12, 20).index_fill(0, torch.tensor([3]), 1.0)):
         value, gradient = value_and_grad(loss, rows.to(dtype), z_t, target)
         assert value.isfinite() and gradient.isfinite().all() and gradient.norm() < 10 * ordinary
-    for spread in (1e-1, 1e-2, 1e-3, 1e-4, 1e-6):
+    for spread in (1e-1, 1e-2, 1e-3, 1e-4, 1e-6):                       # one over the spread, which counts as 1e-3 at least
         value, gradient = value_and_grad(loss, (spread * z_s.double()).float(), z_t.float(), target)
-        assert value.isfinite() and gradient.norm() < 3e5 * ordinary
+        assert value.isfinite() and gradient.norm() < (1e6 if name == "standardized" else 2e3) * ordinary
 
 
 def test_correlation_is_what_it_was_where_there_is_a_spread():

@@ -164,7 +164,7 @@ def over_deviation(
     z = finite(z)
     variance = centred(z)[1]
     # without 1e-8 the gradient of equal logits has no end
-    return (z / (variance + 1e-8).sqrt()).where(z > RULED_OUT, RULED_OUT)
+    return (z / (variance + 1e-8).sqrt()).masked_fill(z <= RULED_OUT, RULED_OUT)
 
 # %% ../../nbs/48_teacher_free.ipynb #dab700cc
 @register("partial-mixup")

@@ -91,7 +91,7 @@ def standardized(
     z = finite(logits)
     around_mean, variance = centred(z)
     deviation = variance.clamp(min=1e-30).sqrt() + 1e-7  # whose gradient is finite where all logits are equal
-    return (around_mean / deviation.clamp(min=FLOOR)).where(z > RULED_OUT, RULED_OUT)
+    return (around_mean / deviation.clamp(min=FLOOR)).masked_fill(z <= RULED_OUT, RULED_OUT)
 
 # %% ../../nbs/43_wrappers.ipynb #42cbb171
 # (temperature, weight) by (teacher, student), from the names of the released training logs; for DKD also β, where named

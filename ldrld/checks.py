@@ -117,7 +117,7 @@ def mask(mask, student_logits) -> None:
 
 
 def normalizer(value, student_logits):
-    """`value`, a number of rows as number or scalar tensor, 1 in place of 0: then no row counts; ValueError for another.
+    """`value`, a number of rows as number or scalar tensor, 1 in place of 0, when no row counts; ValueError for others.
 
     The value of a tensor is looked at on the CPU only.
     """

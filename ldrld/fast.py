@@ -135,7 +135,7 @@ def analytic(
     factors: dict[str, float],  # of "ce", "pairs", "llki", "rntk"
     rank_by: str = "student",  # "student" | "teacher"
     with_grad: bool = True,  # whether the gradient is wanted
-) -> tuple[Tensor, Tensor | None]:  # terms (rows, 4) that add up to the loss; gradient (rows, classes) in `held_type` of the student's
+) -> tuple[Tensor, Tensor | None]:  # terms (rows, 4) that add up; gradient (rows, classes) in `held_type`
     "Value and gradient of LDRLD together. Source: derived in `nbs/32_fast`; the same as `LDRLD.terms` and autograd."
     rows, classes = student.shape
     step = max(1, AT_ONCE.get(student.device.type, 2**18) // max(classes, 2 * len(weights) ** 2))
@@ -144,7 +144,7 @@ def analytic(
     for k in range(0, rows, step):
         s, t, y, part = (None if x is None else x[k : k + step] for x in (student, teacher, target, share))
         if part is not None: s, t = (z.masked_fill((part == 0)[:, None], 0.0) for z in (s, t))
-        s, t = comparable(s, t, None if y is None else y.clamp(min=0))
+        s, t = comparable(s, t, None if y is None else y.clamp(min=0), k)
         s, t = s.to(weights.dtype), without_shared(s, t).to(weights.dtype)
         terms, g = some_rows(s, t, y, weights, temperature, factors, rank_by, 1 / rows if part is None else 1.0)
         if part is not None: terms, g = terms * part[:, None], g.mul_(part[:, None])

@@ -368,13 +368,13 @@ def fused(
     factors: dict[str, float],  # of "ce", "pairs", "llki" and "rntk"
     rank_by: str = "student",  # whose logits select the classes: "student" | "teacher"
     with_grad: bool = True,  # whether the gradient is computed too
-) -> tuple[Tensor, Tensor | None]:  # terms (rows, 4) float32; the gradient of their sum, in `held_type` of the student's dtype
+) -> tuple[Tensor, Tensor | None]:  # terms (rows, 4) float32; gradient of their sum in `held_type`
     """The terms of LDRLD (columns "ce", "pairs", "llki", "rntk") and their gradient for the student, in one launch.
 
     Computes in float32. A row of share 0 may hold anything, NaN and target −100 included, and gives exact zeros; in
-    any other row a target that is no class makes its cross-entropy NaN. A class that a logit of −∞ rules out counts as −1e9,
-    and gets no gradient; if the teacher allows it, the loss is a very large number. Raises ValueError for a wrong argument and
-    ImportError without Triton.
+    any other row a target that is no class makes its cross-entropy NaN. A class that a logit of −∞ rules out counts as
+    −1e9 and gets no gradient; if the teacher allows it, the loss is a very large number. Raises ValueError for a wrong
+    argument and ImportError without Triton.
     Source: the paper, arXiv 2507.15911; derived in `nbs/36_triton.ipynb`.
     """
     _check(student, teacher, target, share, weights, temperature, rank_by)

@@ -57,7 +57,7 @@ class _RowsAtATime(torch.autograd.Function):
 
 # %% ../nbs/34_language.ipynb #d1a00001
 def _add_gradients(sums, part, z, k, h, W_s, parameters) -> None:
-    "Add the gradients of rows `k`, whose loss is `part` and whose logits are `z`, to those of `sums` that are not None."
+    "Add to `sums` the gradients of rows `k`, whose loss is `part` and whose logits are `z`; None is not wanted."
     d_h, d_W, d_b, *d_parameters = sums
     wanted = [p for p, d in zip(parameters, d_parameters) if d is not None]
     inputs = [z, *wanted] if z.requires_grad else wanted
@@ -88,8 +88,8 @@ def _check_loss(loss) -> None:
     if not isinstance(loss, LogitLoss) or loss.needs_features:
         raise ValueError(f"loss must be one on logits, such as losses.build('ldrld'), got a {name}")
     if not loss.row_wise:
-        raise ValueError(f"loss must compare row by row, but {name} compares the samples of a batch with each other, so "
-                         "that some rows at a time give another value; make the logits and call the loss on them")
+        raise ValueError(f"loss must compare row by row, but {name} compares the samples of a batch with each other, "
+                         "so that some rows at a time give another value; make the logits and call the loss on them")
     if type(loss).terms is not LogitLoss.terms:
         raise ValueError(f"loss must write row_terms, and {name} writes terms, which may need all rows at once")
 
@@ -112,6 +112,7 @@ def linear_loss(
     Rows that do not count may hold anything and cost nothing; on a GPU their number is waited for, once a call.
     Gradients of float16 inputs are kept in float32 until backward multiplies them, which takes twice their memory.
     Raises ValueError for shapes that do not fit, and for a loss that compares the samples of a batch with each other.
+    Errors about logits count rows from the first of those that are made at a time.
     Source: our loss in the manner of fused linear cross-entropies (Liger Kernel, arXiv 2410.10989).
     """
     _check_loss(loss)
@@ -125,6 +126,7 @@ def linear_loss(
     n = max(len(counted), 1) if normalizer is None else checks.normalizer(normalizer, shape_only)
     constants = (x if x is None else x.detach() for x in (teacher_weight, teacher_bias))
     names: list[str] = []
-    value, terms = _RowsAtATime.apply(names, loss, max(1, at_once // vocabulary), counted, n, rows.target, h_t, *constants,
-                                      h_s, student_weight, student_bias, *loss.parameters())
+    value, terms = _RowsAtATime.apply(
+        names, loss, max(1, at_once // vocabulary), counted, n, rows.target, h_t, *constants,
+        h_s, student_weight, student_bias, *loss.parameters())
     return value, dict(zip(names, terms.unbind()))

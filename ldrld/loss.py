@@ -180,9 +180,9 @@ class LogitLoss(LossBase):
     """A loss on logits: the sum of named terms. A subclass keeps its arguments as attributes and writes `row_terms`.
 
     Rows that count and hold NaN or +∞ make the loss NaN; rows that do not count may hold anything. A class whose logit
-    is −∞, −1e9 or less, or the lowest number of its type is ruled out: it counts as −1e9 and gets no gradient. ValueError
-    if the student rules out the label or what the teacher allows, where that is seen without waiting: on the CPU, outside
-    of `torch.compile` and `torch.func`. Elsewhere the loss is then a very large number.
+    is −∞, −1e9 or less, or the lowest number of its type is ruled out: it counts as −1e9 and gets no gradient.
+    ValueError if the student rules out the label or what the teacher allows, where that is seen without waiting: on
+    the CPU, outside of `torch.compile` and `torch.func`. Elsewhere the loss is then a very large number.
     """
     row_wise = True  # whether every row has a value of its own, so that parts of a batch can be evaluated one by one
     needs_target = ""  # who cannot do without a target and why, such as "'dkd', which treats the true class apart"
@@ -196,21 +196,22 @@ class LogitLoss(LossBase):
         target: Tensor | None,  # (rows,) int64 classes; 0 in a row that does not count
     ) -> dict[str, Tensor]:  # (rows,) each
         "The weighted terms of every row. What it gives for rows that do not count is of no account."
-        raise NotImplementedError(f"{type(self).__name__} must define row_terms(student, teacher, target), which returns "
-                                  "named tensors with one value for each row of logits")
+        raise NotImplementedError(f"{type(self).__name__} must define row_terms(student, teacher, target), which "
+                                  "returns named tensors with one value for each row of logits")
 
     def terms(
         self,
         student_logits: Tensor,  # (batch, classes) or (batch, sequence, vocabulary), any floating type
         teacher_logits: Tensor | None,  # the same shape, taken as constant
-        target: Tensor | None = None,  # (batch,) or (batch, sequence) int64; −100 does not count; None: no cross-entropy
+        target: Tensor | None = None,  # (batch,) or (batch, sequence) int64; −100 does not count; None: no "ce"
         mask: Tensor | None = None,  # like target, bool: which samples or tokens count; None: all
-        normalizer: float | Tensor | None = None,  # number of rows that count in all micro-batches together; None: in this
+        normalizer: float | Tensor | None = None,  # number of rows that count in all micro-batches; None: in this
     ) -> dict[str, Tensor]:  # scalars, each with its own gradient
         """The weighted terms, means over the rows that count; they add up to the loss.
 
-        With a `normalizer` they are the sums over these rows divided by it, so that the micro-batches of one step add up
-        to the whole batch, in value and gradient, however many tokens each holds: Hugging Face's `num_items_in_batch`.
+        With a `normalizer` they are the sums over these rows divided by it, so that the micro-batches of one step add
+        up to the whole batch, in value and gradient, however many tokens each holds. Hugging Face's Trainer hands the
+        number over as `num_items_in_batch`. 0 is taken for a step in which nothing counts.
         Raises ValueError for a wrong shape or type, and for a normalizer with a loss that is not row-wise.
         """
         return self.reduced(self.counted(student_logits, teacher_logits, target, mask, normalizer))
@@ -231,11 +232,11 @@ class LogitLoss(LossBase):
     def counted(self, student_logits, teacher_logits, target=None, mask=None, normalizer=None) -> Rows:
         "What `rows_of` makes of the arguments of a call of this loss."
         if normalizer is not None and not self.row_wise:
-            raise ValueError(f"normalizer must be None for {type(self).__name__}, which compares the samples of a batch "
-                             f"with each other, so that parts of it do not add up; got {normalizer!r}")
+            raise ValueError(f"normalizer must be None for {type(self).__name__}, which compares the samples of a "
+                             f"batch with each other, so that parts of it do not add up; got {normalizer!r}")
         needs_teacher = self.needs_teacher and self.looks_at_teacher
-        return rows_of(student_logits, teacher_logits if needs_teacher else None, target, mask, needs_teacher, normalizer,
-                       self.versions)
+        if not needs_teacher: teacher_logits = None
+        return rows_of(student_logits, teacher_logits, target, mask, needs_teacher, normalizer, self.versions)
 
 # %% ../nbs/30_loss.ipynb #23ec605b
 # the pair weights are the same in every step; made as an ordinary tensor also where autograd is off

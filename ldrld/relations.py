@@ -151,30 +151,33 @@ def check_ruled_out(
     student: Tensor,  # (rows, classes), from `finite`
     teacher: Tensor | None,  # likewise
     target: Tensor | None = None,  # (rows,) int64 classes
+    first: int = 0,  # number of the first row, for the message
 ) -> None:
     "ValueError if the student rules out a class that the teacher allows, or the label."
     out = student <= RULED_OUT
     if target is not None and (at_y := out.gather(-1, target[:, None])[:, 0]).any():
         row = int(at_y.nonzero()[0])
-        raise ValueError(f"student_logits must allow the label, got −inf for target {int(target[row])} in row {row}; "
-                         "the cross-entropy is infinite. Change the mask, or set the target to -100")
+        raise ValueError(f"student_logits must allow the label, got −inf for target {int(target[row])} in row "
+                         f"{first + row}; the cross-entropy is infinite. Change the mask, or set the target to -100")
     if teacher is None: return
     wanted = out & (teacher > RULED_OUT) & (teacher > teacher.amax(-1, keepdim=True) - HOPELESS)
     if not wanted.any(): return
     row, c = wanted.nonzero()[0].tolist()
-    raise ValueError(f"student_logits must allow what the teacher allows, got −inf for class {c} in row {row}, where "
-                     f"teacher_logits has {teacher[row, c].item():g}; the divergence is infinite. Mask the teacher there too")
+    raise ValueError(f"student_logits must allow what the teacher allows, got −inf for class {c} in row {first + row}, "
+                     f"where teacher_logits has {teacher[row, c].item():g}; the divergence is infinite. "
+                     "Mask the teacher there too")
 
 def comparable(
     student: Tensor,  # (rows, classes) logits of any floating type
     teacher: Tensor | None,  # the same shape
     target: Tensor | None = None,  # (rows,) int64 classes
+    first: int = 0,  # number of the first row, for messages
 ) -> tuple[Tensor, Tensor | None]:
     "Both as `finite` makes them; on the CPU ValueError for what `check_ruled_out` finds."
     some = may_rule_out(student)
     s, t = finite(student, some), None if teacher is None else finite(teacher)
     if some and s.device.type == "cpu" and not checks.transformed():
-        check_ruled_out(s.detach(), t, target)
+        check_ruled_out(s.detach(), t, target, first)
     return s, t
 
 # %% ../nbs/10_relations.ipynb #b1c0a006

@@ -21,9 +21,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TERMS = ("ce", "pairs", "llki", "rntk")
 FACTORS = {"ce": 1.0, "pairs": 7.6, "llki": 7.6, "rntk": 112.0}  # about those of LDRLD's defaults
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-# What storing the gradient costs, relative to a value: half a unit in the last place, 2^-9 in bfloat16, and as much again
-# for a value near a boundary. The interpreter truncates to bfloat16, a whole unit, 2^-7. That of float16 logits is held in
-# float32, until a loss scale has multiplied it.
+# What storing the gradient costs, relative to a value: half a unit in the last place, 2^-9 in bfloat16, and as much
+# again for a value near a boundary. The interpreter truncates to bfloat16, a whole unit, 2^-7. That of float16 logits is
+# held in float32, until a loss scale has multiplied it.
 STORED = {F32: 1e-5, BF16: 2**-7 if INTERPRETED else 2**-8, F16: 1e-5}
 
 
@@ -280,15 +280,14 @@ def test_classes_that_are_ruled_out(low, dtype, rank_by, device):
 
 
 def test_fewer_classes_than_the_depth_and_a_teacher_cut_down(device):
-    """Four classes at depth 7; a teacher of three classes beside a padded vocabulary: by the plain formulas in float64."""
+    """Four classes at depth 7; a teacher of three classes beside a padded vocabulary: as by the plain formulas."""
     student, teacher, _ = sample(4, 600, device=device)
     student[:, 500:] = teacher[:, 500:] = -torch.inf
     cut = teacher.masked_fill(teacher < teacher.topk(3).values[:, -1:], -torch.inf)
     few_s, few_t = (x.masked_fill(torch.arange(600, device=device) >= 4, -torch.inf) for x in (student, teacher))
     plain, quick = LDRLD(), LDRLD()
     plain.backend, quick.backend = "plain", "triton"
-    for s, t in ((student, cut), (few_s, few_t), (student, teacher), (student.masked_fill(student < 0, -torch.inf), cut.masked_fill(student < 0, -torch.inf))):
-        if (t == -torch.inf).all(1).any(): continue
+    for s, t in ((student, cut), (few_s, few_t), (student, teacher)):
         results = []
         for loss, z in ((plain, s.double()), (quick, s.clone())):
             z.requires_grad_()

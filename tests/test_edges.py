@@ -1,4 +1,4 @@
-"""Losses at their edges: micro-batches, ruled-out classes, NaN where nothing counts, float16, rows that do not fit together."""
+"""Losses at their edges: micro-batches, ruled-out classes, NaN where nothing counts, float16, rounding."""
 import copy
 
 import pytest
@@ -74,7 +74,8 @@ def test_micro_batches_of_ldrld_by_every_way(backend):
     loss.backend = backend
     whole, gradient = value_and_grad(loss, z_s, z_t, target)
     mask = target != IGNORED
-    parts = [value_and_grad(loss, z_s[k], z_t[k], target[k].clamp(min=0), mask[k], normalizer=19) for k in (slice(0, 2), slice(2, 4))]
+    parts = [value_and_grad(loss, z_s[k], z_t[k], target[k].clamp(min=0), mask[k], normalizer=19)
+             for k in (slice(0, 2), slice(2, 4))]
     torch.testing.assert_close((sum(v for v, _ in parts), torch.cat([g for _, g in parts])), (whole, gradient))
     compiled = torch.compile(LDRLD(), backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(z_s[:2], z_t[:2], target[:2], normalizer=torch.tensor(19)), parts[0][0])
@@ -84,7 +85,8 @@ def test_micro_batches_of_ldrld_by_every_way(backend):
 def test_micro_batches_without_padding_and_of_two_versions():
     z_s, z_t, target = sample(12)
     kd = losses.build("kd")
-    torch.testing.assert_close(kd(z_s[:5], z_t[:5], target[:5], normalizer=12) + kd(z_s[5:], z_t[5:], target[5:], normalizer=12), kd(z_s, z_t, target))
+    parts = [kd(z_s[k], z_t[k], target[k], normalizer=12) for k in (slice(0, 5), slice(5, 12))]
+    torch.testing.assert_close(sum(parts), kd(z_s, z_t, target))
     sld, strong = losses.build("sld"), sample(12, seed=1)
     two = lambda k: (torch.cat([z_s[k], strong[0][k]]), torch.cat([z_t[k], strong[1][k]]), target[k])
     whole = sld(*two(slice(None)))
@@ -96,11 +98,13 @@ def test_micro_batches_without_padding_and_of_two_versions():
 def test_a_loss_over_the_batch_refuses_a_normalizer(name, given):
     loss, (z_s, z_t, target) = losses.build(name, **given), sample()
     for call in (loss, loss.terms, loss.value_and_terms):
-        with pytest.raises(ValueError, match=f"normalizer must be None for {type(loss).__name__}, .* got 19"): call(z_s, z_t, target, normalizer=19)
+        with pytest.raises(ValueError, match=f"normalizer must be None for {type(loss).__name__}, .* got 19"):
+            call(z_s, z_t, target, normalizer=19)
 
 
-@pytest.mark.parametrize("wrong, part", [(-1, "-1"), (NAN, "nan"), (True, "True"), ("19", "'19'"), (INF, "inf"), (torch.tensor([3, 4]), r"\(2,\)"),
-                                         (torch.tensor(True), "bool"), (torch.tensor(-2), "-2"), (torch.tensor(NAN), "nan")])
+@pytest.mark.parametrize("wrong, part", [
+    (-1, "-1"), (NAN, "nan"), (True, "True"), ("19", "'19'"), (INF, "inf"), (torch.tensor([3, 4]), r"\(2,\)"),
+    (torch.tensor(True), "bool"), (torch.tensor(-2), "-2"), (torch.tensor(NAN), "nan")])
 def test_wrong_normalizers(wrong, part):
     with pytest.raises(ValueError, match=f"normalizer must be .*{part}"): LDRLD()(*sample(), normalizer=wrong)
 
@@ -117,7 +121,8 @@ class Squares(LogitLoss):
 
 
 class OldSquares(LogitLoss):
-    def terms(self, student_logits, teacher_logits, target=None): return {"mse": F.mse_loss(student_logits, teacher_logits)}
+    def terms(self, student_logits, teacher_logits, target=None):
+        return {"mse": F.mse_loss(student_logits, teacher_logits)}
 
 
 def test_a_loss_of_ones_own_gets_everything_right():
@@ -132,13 +137,15 @@ def test_a_loss_of_ones_own_gets_everything_right():
     torch.testing.assert_close(gradient[kept].float(), right, rtol=1e-3, atol=1e-6)
     assert Squares()(z_s.view(3, 4, 20), z_t.view(3, 4, 20), target.view(3, 4), mask.view(3, 4)) == value
     with pytest.raises(ValueError, match="teacher_logits must have the shape"): Squares()(z_s, z_t[:, :3])
-    with pytest.raises(NotImplementedError, match=r"LogitLoss must define row_terms\(student, teacher, target\)"): LogitLoss()(z_s, z_t)
+    with pytest.raises(NotImplementedError, match=r"LogitLoss must define row_terms\(student, teacher, target\)"):
+        LogitLoss()(z_s, z_t)
 
 
 def test_a_loss_that_writes_terms_as_before():
     z_s, z_t, _ = sample()
     torch.testing.assert_close(OldSquares()(z_s, z_t), F.mse_loss(z_s, z_t))
-    with pytest.raises(ValueError, match="loss must write row_terms"): linear_loss(OldSquares(), z_s, torch.zeros(20, 20), z_t, None)
+    with pytest.raises(ValueError, match="loss must write row_terms"):
+        linear_loss(OldSquares(), z_s, torch.zeros(20, 20), z_t, None)
 
 
 # ---- classes that are ruled out ---------------------------------------------------------------------------------
@@ -164,7 +171,9 @@ def test_both_rule_out_the_same_classes(name, given, low):
     elif of_all: wanted = value_and_grad(loss, *ruled_out(low=-1e4)[:2], target)
     else: wanted = value_and_grad(loss, z_s[:, :ALLOWED], z_t[:, :ALLOWED], target)
     assert value.isfinite() and gradient.isfinite().all() and not gradient[:, ALLOWED:].any()
-    if wanted: torch.testing.assert_close((value, gradient[:, :ALLOWED]), (wanted[0], wanted[1][:, :ALLOWED]), rtol=1e-6, atol=1e-9)
+    if not wanted: return
+    torch.testing.assert_close(value, wanted[0], rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(gradient[:, :ALLOWED], wanted[1][:, :ALLOWED], rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -174,7 +183,8 @@ def test_the_lowest_number_of_a_type_rules_out(name, given, dtype):
     value, gradient = value_and_grad(loss, z_s, z_t, target)
     z_s[:, ALLOWED:] = z_t[:, ALLOWED:] = torch.finfo(dtype).min
     lowest, its_gradient = value_and_grad(loss, z_s, z_t, target)
-    assert value == lowest and value.isfinite() and gradient.equal(its_gradient) and gradient.isfinite().all() and not gradient[:, ALLOWED:].any()
+    assert value == lowest and value.isfinite() and gradient.equal(its_gradient)
+    assert gradient.isfinite().all() and not gradient[:, ALLOWED:].any()
 
 
 @pytest.mark.parametrize("name, given", EVERY, ids=named)
@@ -190,11 +200,13 @@ def test_the_teacher_alone_rules_out(name, given):
     (value, gradient), wanted = results
     assert value.isfinite() and gradient.isfinite().all()
     if name == "standardized":                                         # −1e4 is an ordinary logit, to be standardised
-        base, shown = build(given["loss"] if given else "kd", loss.loss_args), standardized(z_t.masked_fill(z_t == -1e4, -INF))
+        base = build(given["loss"] if given else "kd", loss.loss_args)
+        shown = standardized(z_t.masked_fill(z_t == -1e4, -INF))
         terms = base.terms(standardized(z_s), shown.where(shown > -1e9, -1e4), target)
         if given.get("loss") not in ("corrected", "standardized"):
             distilled = sum(v for k, v in terms.items() if k != "ce")
-            torch.testing.assert_close(value, loss.ce_weight * F.cross_entropy(z_s, target) + loss.distill_weight * distilled)
+            ce = loss.ce_weight * F.cross_entropy(z_s, target)
+            torch.testing.assert_close(value, ce + loss.distill_weight * distilled)
     else: torch.testing.assert_close((value, gradient), wanted, rtol=1e-6, atol=1e-9)
 
 
@@ -214,7 +226,8 @@ def test_few_classes_are_left(allowed, rank_by, backend):
     if allowed <= 7: assert terms["rntk"] == 0
     if allowed == 1: assert value.abs() < 1e-12
     if 2 <= allowed <= 7:
-        full = LDRLD(rank_by=rank_by, depth=allowed, normalize=False, alpha=10.5 / 22).terms(z_s[:, :allowed], z_t[:, :allowed], target)
+        full = LDRLD(rank_by=rank_by, depth=allowed, normalize=False, alpha=10.5 / 22)
+        full = full.terms(z_s[:, :allowed], z_t[:, :allowed], target)
         for name in terms: torch.testing.assert_close(terms[name], full[name])
 
 
@@ -241,14 +254,22 @@ def test_a_student_that_cannot_what_the_teacher_wants(name, given):
     target = target % ALLOWED
     z_s[4, 17] = -INF
     if name != "ce":
-        with pytest.raises(ValueError, match="student_logits must allow what the teacher allows, got −inf for class 17 in row 4"): loss(z_s, z_t, target)
+        with pytest.raises(ValueError, match="must allow what the teacher allows, got −inf for class 17 in row 4"):
+            loss(z_s, z_t, target)
         out_of_reach = z_t.clone()
         out_of_reach[4, 17] = -6000.0                                  # a mask by a large number, and probability 0
         if name != "standardized": assert loss(z_s, out_of_reach, target).isfinite()
         mask = torch.arange(12) != 4
         assert loss(z_s, z_t, target, mask).isfinite()
     z_t[4, 17], target[4] = -INF, 17
-    with pytest.raises(ValueError, match="student_logits must allow the label, got −inf for target 17 in row 4"): loss(z_s, z_t, target)
+    with pytest.raises(ValueError, match="student_logits must allow the label, got −inf for target 17 in row 4"):
+        loss(z_s, z_t, target)
+
+
+def test_the_row_of_a_mistake_is_told_also_in_a_large_batch():
+    z_s, z_t, _ = sample(600, 1000)
+    z_s[555, 17] = -INF
+    with pytest.raises(ValueError, match="class 17 in row 555"): LDRLD()(z_s, z_t)
 
 
 def test_where_nothing_can_be_looked_up_the_loss_is_large_and_the_gradient_finite():
@@ -349,8 +370,8 @@ def test_a_loss_scale_finds_the_gradient(name, given, rows, classes):
     if name == "mlkd" and classes > 1000: pytest.skip("a matrix of all classes by all classes")
     loss = losses.build(name, **given)
     inner = getattr(loss, "base", loss)
-    for part in (loss, inner):
-        if hasattr(part, "ce_weight"): part.ce_weight = 0.0 if name != "ce" else 1.0   # the divergence alone, which is small
+    for part in (loss, inner):                                          # the divergence alone, which is small
+        if name != "ce": part.ce_weight = 0.0
     z_s, z_t, target = near(rows, classes)
     if name == "corrected": target[: rows // 2] = z_t.argmax(1)[: rows // 2]
     single, half = norms(loss, z_s, z_t, target)
@@ -410,7 +431,8 @@ def test_linear_loss_in_float16_keeps_small_gradients(autocast):
         with torch.autocast("cpu", dtype=torch.float16, enabled=autocast and dtype == torch.float16):
             value, _ = linear_loss(LDRLD(ce_weight=0.0), a, b, z_t, None, at_once=40_000)
         found += [x.double() / 2**14 for x in torch.autograd.grad(2.0**14 * value, (a, b))]
-    for x, y in zip(half, single): assert x.isfinite().all() and x.norm().item() == pytest.approx(y.norm().item(), rel=0.02)
+    for x, y in zip(half, single):
+        assert x.isfinite().all() and x.norm().item() == pytest.approx(y.norm().item(), rel=0.01)
 
 
 def test_the_gradient_of_bfloat16_waits_in_bfloat16():
@@ -425,7 +447,8 @@ def test_the_gradient_of_bfloat16_waits_in_bfloat16():
 def hidden(rows=(3, 4), width=8, vocabulary=40):
     g = torch.Generator().manual_seed(0)
     shapes = ((*rows, width), (*rows, 6), (vocabulary, width), (vocabulary, 6))
-    return *(torch.randn(*shape, generator=g, dtype=torch.float64) for shape in shapes), torch.randint(vocabulary, rows, generator=g)
+    made = [torch.randn(*shape, generator=g, dtype=torch.float64) for shape in shapes]
+    return *made, torch.randint(vocabulary, rows, generator=g)
 
 
 class Seen(LDRLD):
@@ -481,7 +504,8 @@ def test_linear_loss_of_micro_batches(name, given):
     loss = build(name, given)
     W_s.requires_grad_()
     wanted = loss(h_s @ W_s.T, h_t @ W_t.T, target)
-    parts = [linear_loss(loss, h_s[k], W_s, h_t[k], W_t, target[k], normalizer=torch.tensor(19), at_once=120)[0] for k in (slice(0, 2), slice(2, 4))]
+    parts = [linear_loss(loss, h_s[k], W_s, h_t[k], W_t, target[k], normalizer=torch.tensor(19), at_once=120)[0]
+             for k in (slice(0, 2), slice(2, 4))]
     torch.testing.assert_close(sum(parts), wanted)
     torch.testing.assert_close(torch.autograd.grad(sum(parts), W_s)[0], torch.autograd.grad(wanted, W_s)[0])
 
@@ -490,7 +514,8 @@ def test_linear_loss_of_micro_batches(name, given):
 def test_linear_loss_refuses_what_compares_over_the_batch(name, given):
     h_s, h_t, W_s, W_t, target = hidden()
     loss = losses.build(name, **given)
-    with pytest.raises(ValueError, match=f"loss must compare row by row, but {type(loss).__name__} "): linear_loss(loss, h_s, W_s, h_t, W_t, target)
+    with pytest.raises(ValueError, match=f"loss must compare row by row, but {type(loss).__name__} "):
+        linear_loss(loss, h_s, W_s, h_t, W_t, target)
 
 
 @pytest.mark.parametrize("other", [losses.build("at"), nn.MSELoss(), "kd"], ids=["features", "module", "name"])
@@ -500,7 +525,8 @@ def test_linear_loss_refuses_what_is_no_loss_on_logits(other):
 
 
 @pytest.mark.parametrize("at_once", [40, 200, 10**6])
-@pytest.mark.parametrize("name, given", [("ctkd", {}), ("standardized", {"loss": "ctkd"}), ("corrected", {"loss": "ctkd", "rule": "skip"})], ids=named)
+@pytest.mark.parametrize("name, given", [
+    ("ctkd", {}), ("standardized", {"loss": "ctkd"}), ("corrected", {"loss": "ctkd", "rule": "skip"})], ids=named)
 def test_linear_loss_trains_the_temperature(name, given, at_once):
     h_s, h_t, W_s, W_t, target = hidden()
     target[0, 2:] = IGNORED
@@ -517,7 +543,7 @@ def test_linear_loss_trains_the_temperature(name, given, at_once):
 # ---- rounding ---------------------------------------------------------------------------------------------------
 
 def test_shares_are_as_exact_as_the_logits():
-    """One of three, in float64: of linear_loss without targets, of SDD's doubled samples, of USKD's labels, of OFD's margins."""
+    """One of three, in float64: of linear_loss without targets, of USKD's labels; and OFD's margins."""
     h_s, h_t, W_s, W_t, _ = hidden((3, 1))
     value, _ = linear_loss(losses.build("kd"), h_s, W_s, h_t, W_t)
     assert abs(value / losses.build("kd")(h_s @ W_s.T, h_t @ W_t.T) - 1) < 1e-14
@@ -526,7 +552,8 @@ def test_shares_are_as_exact_as_the_logits():
     for row, y in zip(zeta, target):
         mass = row[torch.arange(20) != y].sort(descending=True).values
         ranks = torch.tensor([1 / r for r in range(1, 21)], dtype=torch.float64)
-        assert any((mass - torch.cat([ranks[:k], ranks[k + 1:]]) / (ranks.sum() - ranks[k])).abs().max() < 1e-15 for k in range(20))
+        without_one = [torch.cat([ranks[:k], ranks[k + 1:]]) / (ranks.sum() - ranks[k]) for k in range(20)]
+        assert min((mass - wanted).abs().max() for wanted in without_one) < 1e-15
     norm = nn.BatchNorm2d(5).double()
     nn.init.uniform_(norm.bias, -1, 1)
     assert margins_of(norm).dtype == torch.float64 and margins_of(nn.BatchNorm2d(5).half()).dtype == torch.float32
@@ -545,21 +572,24 @@ def test_sdds_share_of_samples_is_exact():
     target = torch.tensor([1, 2, 3])
     rows_s, rows_t = (regional_logits(z, x, head, [1, 2]) for z, x in ((z_s, last_s), (z_t, last_t)))
     weight = 1.0 + ((rows_t.argmax(1) == target.repeat(5)) != (z_t.argmax(1) == target).repeat(5)).double()
-    kl = 16 * F.kl_div((rows_s / 4).log_softmax(1), (rows_t / 4).log_softmax(1), reduction="none", log_target=True).sum(1)
+    log_q, log_p = (rows_s / 4).log_softmax(1), (rows_t / 4).log_softmax(1)
+    kl = 16 * F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
     ours = sdd.terms(z_s, z_t, target, f_s, f_t)["kd"]
     assert weight.mean() not in (1, 2) and abs(ours.item() / (weight * kl).mean().item() - 1) < 1e-13
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name, given", [("dist", {}), ("dist", {"temperature": 4.0}), *[(n, g) for n, g in BY_BATCH if g.get("loss") == "dist"]], ids=named)
+@pytest.mark.parametrize("name, given", [
+    ("dist", {}), ("dist", {"temperature": 4.0}), *[(n, g) for n, g in BY_BATCH if g.get("loss") == "dist"]], ids=named)
 def test_a_student_without_an_opinion_does_not_explode(name, given, dtype):
     """Constant rows, rows constant to rounding, and constant columns: gradients of the size of ordinary ones."""
     loss, (z_s, z_t, target) = losses.build(name, **given), sample(dtype=dtype)
     ordinary = value_and_grad(loss, z_s, z_t, target)[1].norm()
-    for rows in (torch.zeros(12, 20), torch.full((12, 20), 7.0), torch.ones(12, 1) * torch.arange(20) / 10, torch.zeros(12, 20).index_fill(0, torch.tensor([3]), 1.0)):
+    one_row = torch.zeros(12, 20).index_fill(0, torch.tensor([3]), 1.0)
+    for rows in (torch.zeros(12, 20), torch.full((12, 20), 7.0), torch.ones(12, 1) * torch.arange(20) / 10, one_row):
         value, gradient = value_and_grad(loss, rows.to(dtype), z_t, target)
         assert value.isfinite() and gradient.isfinite().all() and gradient.norm() < 10 * ordinary
-    for spread in (1e-1, 1e-2, 1e-3, 1e-4, 1e-6):                       # one over the spread, which counts as 1e-3 at least
+    for spread in (1e-1, 1e-2, 1e-3, 1e-4, 1e-6):                       # one over the spread, of 1e-3 at least
         value, gradient = value_and_grad(loss, (spread * z_s.double()).float(), z_t.float(), target)
         assert value.isfinite() and gradient.norm() < (1e6 if name == "standardized" else 2e3) * ordinary
 
@@ -569,7 +599,8 @@ def test_correlation_is_what_it_was_where_there_is_a_spread():
     u, v = z_s.softmax(1), z_t.softmax(1)
     for dim in (0, -1):
         a, b = u - u.mean(dim, keepdim=True), v - v.mean(dim, keepdim=True)
-        torch.testing.assert_close(correlation(u, v, dim), (a * b).sum(dim) / (a.norm(dim=dim) * b.norm(dim=dim) + 1e-8), rtol=1e-14, atol=0)
+        wanted = (a * b).sum(dim) / (a.norm(dim=dim) * b.norm(dim=dim) + 1e-8)
+        torch.testing.assert_close(correlation(u, v, dim), wanted, rtol=1e-14, atol=0)
     near_constant = torch.full((1, 100), 0.01, dtype=torch.float64) + 1e-7 * z_s[:1]
     assert 0 < correlation(near_constant, near_constant, -1).item() < 0.1
 
@@ -579,7 +610,7 @@ def test_correlation_is_what_it_was_where_there_is_a_spread():
 @pytest.mark.parametrize("rank_by", ["student", "teacher"])
 def test_plain_and_analytic_choose_the_same_of_equal_logits(classes, depth, dtype, rank_by):
     z_s, z_t, target = sample(16, classes, dtype)
-    z_s, z_t = z_s.round(), z_t.round()                                 # many are equal, at the end of the selection too
+    z_s, z_t = z_s.round(), z_t.round()                                 # many are equal, and at the selection's end
     found = {}
     for backend in ("plain", "analytic"):
         loss = LDRLD(depth=depth, rank_by=rank_by)

@@ -29,8 +29,8 @@ def correlation(
 ) -> Tensor:  # (classes,) or (rows,)
     """Pearson's correlation, 1e-8 added to the product of the norms as in DIST's code; 0 where one side is constant.
 
-    Its gradient goes like one over the spread of `u`. So `u` that is constant to rounding gets none, and a spread of less
-    than a thousandth of the values counts as a thousandth.
+    Its gradient goes like one over the spread of `u`. So `u` that is constant to rounding gets none, and a spread of
+    less than a thousandth of the values counts as a thousandth.
     """
     def centred(x):
         if counts is None: return x - x.mean(dim, keepdim=True)
@@ -109,7 +109,8 @@ class TTM(LogitLoss):
 
     def row_terms(self, student, teacher, target):
         kl, log_U = transformed_kl(student, teacher, self.gamma)
-        return self.cross_entropy(student, target) | {"matching": self.beta * (log_U.exp() * kl if self.weighted else kl)}
+        if self.weighted: kl = log_U.exp() * kl
+        return self.cross_entropy(student, target) | {"matching": self.beta * kl}
 
 # %% ../../nbs/42_distributions.ipynb #2a6ddd76
 @register("wttm")
@@ -217,7 +218,8 @@ class MLKD(TwoViews):
     def batch_terms(self, rows):
         instance = sum(T**2 * dway_kl(rows.student, rows.teacher, T) for T in self.temperatures)
         weak = slice(len(rows.student) // rows.versions)
-        batch, classes = self.relations(rows.student[weak], rows.teacher[weak], None if rows.counts is None else rows.counts[weak])
+        counts = None if rows.counts is None else rows.counts[weak]
+        batch, classes = self.relations(rows.student[weak], rows.teacher[weak], counts)
         return self.cross_entropy(rows.student, rows.target) | {
             "instance": self.instance_weight * instance, "batch": self.batch_weight * batch,
             "class": self.class_weight * classes}

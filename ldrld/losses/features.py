@@ -33,7 +33,10 @@ def shapes_of(
 
 # %% ../../nbs/44_features.ipynb #a523e452
 class FeatureLoss(LogitLoss):
-    """A loss that also looks at features: the sum of named terms. A subclass makes its parts in `prepare`, writes `feature_terms`."""
+    """A loss that also looks at features: the sum of named terms.
+
+    A subclass makes its parts in `prepare` and writes `feature_terms`.
+    """
     needs_features = True
     row_wise = False
 

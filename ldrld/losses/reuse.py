@@ -156,7 +156,8 @@ class SDD(FeatureLoss):
         z_s = regional_logits(rows.student, student_features.last, self._heads[0], self.regions)
         with torch.no_grad(): z_t = regional_logits(rows.teacher, teacher_features.last, self._heads[1], self.regions)
         times = len(z_s) // len(rows.student)
-        share = rows.student.new_full((len(z_s),), 1 / len(z_s)) if rows.share is None else rows.share.repeat(times) / times
+        share = rows.student.new_full((len(z_s),), 1 / len(z_s))
+        if rows.share is not None: share = rows.share.repeat(times) / times
         double = conflicts(z_t, rows.teacher, rows.target)
         all_regions = Rows(z_s, z_t, rows.target.repeat(times), share)
         in_conflict = all_regions._replace(share=(self.conflict_weight - 1) * share.where(double, 0.0))

@@ -120,8 +120,8 @@ class WSLD(LogitLoss):
 
     def row_terms(self, student, teacher, target):
         weights = self.weights(student, teacher, target[:, None])
-        p_t, log_p_s = tempered(teacher, self.temperature).softmax(-1), tempered(student, self.temperature).log_softmax(-1)
-        soft = -(p_t * log_p_s).sum(-1)
+        p_t = tempered(teacher, self.temperature).softmax(-1)
+        soft = -(p_t * tempered(student, self.temperature).log_softmax(-1)).sum(-1)
         return self.cross_entropy(student, target) | {"soft": self.alpha * self.temperature**2 * weights * soft}
 
 # %% ../../nbs/41_target_losses.ipynb #1636dc01

@@ -291,7 +291,8 @@ class DHO(FeatureLoss):
 
     def feature_terms(self, rows, student_features, teacher_features, index):
         z = readable(wide(self.second(student_features.pooled)), rows.share)
-        return self.cross_entropy(rows.student, rows.target) | inner_terms(self.base, rows._replace(student=z), self.ramp)
+        of_second = inner_terms(self.base, rows._replace(student=z), self.ramp)
+        return self.cross_entropy(rows.student, rows.target) | of_second
 
     def deployed(self, student: nn.Module) -> nn.Module:
         "The student with both heads; its logits are the logarithm of the mixed probabilities."

@@ -59,6 +59,7 @@ class Rows(NamedTuple):
         if values.ndim: return mean_of(values, self.share)
         return values if self.share is None else values * self.share.sum() / self.versions
 
+# %% ../nbs/30_loss.ipynb #c1a55006
 def rows_of(
     student_logits: Tensor,  # (batch, classes), or (batch, sequence, vocabulary)
     teacher_logits: Tensor | None,  # the same shape
@@ -84,6 +85,7 @@ def rows_of(
     share = counts.to(torch.promote_types(s.dtype, torch.float32))
     return Rows(s, t, y, share / (n.clamp(min=1) if normalizer is None else n), versions)
 
+# %% ../nbs/30_loss.ipynb #c1a55007
 def for_versions(student_logits, target, mask, versions: int):
     "Target and mask for every version in the logits, and how many versions there are: `versions`, or one."
     each = target if target is not None else mask
@@ -127,6 +129,10 @@ class LossBase(nn.Module):
     needs_teacher = True  # whether it learns from what a teacher says
     needs_features = False  # whether it looks at what the networks compute on the way, see `44_features`
     alters_pictures = False  # whether it trains on pictures of its own making, from `pictures`
+    row_wise = True  # whether every row has a value of its own, so that parts of a batch can be evaluated one by one
+    needs_target = ""  # who cannot do without a target and why, such as "'dkd', which treats the true class apart"
+    looks_at_teacher = True  # whether it looks at the teacher's logits; if not, they may be None
+    versions = 1  # how many versions of every sample the logits may hold, with target and mask for one of them
     pair_settings: dict[tuple[str, str], dict] = {}  # published hyper-parameters by (teacher, student), CIFAR-100
     ramp = 1.0  # factor of the terms that warm up, set by `at_epoch`
 
@@ -184,11 +190,6 @@ class LogitLoss(LossBase):
     ValueError if the student rules out the label or what the teacher allows, where that is seen without waiting: on
     the CPU, outside of `torch.compile` and `torch.func`. Elsewhere the loss is then a very large number.
     """
-    row_wise = True  # whether every row has a value of its own, so that parts of a batch can be evaluated one by one
-    needs_target = ""  # who cannot do without a target and why, such as "'dkd', which treats the true class apart"
-    looks_at_teacher = True  # whether it looks at the teacher's logits; if not, they may be None
-    versions = 1  # how many versions of every sample the logits may hold, with target and mask for one of them
-
     def row_terms(
         self,
         student: Tensor,  # (rows, classes) logits in at least float32, without −∞
@@ -220,9 +221,10 @@ class LogitLoss(LossBase):
         self, student_logits, teacher_logits, target=None, mask=None, normalizer=None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         "The loss, to go backward from, and its terms, to log: they carry no gradient. Arguments as in `terms`."
-        given = {"mask": mask, "normalizer": normalizer}
-        given = {name: value for name, value in given.items() if value is not None}
-        terms = self.terms(student_logits, teacher_logits, target, **given)
+        if type(self).terms is LogitLoss.terms:
+            return self.evaluated(self.counted(student_logits, teacher_logits, target, mask, normalizer))
+        given = {"mask": mask, "normalizer": normalizer}           # a loss that writes `terms` may not take them
+        terms = self.terms(student_logits, teacher_logits, target, **{k: v for k, v in given.items() if v is not None})
         return sum(terms.values()), {name: term.detach() for name, term in terms.items()}
 
     def forward(self, student_logits, teacher_logits, target=None, mask=None, normalizer=None) -> Tensor:  # scalar
@@ -270,13 +272,8 @@ class RelationLoss(LogitLoss):
         "The loss by its formulas, from the entries of `Rows`."
         return sum(self.reduced(Rows(*rows)).values())
 
-    def value_and_terms(
-        self, student_logits, teacher_logits, target=None, mask=None, normalizer=None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        "The loss, with one gradient for all terms, made together with them (`32_fast`); and the terms, to log."
-        return self.evaluated(self.counted(student_logits, teacher_logits, target, mask, normalizer))
-
     def evaluated(self, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
+        "The loss, with one gradient for all terms, made together with them (`32_fast`); and the terms, to log."
         # a ranking by the label is an experiment of ours: the faster ways do without it
         fused = None if self.rank_by == "label" else fast.choose(self.backend, rows.student, rows.teacher, self.depth)
         if fused is None: return super().evaluated(rows)

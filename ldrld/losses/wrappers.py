@@ -72,12 +72,6 @@ class Wrapper(LogitLoss):
         logged = {name: self.factor * term for name, term in terms.items() if name != "ce"}
         return sum(ce.values()) + self.factor * value, {name: term.detach() for name, term in (ce | logged).items()}
 
-    def value_and_terms(
-        self, student_logits, teacher_logits, target=None, mask=None, normalizer=None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        "The loss, to go backward from, as the wrapped loss makes it; and the terms, to log, without gradient."
-        return self.evaluated(self.counted(student_logits, teacher_logits, target, mask, normalizer))
-
 # %% ../../nbs/43_wrappers.ipynb #5a73bd8a
 FLOOR = 1e-3  # the least that logits are divided by
 

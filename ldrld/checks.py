@@ -9,7 +9,7 @@ from numbers import Integral, Real
 import torch
 
 __all__ = ["number", "integer", "flag", "choice", "unknown_name", "depth_fits", "enough_remain", "logits",
-           "transformed", "may_look", "labels", "mask", "values_unseen"]
+           "transformed", "may_look", "labels", "mask", "normalizer", "values_unseen"]
 
 _unseen = False  # within `values_unseen`
 
@@ -145,3 +145,20 @@ def values_unseen():
     before, _unseen = _unseen, True
     try: yield
     finally: _unseen = before
+
+
+def normalizer(value, student_logits):
+    """`value`, a number of rows as number or scalar tensor, 1 in place of 0, when no row counts; ValueError for others.
+
+    The value of a tensor is looked at on the CPU only.
+    """
+    what = "normalizer must be the number of rows that count in all micro-batches, a number or a scalar tensor"
+    if not isinstance(value, torch.Tensor):
+        number("normalizer", value, at_least=0.0)
+        return value or 1
+    if value.numel() != 1 or value.dtype == torch.bool or value.is_complex():
+        raise ValueError(f"{what}, got shape {tuple(value.shape)} of {value.dtype}")
+    if value.device.type != "cpu": _same_device("normalizer", value, student_logits)
+    elif may_look(value): number("normalizer", value.item(), at_least=0.0)
+    value = value.detach().reshape(())
+    return value.where(value != 0, torch.ones_like(value))

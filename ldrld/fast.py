@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NOTHING', 'workspace', 'AT_ONCE', 'BACKENDS', 'kl_and_gradient', 'pairs_of', 'pairs_and_gradient', 'largest',
-           'Workspace', 'own_workspace', 'some_rows', 'constants', 'analytic', 'kernel', 'kernel_gradient',
-           'kernel_serves', 'OneGradient', 'choose']
+           'Workspace', 'own_workspace', 'some_rows', 'constants', 'held_type', 'analytic', 'kernel', 'kernel_gradient',
+           'kernel_serves', 'scaled', 'OneGradient', 'choose']
 
 # %% ../nbs/32_fast.ipynb #32ad5a4f
 import threading
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks
-from .relations import pair_indices
+from .relations import comparable, pair_indices, without_shared
 
 # %% ../nbs/32_fast.ipynb #bcc7a689
 def kl_and_gradient(
@@ -129,6 +129,10 @@ def constants(values: tuple[float, ...], dtype: torch.dtype, device) -> Tensor:
     "A vector that is the same in every step."
     return torch.tensor(values, dtype=dtype, device=device)
 
+def held_type(dtype: torch.dtype) -> torch.dtype:
+    "In what type a gradient waits for backward: float16 would lose what a loss scale is to bring into its range."
+    return torch.float32 if dtype == torch.float16 else dtype
+
 def analytic(
     student: Tensor,  # (rows, classes), any floating type
     teacher: Tensor,  # (rows, classes)
@@ -139,15 +143,17 @@ def analytic(
     factors: dict[str, float],  # of "ce", "pairs", "llki", "rntk"
     rank_by: str = "student",  # "student" | "teacher"
     with_grad: bool = True,  # whether the gradient is wanted
-) -> tuple[Tensor, Tensor | None]:  # terms (rows, 4) that add up to the loss; gradient (rows, classes) in the student's type
+) -> tuple[Tensor, Tensor | None]:  # terms (rows, 4) that add up; gradient (rows, classes) in `held_type`
     "Value and gradient of LDRLD together. Source: derived in `nbs/32_fast`; the same as `LDRLD.terms` and autograd."
     rows, classes = student.shape
     step = max(1, AT_ONCE.get(student.device.type, 2**18) // max(classes, 2 * len(weights) ** 2))
-    parts, gradient = [], torch.empty_like(student, memory_format=torch.contiguous_format) if with_grad else None
+    parts, gradient = [], None
+    if with_grad: gradient = torch.empty(student.shape, dtype=held_type(student.dtype), device=student.device)
     for k in range(0, rows, step):
         s, t, y, part = (None if x is None else x[k : k + step] for x in (student, teacher, target, share))
-        s, t = s.to(weights.dtype), t.to(weights.dtype)
         if part is not None: s, t = (z.masked_fill((part == 0)[:, None], 0.0) for z in (s, t))
+        s, t = comparable(s, t, None if y is None else y.clamp(min=0), k)
+        s, t = s.to(weights.dtype), without_shared(s, t).to(weights.dtype)
         terms, g = some_rows(s, t, y, weights, temperature, factors, rank_by, 1 / rows if part is None else 1.0)
         if part is not None: terms, g = terms * part[:, None], g.mul_(part[:, None])
         parts.append(terms)
@@ -177,13 +183,17 @@ def kernel_serves(student: Tensor, teacher: Tensor, depth: int) -> bool:
     return depth <= kernels.MAX_DEPTH and kernels.available()
 
 # %% ../nbs/32_fast.ipynb #650e1fa3
+def scaled(gradient: Tensor, above: Tensor, dtype: torch.dtype) -> Tensor:
+    "The gradient times what comes from above, a scalar, rounded to `dtype` at the end."
+    return torch.mul(gradient, above, out=torch.empty_like(gradient, dtype=dtype))
+
 class OneGradient(torch.autograd.Function):
     "LDRLD as one node of autograd's graph: its value, its four terms without gradient; the gradient is made in the forward."
 
     @staticmethod
     def forward(ctx, fused, plain, student, teacher, target, share, weights, *settings):
         terms, gradient = fused(student, teacher, target, share, weights, *settings, ctx.needs_input_grad[2])
-        ctx.fused, ctx.plain, ctx.constants, ctx.settings = fused, plain, (teacher, target, share, weights), settings
+        ctx.fused, ctx.plain, ctx.constants = fused, plain, (teacher, target, share)
         ctx.save_for_backward(student, gradient)
         terms = terms.sum(0)
         ctx.mark_non_differentiable(terms)
@@ -192,12 +202,13 @@ class OneGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, above, _):
         student, gradient = ctx.saved_tensors
+        held = gradient.dtype != student.dtype                     # waits in float32
         if torch.is_grad_enabled():                                # somebody will differentiate what is returned here
             constants = (x.clone() if x is not None and x.is_inference() else x for x in ctx.constants)
-            gradient = torch.autograd.grad(ctx.plain(student, *constants, *ctx.settings), student, above, create_graph=True)[0]
-        elif ctx.fused is kernel: gradient = kernel_gradient(ctx, gradient, above)
-        elif not checks.may_look(above) or above != 1: gradient = gradient * above
-        return None, None, gradient, *[None] * (4 + len(ctx.settings))
+            gradient = torch.autograd.grad(ctx.plain(student, *constants), student, above, create_graph=True)[0]
+        elif ctx.fused is kernel and not held: gradient = kernel_gradient(ctx, gradient, above)
+        elif held or not checks.may_look(above) or above != 1: gradient = scaled(gradient, above, student.dtype)
+        return None, None, gradient, *[None] * 7
 
 # %% ../nbs/32_fast.ipynb #58aa49dc
 BACKENDS = ("auto", "plain", "analytic", "triton")

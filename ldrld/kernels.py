@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .fast import held_type
 
 try:
     import triton
@@ -22,6 +23,8 @@ __all__ = ['MAX_DEPTH', 'available', 'fused', 'scale_']
 # %% ../nbs/36_triton.ipynb #2dc7e6f0
 _jit, _constexpr = (triton.jit, tl.constexpr) if triton is not None else (lambda f: f, lambda value: value)
 _LOWEST = _constexpr(-3.4028234663852886e38)  # the lowest float32
+_RULED_OUT = _constexpr(-1e9)  # a class with this logit has probability 0, see `10_relations`
+_BY_BOTH = _constexpr(-2e9)  # the teacher's, where the student rules the class out, too
 _LOG2_E = _constexpr(1.4426950408889634)  # e^x = 2^(x·log2 e), and 2^x is what the hardware has
 _TAKEN = _constexpr(-(2**63))  # the least int64, see "Choosing the classes"
 _LAST = _constexpr(2**31 - 1)  # the largest index
@@ -38,14 +41,35 @@ def _untempered(x, e, POWER: tl.constexpr):
 
 # %% ../nbs/36_triton.ipynb #e6754942
 @_jit
+def _finite(z):
+    "Logits in float32, −1e9 for −∞ and whatever else rules a class out. NaN stays."
+    x = z.to(tl.float32)
+    if z.dtype == tl.float16: x = tl.where(x <= -65504.0, _RULED_OUT, x)
+    else: x = tl.maximum(x, _RULED_OUT, propagate_nan=tl.PropagateNan.ALL)
+    return x
+
+@_jit
+def _without_shared(s, t):
+    "The teacher's logits, lower still where both rule a class out, so that no group asks for it."
+    return tl.where(s + t <= _BY_BOTH, _BY_BOTH, t)  # neither is below −1e9, so both are
+
+@_jit
 def _load(row, at, valid, MASKED: tl.constexpr, AGAIN: tl.constexpr):
     "Logits in float32. AGAIN: they will be read once more, so the cache had better hold on to them."
     policy: tl.constexpr = "evict_last" if AGAIN else "evict_first"
     if MASKED:
         z = tl.load(row + at, mask=valid, other=0.0, eviction_policy=policy)
-        z = tl.where(valid, z.to(tl.float32), _LOWEST)
-    else: z = tl.load(row + at, eviction_policy=policy).to(tl.float32)
+        z = tl.where(valid, _finite(z), _LOWEST)
+    else: z = _finite(tl.load(row + at, eviction_policy=policy))
     return z
+
+@_jit
+def _load_both(student, teacher, at, valid, MASKED: tl.constexpr, AGAIN: tl.constexpr):
+    "The logits of both networks."
+    s, t = _load(student, at, valid, MASKED, AGAIN), _load(teacher, at, valid, MASKED, AGAIN)
+    if MASKED: t = tl.where(valid, _without_shared(s, t), t)
+    else: t = _without_shared(s, t)
+    return s, t
 
 # %% ../nbs/36_triton.ipynb #ba2680d8
 @_jit
@@ -79,14 +103,14 @@ def _reduce(student, teacher, classes, scale, POWER: tl.constexpr, TARGET: tl.co
     whole = classes // (K * L) * (K * L)
     for start in range(0, whole, K * L):
         at = start + block
-        s, t = _load(student, at, at, False, True), _load(teacher, at, at, False, True)
+        s, t = _load_both(student, teacher, at, at, False, True)
         m_s, sum_s, sum_ce, m_t, sum_t, sum_d = _add(m_s, sum_s, sum_ce, m_t, sum_t, sum_d, s, t, at, scale,
                                                      POWER, TARGET, False)
     if TAIL:
         for start in range(whole, classes, L):
             at = start + tl.arange(0, L)[None, :]
             valid = at < classes
-            s, t = _load(student, at, valid, True, True), _load(teacher, at, valid, True, True)
+            s, t = _load_both(student, teacher, at, valid, True, True)
             m_s, sum_s, sum_ce, m_t, sum_t, sum_d = _add(m_s, sum_s, sum_ce, m_t, sum_t, sum_d, s, t, valid, scale,
                                                          POWER, TARGET, True)
     return m_s, sum_s, sum_ce, m_t, sum_t, sum_d
@@ -120,8 +144,8 @@ def _select(student, teacher, m, classes, depth: tl.constexpr, BY_STUDENT: tl.co
     others = keys != _TAKEN
     at = best[:, None] + tl.arange(0, G)[None, :] * L
     valid = (tl.arange(0, D)[:, None] < depth) & (at < classes)
-    s = tl.load(student + at, mask=valid, other=0.0).to(tl.float32)
-    t = tl.load(teacher + at, mask=valid, other=0.0).to(tl.float32)
+    s = _finite(tl.load(student + at, mask=valid, other=0.0))
+    t = _without_shared(s, _finite(tl.load(teacher + at, mask=valid, other=0.0)))
     if BY_STUDENT: keys = _keys(s, at, valid)
     else: keys = _keys(t, at, valid)
     pi, keys = _take(keys, depth, D)
@@ -197,12 +221,12 @@ def _write(grad, student, teacher, classes, n_s, n_t, log_s, log_t, f_rest, f_al
         for start in range(blocks * K * L, classes, L):
             at = start + tl.arange(0, L)
             valid = at < classes
-            s, t = _load(student, at, valid, True, False), _load(teacher, at, valid, True, False)
+            s, t = _load_both(student, teacher, at, valid, True, False)
             slope = _slope(s, t, n_s, n_t, log_s, log_t, f_rest, f_all, scale, POWER, TARGET)
             tl.store(grad + at, slope.to(grad.dtype.element_ty), mask=valid, eviction_policy="evict_first")
     for back in range(0, blocks):
         at = (blocks - 1 - back) * (K * L) + block
-        s, t = _load(student, at, at, False, False), _load(teacher, at, at, False, False)
+        s, t = _load_both(student, teacher, at, at, False, False)
         slope = _slope(s, t, n_s, n_t, log_s, log_t, f_rest, f_all, scale, POWER, TARGET)
         tl.store(grad + at, slope.to(grad.dtype.element_ty), eviction_policy="evict_first")
 
@@ -216,8 +240,8 @@ def _row(student, teacher, target, part, weights, terms, grad, classes, scale, t
     m_s, sum_s, sum_ce, m_t, sum_t, sum_d = _reduce(student, teacher, classes, scale, POWER, TARGET, TAIL, K, L)
     pi, s, t, left, lanes = _select(student, teacher, m_s if BY_STUDENT else m_t, classes, depth, BY_STUDENT, D, G, L)
     chosen = (tl.arange(0, D) < depth) & (pi < classes)
-    z_s = tl.load(student + pi, mask=chosen, other=0.0).to(tl.float32)
-    z_t = tl.load(teacher + pi, mask=chosen, other=0.0).to(tl.float32)
+    z_s = _finite(tl.load(student + pi, mask=chosen, other=0.0))
+    z_t = _without_shared(z_s, _finite(tl.load(teacher + pi, mask=chosen, other=0.0)))
     pairs, slope_pairs = _pairs(z_s, z_t, weights, temperature, depth, D)
     llki, slope_llki = _together(z_s, z_t, temperature, depth, D)
     slope = (f_pairs * slope_pairs + f_llki * slope_llki) / temperature
@@ -228,7 +252,7 @@ def _row(student, teacher, target, part, weights, terms, grad, classes, scale, t
     if TARGET:
         y = tl.load(target).to(tl.int32)
         known = (y >= 0) & (y < classes)
-        z_y = tl.load(student + y, mask=known, other=float("nan")).to(tl.float32)
+        z_y = _finite(tl.load(student + y, mask=known, other=float("nan")))
         n_ce = tl.max(m_s)
         all_ce = tl.sum(sum_ce * tl.exp2((m_s - n_ce) * _LOG2_E))
         ce = f_ce * (n_ce - z_y + tl.log(all_ce))
@@ -244,7 +268,7 @@ def _row(student, teacher, target, part, weights, terms, grad, classes, scale, t
             tl.debug_barrier()
             if TARGET:
                 apart = known & (tl.max(tl.where(chosen & (pi == y), 1, 0)) == 0)
-                t_y = tl.load(teacher + y, mask=apart, other=0.0).to(tl.float32)
+                t_y = _finite(tl.load(teacher + y, mask=apart, other=0.0))
                 slope_y = _slope(z_y, t_y, n_s, n_t, log_s, log_t, f_rest, f_all, scale, POWER, TARGET) - part * f_ce
                 tl.store(grad + y, slope_y.to(grad.dtype.element_ty), mask=apart)
     if GRAD: tl.store(grad + pi, (part * slope).to(grad.dtype.element_ty), mask=chosen)
@@ -344,19 +368,20 @@ def fused(
     factors: dict[str, float],  # of "ce", "pairs", "llki" and "rntk"
     rank_by: str = "student",  # whose logits select the classes: "student" | "teacher"
     with_grad: bool = True,  # whether the gradient is computed too
-) -> tuple[Tensor, Tensor | None]:  # terms (rows, 4) float32, and the gradient of their sum in the student's dtype
+) -> tuple[Tensor, Tensor | None]:  # terms (rows, 4) float32; gradient of their sum in `held_type`
     """The terms of LDRLD (columns "ce", "pairs", "llki", "rntk") and their gradient for the student, in one launch.
 
     Computes in float32. A row of share 0 may hold anything, NaN and target −100 included, and gives exact zeros; in
-    any other row a target that is no class makes its cross-entropy NaN. Raises ValueError for a wrong argument and
-    ImportError without Triton.
+    any other row a target that is no class makes its cross-entropy NaN. A class that a logit of −∞ rules out counts as
+    −1e9 and gets no gradient; if the teacher allows it, the loss is a very large number. Raises ValueError for a wrong
+    argument and ImportError without Triton.
     Source: the paper, arXiv 2507.15911; derived in `nbs/36_triton.ipynb`.
     """
     _check(student, teacher, target, share, weights, temperature, rank_by)
     student, teacher = (z.detach() if z.stride(1) == 1 else z.detach().contiguous() for z in (student, teacher))
     (rows, classes), T = student.shape, float(temperature)
     terms = torch.empty(rows, 4, dtype=torch.float32, device=student.device)
-    grad = torch.empty(rows, classes, dtype=student.dtype, device=student.device) if with_grad else None
+    grad = torch.empty(rows, classes, dtype=held_type(student.dtype), device=student.device) if with_grad else None
     options = _options(classes, len(weights), T, rank_by, target is not None, with_grad)
     with torch.cuda.device_of(student):
         _kernel[(rows,)](student, teacher, share if target is None else target.contiguous(), share.contiguous(),

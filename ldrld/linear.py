@@ -10,34 +10,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .loss import LogitLoss, counted_rows
+from . import checks
+from .fast import held_type, scaled
+from .loss import LogitLoss, rows_of
 
 # %% ../nbs/34_language.ipynb #0f079fc4
+def _rows(x: Tensor | None, k: Tensor) -> Tensor | None:
+    "Rows `k` of `x`; a row of zeros if there are none, so that a loss of nothing is 0 for every term."
+    if x is None: return None
+    return x[k] if len(k) else x.new_zeros(1, *x.shape[1:])
+
 class _RowsAtATime(torch.autograd.Function):
     "Loss of a linear layer's outputs, with the gradients of its input and weights made in the forward."
 
     @staticmethod
-    def forward(ctx, names, loss, step, share, y, h_t, W_t, b_t, h_s, W_s, b_s):
-        wants = [x is not None and need for x, need in zip((h_s, W_s, b_s), ctx.needs_input_grad[-3:])]
+    def forward(ctx, names, loss, step, counted, normalizer, y, h_t, W_t, b_t, *inputs):
+        h_s, W_s, b_s, *parameters = inputs
+        wants = [x is not None and need for x, need in zip(inputs, ctx.needs_input_grad[9:])]
         # many small contributions are added up, so in float32 at least
-        d_h, d_W, d_b = (torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) if want else None
-                         for x, want in zip((h_s, W_s, b_s), wants))
+        sums = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) if want else None
+                for x, want in zip(inputs, wants)]
         value, terms = 0.0, {}
-        for k in range(0, len(h_s), step):
-            rows = slice(k, k + step)
-            h, part = h_s[rows], share[rows]
-            z_t = h_t[rows] if W_t is None else F.linear(h_t[rows], W_t, b_t)
+        for k in counted.split(step):
+            h, z_t = _rows(h_s, k), _rows(h_t, k)
+            if W_t is not None: z_t = F.linear(z_t, W_t, b_t)
+            mask = None if len(k) else k.new_zeros(1, dtype=torch.bool)
             with torch.enable_grad():
-                z = F.linear(h, W_s, b_s).detach().requires_grad_(any(wants))
-                mean, some = loss.value_and_terms(z, z_t, None if y is None else y[rows], part > 0)
-            value = value + mean.detach() * part.sum()
-            terms = {name: terms.get(name, 0.0) + term * part.sum() for name, term in some.items()}
-            if not any(wants): continue
-            g = torch.autograd.grad(mean, z, part.sum().to(mean.dtype))[0]
-            if wants[0]: d_h[rows] = g @ W_s
-            if wants[1]: d_W += g.T @ h
-            if wants[2]: d_b += g.sum(0)
-        ctx.save_for_backward(*(None if d is None else d.to(x.dtype) for d, x in zip((d_h, d_W, d_b), (h_s, W_s, b_s))))
+                z = F.linear(h, W_s, b_s).detach()
+                z = z.to(held_type(z.dtype)).requires_grad_(any(wants[:3]))
+                part, some = loss.value_and_terms(z, z_t, _rows(y, k), mask, normalizer)
+            value = value + part.detach()
+            terms = {name: terms.get(name, 0.0) + term for name, term in some.items()}
+            if any(wants) and len(k): _add_gradients(sums, part, z, k, h, W_s, parameters)
+        ctx.types = [None if d is None else x.dtype for d, x in zip(sums, inputs)]
+        ctx.save_for_backward(*(None if d is None else d.to(held_type(dtype)) for d, dtype in zip(sums, ctx.types)))
         names += terms                                             # for the caller, in the order of the stack
         terms = torch.stack(list(terms.values()))
         ctx.mark_non_differentiable(terms)
@@ -46,19 +52,50 @@ class _RowsAtATime(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, above, _):
-        return *[None] * 8, *(None if d is None else d * above for d in ctx.saved_tensors)
+        return *[None] * 9, *(None if d is None else scaled(d, above, dtype)
+                              for d, dtype in zip(ctx.saved_tensors, ctx.types))
+
+# %% ../nbs/34_language.ipynb #d1a00001
+def _add_gradients(sums, part, z, k, h, W_s, parameters) -> None:
+    "Add to `sums` the gradients of rows `k`, whose loss is `part` and whose logits are `z`; None is not wanted."
+    d_h, d_W, d_b, *d_parameters = sums
+    wanted = [p for p, d in zip(parameters, d_parameters) if d is not None]
+    inputs = [z, *wanted] if z.requires_grad else wanted
+    found = list(torch.autograd.grad(part, inputs, allow_unused=True))
+    if z.requires_grad:
+        g = found.pop(0)
+        with torch.autocast(g.device.type, enabled=False):
+            if d_h is not None: d_h[k] = (g @ W_s.to(g.dtype)).to(d_h.dtype)
+            if d_W is not None: d_W += g.T @ h.to(g.dtype)
+            if d_b is not None: d_b += g.sum(0, dtype=d_b.dtype)
+    for d, gradient in zip((d for d in d_parameters if d is not None), found):
+        if gradient is not None: d += gradient
 
 # %% ../nbs/34_language.ipynb #f52a3990
 def _check_layer(who: str, hidden, weight, vocabulary: int, lead: torch.Size) -> None:
     "ValueError unless `weight` makes logits over the vocabulary from `hidden`, which has the leading dimensions `lead`."
     width = hidden.shape[-1] if weight is None else weight.shape[-1]
     if weight is not None and (weight.ndim != 2 or weight.shape[0] != vocabulary):
-        raise ValueError(f"{who}_weight must have shape (vocabulary, width) with a vocabulary of {vocabulary}, got {tuple(weight.shape)}")
+        raise ValueError(f"{who}_weight must have shape (vocabulary, width) with a vocabulary of {vocabulary}, got "
+                         f"{tuple(weight.shape)}")
     if hidden.shape != (*lead, width) or (weight is None and width != vocabulary):
-        raise ValueError(f"{who}_hidden must have shape {(*lead, vocabulary if weight is None else width)}, got {tuple(hidden.shape)}")
+        raise ValueError(f"{who}_hidden must have shape "
+                         f"{(*lead, vocabulary if weight is None else width)}, got {tuple(hidden.shape)}")
 
+def _check_loss(loss) -> None:
+    "ValueError unless `loss` is one on logits whose rows do not depend on each other."
+    name = type(loss).__name__
+    if not isinstance(loss, LogitLoss) or loss.needs_features:
+        raise ValueError(f"loss must be one on logits, such as losses.build('ldrld'), got a {name}")
+    if not loss.row_wise:
+        raise ValueError(f"loss must compare row by row, but {name} compares the samples of a batch with each other, "
+                         "so that some rows at a time give another value; make the logits and call the loss on them")
+    if type(loss).terms is not LogitLoss.terms:
+        raise ValueError(f"loss must write row_terms, and {name} writes terms, which may need all rows at once")
+
+# %% ../nbs/34_language.ipynb #d1a00002
 def linear_loss(
-    loss: LogitLoss,  # any loss of `ldrld.losses`
+    loss: LogitLoss,  # one on logits that is `row_wise`, so not DIST
     student_hidden: Tensor,  # (…, width) what the student's last layer is given
     student_weight: Tensor,  # (vocabulary, width) of that layer
     teacher_hidden: Tensor,  # (…, teacher's width), or its logits (…, vocabulary) if `teacher_weight` is None
@@ -67,20 +104,29 @@ def linear_loss(
     mask: Tensor | None = None,  # (…,) bool: which tokens count; None: all
     student_bias: Tensor | None = None, teacher_bias: Tensor | None = None,  # (vocabulary,)
     at_once: int = 2**24,  # logits of each network that are there at a time
+    normalizer: float | Tensor | None = None,  # number of tokens that count in all micro-batches; None: in this one
 ) -> tuple[Tensor, dict[str, Tensor]]:  # the loss, to go backward from, and its terms, which carry no gradient
     """`loss.value_and_terms` of two linear layers' outputs, whose logits are made a few rows at a time and never stored.
 
-    Gradients go to the student's hidden states, weight and bias. Raises ValueError for shapes that do not fit.
+    Gradients go to the student's hidden states, weight and bias, and to parameters of the loss (CTKD's temperature).
+    Rows that do not count may hold anything and cost nothing; on a GPU their number is waited for, once a call.
+    Gradients of float16 inputs are kept in float32 until backward multiplies them, which takes twice their memory.
+    Raises ValueError for shapes that do not fit, and for a loss that compares the samples of a batch with each other.
+    Errors about logits count rows from the first of those that are made at a time.
     Source: our loss in the manner of fused linear cross-entropies (Liger Kernel, arXiv 2410.10989).
     """
+    _check_loss(loss)
     lead, vocabulary = student_hidden.shape[:-1], student_weight.shape[0]
     _check_layer("student", student_hidden, student_weight, vocabulary, lead)
     _check_layer("teacher", teacher_hidden, teacher_weight, vocabulary, lead)
     shape_only = student_hidden.detach().new_empty(1).expand(*lead, vocabulary)      # no memory: one number, seen often
-    *_, y, share = counted_rows(shape_only, shape_only, target, mask)
+    rows = rows_of(shape_only, None, target, mask, needs_teacher=False)
     h_s, h_t = (h.reshape(-1, h.shape[-1]) for h in (student_hidden, teacher_hidden.detach()))
-    if share is None: share = torch.full((len(h_s),), 1 / len(h_s), device=h_s.device)
+    counted = torch.arange(len(h_s), device=h_s.device) if rows.counts is None else rows.counts.nonzero()[:, 0]
+    n = max(len(counted), 1) if normalizer is None else checks.normalizer(normalizer, shape_only)
     constants = (x if x is None else x.detach() for x in (teacher_weight, teacher_bias))
     names: list[str] = []
-    value, terms = _RowsAtATime.apply(names, loss, max(1, at_once // vocabulary), share, y, h_t, *constants, h_s, student_weight, student_bias)
+    value, terms = _RowsAtATime.apply(
+        names, loss, max(1, at_once // vocabulary), counted, n, rows.target, h_t, *constants,
+        h_s, student_weight, student_bias, *loss.parameters())
     return value, dict(zip(names, terms.unbind()))

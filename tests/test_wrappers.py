@@ -50,7 +50,8 @@ def test_extremes_and_padding(name, given, dtype):
     y = torch.randint(10, (16,), generator=g)
     y[3] = -100
     for z_s, z_t in ((one, -one), (one, other), (0 * one, 0 * one + 5), (1e-9 * one, other)):
-        if given["loss"] == "dist" and dtype == torch.float16 and z_s.abs().max() < 1: continue  # a correlation's gradient is one over the spread
+        # logits of 1e-5: what divides by 1e-3 at least and a correlation over it have a gradient of 7e4, beyond float16
+        if (name, given["loss"], dtype) == ("standardized", "dist", torch.float16) and 0 < z_s.abs().max() < 1: continue
         z = z_s.to(dtype, copy=True)
         z[3] = torch.nan
         z.requires_grad_()

@@ -11,7 +11,7 @@ import inspect
 import torch
 from torch import Tensor, nn
 
-from ..loss import LogitLoss
+from ..loss import LogitLoss, Rows, compared, mean_of
 from ..models.parts import Features
 
 # %% ../../nbs/44_features.ipynb #80037476
@@ -33,8 +33,12 @@ def shapes_of(
 
 # %% ../../nbs/44_features.ipynb #a523e452
 class FeatureLoss(LogitLoss):
-    """A loss that also looks at features: the sum of named terms. A subclass makes its parts in `prepare` and writes `terms`."""
+    """A loss that also looks at features: the sum of named terms.
+
+    A subclass makes its parts in `prepare` and writes `feature_terms`.
+    """
     needs_features = True
+    row_wise = False
 
     def forward(self, *seen, **more) -> Tensor:  # arguments as in `terms`
         "The sum of `terms`."
@@ -45,17 +49,28 @@ class FeatureLoss(LogitLoss):
         terms = self.terms(*seen, **more)
         return sum(terms.values()), {name: term.detach() for name, term in terms.items()}
 
+    def feature_terms(self, rows: Rows, student_features, teacher_features, index) -> dict[str, Tensor]:
+        "The weighted terms: one value for each of `rows`, which are as `compared` gives them, or scalars."
+        raise NotImplementedError(f"{type(self).__name__} must define feature_terms(rows, student_features, "
+                                  "teacher_features, index), which returns named tensors")
+
     def terms(
         self,
         student_logits: Tensor,  # (batch, classes)
         teacher_logits: Tensor | None,  # the same shape, taken as constant; None for a loss without a teacher
-        target: Tensor | None = None,  # (batch,) int64; None: no "ce"
+        target: Tensor | None = None,  # (batch,) int64; −100 does not count, for terms made of logits; None: no "ce"
         student_features: Features | None = None,  # from `student(x, features=True)`
         teacher_features: Features | None = None,  # from `teacher(x, features=True)`, taken as constant
         index: Tensor | None = None,  # (batch,) which training pictures these are, for a loss with a memory
+        normalizer: None = None,  # refused: features are compared over the batch
     ) -> dict[str, Tensor]:  # weighted scalars
-        "The weighted terms; they add up to the loss."
-        raise NotImplementedError
+        "The weighted terms; they add up to the loss. ValueError for missing features, or a wrong shape or type."
+        self.features_given(student_features, teacher_features)
+        rows = self.counted(student_logits, teacher_logits, target, normalizer=normalizer)
+        self.check_target(rows)
+        rows = compared(rows)
+        terms = self.feature_terms(rows, student_features, teacher_features, index)
+        return {name: mean_of(value, rows.share) if value.ndim else value for name, value in terms.items()}
 
     def features_given(self, student_features, teacher_features) -> None:
         "ValueError, naming the argument, unless the features that this loss looks at are there."

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks
-from ..loss import counted_rows, cross_entropy_term, readable
 from .features import FeatureLoss, shapes_of
 from .registry import register
 from ..models.parts import Features
@@ -33,6 +32,7 @@ def each(features: Features, change) -> Features:
 # %% ../../nbs/45_feature_losses.ipynb #9c809b45
 class Comparison(FeatureLoss):
     """Cross-entropy plus terms between features. A subclass writes `pick` and `compare`, with parts also `prepare`."""
+    looks_at_teacher = False  # at its logits
     parts: tuple[str, ...] = ()  # what `prepare` makes, by attribute
 
     def __init__(self, ce_weight: float, **weights: float):
@@ -48,21 +48,18 @@ class Comparison(FeatureLoss):
         "Weighted terms between the two sides, which come in at least float32."
         raise NotImplementedError
 
-    def terms(self, student_logits, teacher_logits, target=None, student_features=None, teacher_features=None,
-              index=None):
-        "As `FeatureLoss.terms`; ValueError for missing features, or before `prepare` where the loss has parts."
-        self.features_given(student_features, teacher_features)
+    def feature_terms(self, rows, student_features, teacher_features, index):
+        "As in `FeatureLoss`; ValueError before `prepare` where the loss has parts."
         if any(not hasattr(self, part) for part in self.parts):
             raise ValueError(f"{type(self).__name__} has no parts yet; "
                              "call prepare(student, teacher, example, data) first")
-        s, _, y, share = counted_rows(student_logits, None, target, needs_teacher=False)
-        device = student_logits.device.type
+        device = rows.student.device.type
         teacher_features = each(teacher_features, Tensor.detach)
         if not torch.is_autocast_enabled(device):
             student_features, teacher_features = each(student_features, wide), each(teacher_features, wide)
         ours, theirs = self.pick(student_features, teacher_features)
         with torch.autocast(device, enabled=False):
-            return (cross_entropy_term(readable(s, share), y, share, self.ce_weight)
+            return (self.cross_entropy(rows.student, rows.target)
                     | self.compare([wide(x) for x in ours], [wide(x) for x in theirs], index))
 
 # %% ../../nbs/45_feature_losses.ipynb #3314bd9a

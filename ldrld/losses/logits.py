@@ -6,10 +6,8 @@
 __all__ = ['CrossEntropy', 'KD']
 
 # %% ../../nbs/40_logit_losses.ipynb #ee9dec54
-from torch import Tensor
-
 from .. import checks
-from ..loss import LDRLD, LogitLoss, counted_rows, cross_entropy_term, mean_of, readable
+from ..loss import LDRLD, LogitLoss
 from .registry import register
 from ..relations import dway_kl
 
@@ -18,6 +16,7 @@ from ..relations import dway_kl
 class CrossEntropy(LogitLoss):
     "Cross-entropy with the labels: the student without a teacher."
     needs_teacher = False
+    needs_target = "'ce', which learns from labels alone"
 
     def __init__(
         self,
@@ -26,17 +25,7 @@ class CrossEntropy(LogitLoss):
         super().__init__()
         self.ce_weight = checks.number("ce_weight", ce_weight, at_least=0.0)
 
-    def terms(
-        self,
-        student_logits: Tensor,  # (batch, classes) or (batch, sequence, vocabulary), any floating type
-        teacher_logits: Tensor | None,  # ignored, may be None
-        target: Tensor,  # (batch,) or (batch, sequence) int64 classes; −100 does not count
-        mask: Tensor | None = None,  # like target, bool: which samples or tokens count; None: all
-    ) -> dict[str, Tensor]:  # scalar "ce"
-        "The cross-entropy. Raises ValueError for wrong logits, or a wrong or missing target."
-        if target is None: raise ValueError("target must be given for 'ce', which learns from labels alone, got None")
-        s, _, y, share = counted_rows(student_logits, None, target, mask, needs_teacher=False)
-        return cross_entropy_term(readable(s, share), y, share, self.ce_weight)
+    def row_terms(self, student, teacher, target): return self.cross_entropy(student, target)
 
 # %% ../../nbs/40_logit_losses.ipynb #42847719
 @register("kd")
@@ -57,18 +46,9 @@ class KD(LogitLoss):
         self.ce_weight = checks.number("ce_weight", ce_weight, at_least=0.0)
         self.kd_weight = checks.number("kd_weight", kd_weight, at_least=0.0)
 
-    def terms(
-        self,
-        student_logits: Tensor,  # (batch, classes) or (batch, sequence, vocabulary), any floating type
-        teacher_logits: Tensor,  # the same shape, taken as constant
-        target: Tensor | None = None,  # (batch,) or (batch, sequence) int64; −100 does not count; None: no "ce"
-        mask: Tensor | None = None,  # like target, bool: which samples or tokens count; None: all
-    ) -> dict[str, Tensor]:  # scalars "ce", "kd"
-        "The weighted terms; they add up to the loss. Raises ValueError for a wrong shape or type."
-        s, t, y, share = counted_rows(student_logits, teacher_logits, target, mask)
-        s, t = readable(s, share), readable(t.detach(), share)
-        return cross_entropy_term(s, y, share, self.ce_weight) | {
-            "kd": self.kd_weight * self.temperature**2 * mean_of(dway_kl(s, t, self.temperature), share)}
+    def row_terms(self, student, teacher, target):
+        kl = dway_kl(student, teacher, self.temperature)
+        return self.cross_entropy(student, target) | {"kd": self.kd_weight * self.temperature**2 * kl}
 
 # %% ../../nbs/40_logit_losses.ipynb #b88fc479
 register("ldrld")(LDRLD)

@@ -165,13 +165,14 @@ def partial_square(
 # %% ../../nbs/46_memory_margins_review.ipynb #085c6132
 def margins_of(
     norm: nn.BatchNorm2d,  # the one before the activation
-) -> Tensor:  # (channels,) float32, none above 0
+) -> Tensor:  # (channels,) in the type of the batch norm, at least float32; none above 0
     "Mean of a channel's negative values, from the batch norm's weight and bias; −3s if it is hardly ever negative."
     s, mu = norm.weight.detach().double().abs(), norm.bias.detach().double()
     ratio = mu / s.clamp(min=1e-30)
     below = torch.special.ndtr(-ratio)
     density = (-ratio.square() / 2).exp() / math.sqrt(2 * math.pi)
-    return torch.where(below > 0.001, mu - s * density / below, -3 * s).float()
+    margins = torch.where(below > 0.001, mu - s * density / below, -3 * s)
+    return margins.to(torch.promote_types(norm.weight.dtype, torch.float32))
 
 # %% ../../nbs/46_memory_margins_review.ipynb #f88fa481
 def norms_before_activation(

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks
-from ..loss import IGNORED, counted_rows, cross_entropy_term, mean_of, readable
+from ..loss import Rows, readable
 from .features import FeatureLoss, shapes_of
 from .registry import available, build, register
 from ..models.mobile import MobileNetV2
@@ -105,9 +105,13 @@ def inner_loss(
             checks.number("warmup", warmup, at_least=0.0))
 
 
-def inner_terms(base: nn.Module, *given, factor=1.0, **more) -> dict[str, Tensor]:
+def inner_terms(
+    base: nn.Module,  # from `inner_loss`
+    rows: Rows,  # what it compares
+    factor: float = 1.0,
+) -> dict[str, Tensor]:  # scalars
     "The terms of such a loss times `factor`, without the cross-entropy, which is 0 there."
-    return {name: factor * term for name, term in base.terms(*given, **more).items() if name != "ce"}
+    return {name: factor * term for name, term in base.reduced(rows).items() if name != "ce"}
 
 # %% ../../nbs/47_classifier_reuse.ipynb #483240d3
 @register("sdd")
@@ -118,6 +122,7 @@ class SDD(FeatureLoss):
     Source: Wei et al., CVPR 2024, and its released code (shicaiwei123/SDD-CVPR2024).
     """
     pair_settings = {("resnet32x4", "resnet8x4"): {"regions": [1, 2]}, ("vgg13", "vgg8"): {"regions": [1, 2]}}
+    needs_target = "'sdd', whose weights ask whether the teacher is right"
 
     def __init__(
         self,
@@ -147,20 +152,17 @@ class SDD(FeatureLoss):
         super().at_epoch(epoch, epochs, seed)
         self.base.at_epoch(epoch, epochs, seed)
 
-    def terms(self, student_logits, teacher_logits, target=None,
-              student_features=None, teacher_features=None, index=None) -> dict[str, Tensor]:
-        "The \"ce\" and the terms of the distance, weighted. Arguments as in `FeatureLoss`; the target is needed."
-        self.features_given(student_features, teacher_features)
-        if target is None:
-            raise ValueError("target must be given for 'sdd', whose weights ask whether the teacher is right, got None")
-        s, t, y, share = counted_rows(student_logits, teacher_logits.detach(), target)
-        z_s = regional_logits(s, student_features.last, self._heads[0], self.regions)
-        with torch.no_grad(): z_t = regional_logits(t, teacher_features.last, self._heads[1], self.regions)
-        double, y_all = conflicts(z_t, t, y), y.repeat(len(z_t) // len(y))
-        part = (self.conflict_weight - 1) * (double & (y_all != IGNORED)).sum() / (y_all != IGNORED).sum().clamp(min=1)
-        once = inner_terms(self.base, z_s, z_t, y_all, factor=self.ramp)
-        again = inner_terms(self.base, z_s, z_t, y_all, mask=double, factor=self.ramp * part)
-        return cross_entropy_term(readable(s, share), y, share, self.ce_weight) | {n: once[n] + again[n] for n in once}
+    def feature_terms(self, rows, student_features, teacher_features, index):
+        z_s = regional_logits(rows.student, student_features.last, self._heads[0], self.regions)
+        with torch.no_grad(): z_t = regional_logits(rows.teacher, teacher_features.last, self._heads[1], self.regions)
+        times = len(z_s) // len(rows.student)
+        share = rows.student.new_full((len(z_s),), 1 / len(z_s))
+        if rows.share is not None: share = rows.share.repeat(times) / times
+        double = conflicts(z_t, rows.teacher, rows.target)
+        all_regions = Rows(z_s, z_t, rows.target.repeat(times), share)
+        in_conflict = all_regions._replace(share=(self.conflict_weight - 1) * share.where(double, 0.0))
+        once, again = (inner_terms(self.base, part, self.ramp) for part in (all_regions, in_conflict))
+        return self.cross_entropy(rows.student, rows.target) | {name: once[name] + again[name] for name in once}
 
 # %% ../../nbs/47_classifier_reuse.ipynb #e6ca5994
 def three_layers(
@@ -218,15 +220,11 @@ class SimKD(FeatureLoss):
         self.projector = three_layers(c_s, c_t, self.reduction).to(example.device)
         return self
 
-    def terms(self, student_logits, teacher_logits, target=None,
-              student_features=None, teacher_features=None, index=None) -> dict[str, Tensor]:
-        "The \"ce\" of the combined network and \"features\", weighted. Arguments as in `FeatureLoss`."
-        self.features_given(student_features, teacher_features)
-        s, _, y, share = counted_rows(student_logits, teacher_logits, target)
+    def feature_terms(self, rows, student_features, teacher_features, index):
         last_s, last_t = (F.adaptive_avg_pool2d(f.last, self.size) for f in (student_features, teacher_features))
         last = self.projector(last_s)
-        z = plain_linear(self._head[0], wide(last).mean((2, 3)).to(self._head[0].weight.dtype))
-        return cross_entropy_term(readable(z, share), y, share, self.ce_weight) | {
+        z = wide(plain_linear(self._head[0], wide(last).mean((2, 3)).to(self._head[0].weight.dtype)))
+        return self.cross_entropy(readable(z, rows.share), rows.target) | {
             "features": self.feature_weight * F.mse_loss(wide(last), wide(last_t).detach())}
 
     def deployed(self, student: nn.Module) -> nn.Module:
@@ -286,16 +284,11 @@ class CATKD(FeatureLoss):
                                  f"got {self.resolution}")
         return self
 
-    def terms(self, student_logits, teacher_logits, target=None,
-              student_features=None, teacher_features=None, index=None) -> dict[str, Tensor]:
-        "The \"ce\" and \"maps\", weighted. Arguments as in `FeatureLoss`."
-        self.features_given(student_features, teacher_features)
-        s, _, y, share = counted_rows(student_logits, teacher_logits, target)
+    def feature_terms(self, rows, student_features, teacher_features, index):
         a_s, a_t = (class_maps(f.last, head.weight, self.resolution)
                     for f, head in zip((student_features, teacher_features), self._heads))
         if self.normalize: a_s, a_t = (F.normalize(a.flatten(2), dim=2) for a in (a_s, a_t))
-        return cross_entropy_term(readable(s, share), y, share, self.ce_weight) | {
-            "maps": self.beta * F.mse_loss(a_s, a_t.detach())}
+        return self.cross_entropy(rows.student, rows.target) | {"maps": self.beta * F.mse_loss(a_s, a_t.detach())}
 
 # %% ../../nbs/47_classifier_reuse.ipynb #67fb72ef
 CUT_BEFORE_RELU = (VGG, ShuffleNetV1)  # a stage hands on what its last ReLU has not seen yet
@@ -443,18 +436,14 @@ class FCFD(Hybrids):
                    "ce_weight": ce_weight, "warmup": warmup}
         for name, value in weights.items(): setattr(self, name, checks.number(name, value, at_least=0.0))
 
-    def terms(self, student_logits, teacher_logits, target=None,
-              student_features=None, teacher_features=None, index=None) -> dict[str, Tensor]:
-        "The \"ce\", \"kd\", \"hybrids\" and \"features\", weighted. Arguments as in `FeatureLoss`."
-        self.features_given(student_features, teacher_features)
-        s, t, y, share = counted_rows(student_logits, teacher_logits, target)
+    def feature_terms(self, rows, student_features, teacher_features, index):
         maps = [m.detach() for m in handed_on(self._networks[1], teacher_features)]
         bridged = [b(m) for b, m in zip(self.to_teacher, handed_on(self._networks[0], student_features))]
         logits = [self.hybrid(path, bridged, maps) for path in self.draw(self.hybrids)]
-        t, tau = readable(t.detach(), share), self.temperature
-        kl = lambda z: tau**2 * mean_of(dway_kl(readable(z, share), t, tau), share)
+        tau = self.temperature
+        kl = lambda z: tau**2 * dway_kl(readable(z, rows.share), rows.teacher, tau)
         pooled = wide(bridged[-1]).relu().mean((2, 3)), wide(teacher_features.pooled).detach()
         features = F.mse_loss(*pooled) + sum(F.mse_loss(wide(a), wide(b)) for a, b in zip(bridged, maps))
-        return cross_entropy_term(readable(s, share), y, share, self.ce_weight) | {
-            "kd": self.kd_weight * kl(s), "hybrids": self.hybrid_weight * sum(map(kl, logits)),
+        return self.cross_entropy(rows.student, rows.target) | {
+            "kd": self.kd_weight * kl(rows.student), "hybrids": self.hybrid_weight * sum(map(kl, logits)),
             "features": self.ramp * self.feature_weight * features}

@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks
-from ..loss import IGNORED, LogitLoss, counted_rows, cross_entropy_term, mean_of, readable
+from ..loss import LogitLoss, mean_of, readable
 from .features import FeatureLoss, shapes_of
 from .registry import register
 from .reuse import drawn, heads_of, inner_loss, inner_terms, wide
+from ..relations import RULED_OUT, centred, finite
 
 # %% ../../nbs/48_teacher_free.ipynb #82dca570
 def without(
@@ -44,7 +45,7 @@ def zipf_labels(
     "ζ: masses 1/rank of the classes in the order of both heads together, the label left out."
     score = torch.logaddexp(log_odds(weak, target), log_odds(strong, target))
     rank = score.argsort(-1, descending=True).argsort(-1) + 1
-    mass = (1 / rank).to(score.dtype).scatter(-1, target[:, None], 0.0)
+    mass = rank.to(score.dtype).reciprocal().scatter(-1, target[:, None], 0.0)
     return mass / mass.sum(-1, keepdim=True)
 
 # %% ../../nbs/48_teacher_free.ipynb #53f63a31
@@ -57,6 +58,7 @@ class USKD(FeatureLoss):
     the defaults; for ImageNet it has α = 1, β = 0.1, μ = 0.005.
     """
     needs_teacher = False
+    needs_target = "'uskd', which learns from labels alone"
 
     def __init__(
         self,
@@ -75,22 +77,18 @@ class USKD(FeatureLoss):
         self.weak_head = nn.Linear(shapes_of(student, example).stages[-2][0], classes).to(example.device)
         return self
 
-    def terms(self, student_logits, teacher_logits, target=None,
-              student_features=None, teacher_features=None, index=None) -> dict[str, Tensor]:
-        'The "ce", "target", "others" and "weak", weighted. Arguments as in `FeatureLoss`; the target is needed.'
-        self.features_given(student_features, teacher_features)
-        if target is None: raise ValueError("target must be given for 'uskd', which learns from labels alone, got None")
-        s, _, y, share = counted_rows(student_logits, None, target, needs_teacher=False)
-        z, t = wide(readable(s, share)), y.clamp(min=0)  # a row that does not count may have any label
-        weak = wide(self.weak_head(wide(student_features.stages[-2]).mean((2, 3)).to(self.weak_head.weight.dtype)))
+    def feature_terms(self, rows, student_features, teacher_features, index):
+        z, t = rows.student, rows.target
+        pooled = wide(student_features.stages[-2]).mean((2, 3))
+        weak = readable(wide(self.weak_head(pooled.to(self.weak_head.weight.dtype))), rows.share)
         log_p_t = z.log_softmax(-1).gather(-1, t[:, None])[:, 0]
         r = (2 * log_p_t.detach()).exp()
         zeta = zipf_labels(weak.detach(), z.detach(), t)
         others = (zeta * without(z, t).log_softmax(-1).scatter(-1, t[:, None], 0.0)).sum(-1)
-        of_weak = F.cross_entropy(weak, y, reduction="none", ignore_index=IGNORED, label_smoothing=0.1)
-        return cross_entropy_term(z, y, share, self.ce_weight) | {
-            "target": self.alpha * mean_of(-(r + 1 - mean_of(r, share)) * log_p_t, share),
-            "others": self.beta * mean_of(-others, share), "weak": self.mu * mean_of(of_weak, share)}
+        of_weak = F.cross_entropy(weak, t, reduction="none", label_smoothing=0.1)
+        return self.cross_entropy(z, t) | {
+            "target": -self.alpha * (r + 1 - mean_of(r, rows.share)) * log_p_t,
+            "others": -self.beta * others, "weak": self.mu * of_weak}
 
 # %% ../../nbs/48_teacher_free.ipynb #43ebbb15
 def class_centroids(
@@ -123,6 +121,8 @@ class MCMI(LogitLoss):
     is the default; its file names hold −0.1, −0.15, −0.2 and −0.25.
     """
     trains_teacher = True
+    needs_target = "'mcmi', whose centroids are of classes"
+    looks_at_teacher = False
 
     def __init__(
         self,
@@ -147,23 +147,24 @@ class MCMI(LogitLoss):
         self.centroids = class_centroids(z, data.train_labels)
         return self
 
-    def terms(self, student_logits, teacher_logits, target=None, mask=None) -> dict[str, Tensor]:
-        "The \"ce\" and \"cmi\", weighted. Arguments as in `LogitLoss`; the teacher's logits are not looked at."
-        if target is None: raise ValueError("target must be given for 'mcmi', whose centroids are of classes, got None")
+    def row_terms(self, student, teacher, target):
         if self.centroids is None:
             raise ValueError("'mcmi' must see its data first: call loss.prepare(student, teacher, example, data)")
-        s, _, y, share = counted_rows(student_logits, None, target, mask, needs_teacher=False)
-        s = readable(s, share)
-        return cross_entropy_term(s, y, share, self.ce_weight) | {
-            "cmi": self.cmi_weight * mean_of(divergence_from_centroids(s, y.clamp(min=0), self.centroids), share)}
+        divergence = divergence_from_centroids(student, target, self.centroids)
+        return self.cross_entropy(student, target) | {"cmi": self.cmi_weight * divergence}
 
 # %% ../../nbs/48_teacher_free.ipynb #61d11df7
 def over_deviation(
     z: Tensor,  # (batch, classes) logits
 ) -> Tensor:  # in at least float32
-    "Each row divided by its standard deviation, which gradients pass through; a row of equal logits stays finite."
-    z = wide(z)
-    return z / (z.var(-1, keepdim=True) + 1e-8).sqrt()  # without it the gradient of equal logits has no end
+    """Each row divided by its standard deviation, which gradients pass through; a row of equal logits stays finite.
+
+    The deviation is that of the classes that are not ruled out; the others get −1e9.
+    """
+    z = finite(z)
+    variance = centred(z)[1]
+    # without 1e-8 the gradient of equal logits has no end
+    return (z / (variance + 1e-8).sqrt()).masked_fill(z <= RULED_OUT, RULED_OUT)
 
 # %% ../../nbs/48_teacher_free.ipynb #dab700cc
 @register("partial-mixup")
@@ -176,6 +177,7 @@ class PartialMixup(LogitLoss):
     alters_pictures = True
     _draws = (0, 0, 0)  # seed, epoch, call
     _mixture = None  # partners and weights of the last pictures
+    row_wise = False  # a sample learns its partner's label, too
 
     def __init__(
         self,
@@ -207,20 +209,17 @@ class PartialMixup(LogitLoss):
         own = self._mixture[1].to(x.dtype).view(-1, 1, 1, 1)
         return own * x + (1 - own) * x[self._mixture[0]]
 
-    def terms(self, student_logits, teacher_logits, target=None, mask=None) -> dict[str, Tensor]:
-        "The \"ce\" and \"kd\", weighted. As in `LogitLoss`: logits of the last `pictures`, labels of the batch."
-        s, t, y, share = counted_rows(student_logits, teacher_logits, target, mask)
-        if self._mixture is None or len(self._mixture[0]) != len(s):
+    def batch_terms(self, rows):
+        if self._mixture is None or len(self._mixture[0]) != len(rows.student):
             raise ValueError("'partial-mixup' must make the pictures: call x = loss.pictures(x) before the networks "
-                             f"see them, got logits of {len(s)} others")
-        z, (partner, own) = over_deviation(readable(s, share)), self._mixture
-        log_p, log_q = z.log_softmax(-1), over_deviation(readable(t.detach(), share)).log_softmax(-1)
-        kd = {"kd": self.kd_weight * mean_of((log_q.exp() * (log_q - log_p)).sum(-1), share)}
-        if y is None: return kd
-        part = 1 / len(s) if share is None else share
-        ce = [cross_entropy_term(z, labels, part * w, self.ce_weight)["ce"]
-              for labels, w in ((y, own), (y[partner], 1 - own))]
-        return {"ce": sum(ce)} | kd
+                             f"see them, got logits of {len(rows.student)} others")
+        z, (partner, own) = over_deviation(rows.student), self._mixture
+        log_p, log_q = z.log_softmax(-1), over_deviation(rows.teacher).log_softmax(-1)
+        kd = {"kd": self.kd_weight * (log_q.exp() * (log_q - log_p)).sum(-1)}
+        if rows.target is None: return kd
+        other = 1 - own if rows.counts is None else (1 - own).where(rows.counts[partner], 0.0)
+        of_own, of_other = (self.cross_entropy(z, labels)["ce"] for labels in (rows.target, rows.target[partner]))
+        return {"ce": own * of_own + other * of_other} | kd
 
 # %% ../../nbs/48_teacher_free.ipynb #54348197
 def log_mixture(
@@ -282,19 +281,18 @@ class DHO(FeatureLoss):
         self.base.prepare(student, teacher, example, data)
         return self
 
+    def features_given(self, student_features, teacher_features) -> None:
+        super().features_given(student_features, student_features)  # the teacher's are not looked at
+
     def at_epoch(self, epoch: int, epochs: int = 240, seed: int = 0) -> None:
         "As in `LogitLoss`, for this loss and for that of the second head."
         super().at_epoch(epoch, epochs, seed)
         self.base.at_epoch(epoch, epochs, seed)
 
-    def terms(self, student_logits, teacher_logits, target=None,
-              student_features=None, teacher_features=None, index=None) -> dict[str, Tensor]:
-        "The \"ce\" and the terms of the second head's loss, weighted. Arguments as in `FeatureLoss`."
-        self.features_given(student_features, student_features)  # the teacher's are not looked at
-        s, _, y, share = counted_rows(student_logits, teacher_logits, target)
-        z = wide(self.second(student_features.pooled))
-        return cross_entropy_term(readable(s, share), y, share, self.ce_weight) | inner_terms(
-            self.base, z, teacher_logits, target, factor=self.ramp)
+    def feature_terms(self, rows, student_features, teacher_features, index):
+        z = readable(wide(self.second(student_features.pooled)), rows.share)
+        of_second = inner_terms(self.base, rows._replace(student=z), self.ramp)
+        return self.cross_entropy(rows.student, rows.target) | of_second
 
     def deployed(self, student: nn.Module) -> nn.Module:
         "The student with both heads; its logits are the logarithm of the mixed probabilities."

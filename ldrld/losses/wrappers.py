@@ -6,17 +6,18 @@
 __all__ = ['FLOOR', 'RELEASED', 'Wrapper', 'standardized', 'released', 'Standardized', 'Corrected']
 
 # %% ../../nbs/43_wrappers.ipynb #0454d93b
-import torch
 from torch import Tensor
 
 from .. import checks
-from ..loss import LogitLoss, counted_rows, cross_entropy_term, readable
+from ..loss import LogitLoss, Rows, compared
+from ..relations import RULED_OUT, centred, finite
 from .registry import build, register
 from .targets import swapped
 
 # %% ../../nbs/43_wrappers.ipynb #e298d79f
 class Wrapper(LogitLoss):
-    """A loss around another loss on logits. A subclass writes `given`: what it is shown, and a factor."""
+    """A loss around another loss on logits. A subclass writes `given`: what the other is shown."""
+    factor = 1.0  # multiplies the terms of the wrapped loss
     defaults: dict[str, dict] = {}  # hyper-parameters of a wrapped loss that differ from its own defaults
 
     def __init__(self, loss: str, loss_args: dict | None, ce_weight: float | None):
@@ -44,35 +45,32 @@ class Wrapper(LogitLoss):
         super().at_epoch(epoch, epochs, seed)
         self.base.at_epoch(epoch, epochs, seed)
 
-    def given(self, student, teacher, target, share) -> tuple[tuple, Tensor | float]:
-        "From what `counted_rows` gives: the arguments of the wrapped loss, and what multiplies its terms."
+    @property
+    def row_wise(self) -> bool: return self.base.row_wise
+
+    @property
+    def needs_target(self) -> str: return self.base.needs_target
+
+    def given(self, rows: Rows) -> Rows:
+        "What the wrapped loss is shown in place of `rows`, which are as `compared` gives them."
         raise NotImplementedError
 
-    def _parts(self, student_logits, teacher_logits, target, mask):
-        s, t, y, share = counted_rows(student_logits, teacher_logits, target, mask)
-        s, t = readable(s, share), readable(t.detach(), share)
-        return cross_entropy_term(s, y, share, self.ce_weight), *self.given(s, t, y, share)
+    def parts(self, rows: Rows) -> tuple[dict[str, Tensor], Rows]:
+        "The cross-entropy, and what the wrapped loss is shown. ValueError without a target that is needed."
+        self.check_target(rows)
+        rows = compared(rows)
+        ce = self.cross_entropy(rows.student, rows.target)
+        return {name: rows.mean(value) for name, value in ce.items()}, self.given(rows)
 
-    def terms(
-        self,
-        student_logits: Tensor,  # (batch, classes) or (batch, sequence, vocabulary), any floating type
-        teacher_logits: Tensor,  # the same shape, taken as constant
-        target: Tensor | None = None,  # (batch,) or (batch, sequence) int64; −100 does not count; None: no "ce"
-        mask: Tensor | None = None,  # like target, bool: which samples or tokens count; None: all
-    ) -> dict[str, Tensor]:  # scalars: "ce" and those of the wrapped loss
-        "The weighted terms; they add up to the loss. Raises ValueError for a wrong shape or type."
-        ce, (rows, mask), scale = self._parts(student_logits, teacher_logits, target, mask)
-        terms = self.base.terms(*rows, **({} if mask is None else {"mask": mask}))
-        return ce | {name: scale * term for name, term in terms.items() if name != "ce"}
+    def reduced(self, rows: Rows) -> dict[str, Tensor]:
+        ce, shown = self.parts(rows)
+        return ce | {name: self.factor * term for name, term in self.base.reduced(shown).items() if name != "ce"}
 
-    def value_and_terms(
-        self, student_logits, teacher_logits, target=None, mask=None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        "The loss, to go backward from, as the wrapped loss makes it; and the terms, to log, without gradient."
-        ce, (rows, mask), scale = self._parts(student_logits, teacher_logits, target, mask)
-        value, terms = self.base.value_and_terms(*rows, mask)
-        logged = {name: scale * term for name, term in terms.items() if name != "ce"}
-        return sum(ce.values()) + scale * value, {name: term.detach() for name, term in (ce | logged).items()}
+    def evaluated(self, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
+        ce, shown = self.parts(rows)
+        value, terms = self.base.evaluated(shown)
+        logged = {name: self.factor * term for name, term in terms.items() if name != "ce"}
+        return sum(ce.values()) + self.factor * value, {name: term.detach() for name, term in (ce | logged).items()}
 
 # %% ../../nbs/43_wrappers.ipynb #5a73bd8a
 FLOOR = 1e-3  # the least that logits are divided by
@@ -80,10 +78,14 @@ FLOOR = 1e-3  # the least that logits are divided by
 def standardized(
     logits: Tensor,  # (rows, classes)
 ) -> Tensor:  # (rows, classes), in at least float32
-    "Each row with mean 0 and standard deviation 1. Source: arXiv 2403.01427, and the official code."
-    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    z = z - z.mean(-1, keepdim=True)
-    return z / (z.std(-1, keepdim=True) + 1e-7).clamp(min=FLOOR)
+    """Each row with mean 0 and standard deviation 1, both over the classes that are not ruled out (−1e9 stays there).
+
+    Source: arXiv 2403.01427, and the official code.
+    """
+    z = finite(logits)
+    around_mean, variance = centred(z)
+    deviation = variance.clamp(min=1e-30).sqrt() + 1e-7  # whose gradient is finite where all logits are equal
+    return (around_mean / deviation.clamp(min=FLOOR)).masked_fill(z <= RULED_OUT, RULED_OUT)
 
 # %% ../../nbs/43_wrappers.ipynb #42cbb171
 # (temperature, weight) by (teacher, student), from the names of the released training logs; for DKD also β, where named
@@ -129,9 +131,10 @@ class Standardized(Wrapper):
         super().__init__(loss, loss_args, ce_weight)
         self.distill_weight = checks.number("distill_weight", distill_weight, at_least=0.0)
 
-    def given(self, student, teacher, target, share):
-        rows = standardized(student), standardized(teacher), target
-        return (rows, None if share is None else share > 0), self.distill_weight
+    @property
+    def factor(self) -> float: return self.distill_weight
+
+    def given(self, rows): return rows._replace(student=standardized(rows.student), teacher=standardized(rows.teacher))
 
 # %% ../../nbs/43_wrappers.ipynb #624c1408
 @register("corrected")
@@ -141,6 +144,8 @@ class Corrected(Wrapper):
     Raises ValueError, naming the argument, for a value out of its range, a loss that cannot be wrapped, or no target.
     Source: swap as in SLD, arXiv 2504.20108, and in RLD's code (zju-SWJ/RLD); skip is ours.
     """
+    needs_target = "'corrected', which compares the teacher with it"
+
     def __init__(
         self,
         loss: str = "kd",  # name of a loss on logits
@@ -151,11 +156,9 @@ class Corrected(Wrapper):
         super().__init__(loss, loss_args, ce_weight)
         self.rule = checks.choice("rule", rule, ("swap", "skip"))
 
-    def given(self, student, teacher, target, share):
-        if target is None:
-            raise ValueError("target must be given for 'corrected', which compares the teacher with it, got None")
-        at_y, mask = target.clamp(min=0)[:, None], None if share is None else share > 0
-        if self.rule == "swap": return ((student, swapped(teacher, at_y), target), mask), 1.0
-        right = teacher.gather(-1, at_y)[:, 0] >= teacher.amax(-1)
-        kept, n = (right, len(right)) if mask is None else (right & mask, mask.sum().clamp(min=1))
-        return ((student, teacher, target), kept), kept.sum().to(torch.promote_types(student.dtype, torch.float32)) / n
+    def given(self, rows):
+        at_y = rows.target[:, None]
+        if self.rule == "swap": return rows._replace(teacher=swapped(rows.teacher, at_y))
+        right = rows.teacher.gather(-1, at_y)[:, 0] >= rows.teacher.amax(-1)
+        share = rows.student.new_full((len(right),), 1 / len(right)) if rows.share is None else rows.share
+        return rows._replace(share=share.where(right, 0.0))

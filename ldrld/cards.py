@@ -11,13 +11,18 @@ __all__ = ['LARGEST', 'HOW', 'HALF', 'FEW', 'TOLERANCE', 'published_accuracy', '
 from functools import cache
 from pathlib import Path
 
-import pandas as pd
 import yaml
 
-from . import data, models, paths, published
+from . import data, models, paths
 from .models.weights import WeightsError, _read_safetensors, identify
 from .runs import KEPT, Record, default_device, load_record, network_in, sha256_of, write_whole
 from .train import accuracy, logits_of
+
+try:
+    import pandas as pd
+
+    from ldrld import published
+except ModuleNotFoundError: pd = published = None  # a machine that only trains; `ldrld merge` looks up what is published
 
 # %% ../nbs/81_cards.ipynb #45adf29a
 LARGEST = 16_000_000  # bytes of the largest weights that are committed; .gitignore names the networks that have more
@@ -27,6 +32,7 @@ def published_accuracy(
     dataset: str = "cifar100",
 ) -> dict | None:  # value and source; None where nobody has published it
     "What others report for a network trained from labels alone, as a teacher."
+    if published is None: return None
     try: found = published.lookup(network, None, "teacher", dataset).iloc[0]
     except FileNotFoundError: return None                      # not a checkout
     return None if pd.isna(found["value"]) else {"value": float(found["value"]), "source": found["source"]}
@@ -203,7 +209,7 @@ def _line(name: str, profile: str, look=None) -> dict:
 def listed(
     profile: str,
     check: bool = False,  # load every file and measure it where the data are at hand
-) -> pd.DataFrame:  # one row a teacher; column `wrong` has a list of complaints
+) -> "pd.DataFrame":  # one row a teacher; column `wrong` has a list of complaints
     "The teachers of a profile, and whether each is what its card says."
     look, lines = cache(pictures) if check else None, []
     for name in sorted({p.stem for p in paths.weights(profile).glob("*") if p.suffix in (".safetensors", ".md")}):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOGITS', 'FEATURES', 'OTHERS', 'VARIANTS', 'METHODS', 'SEARCHED', 'CORE', 'PROFILES', 'EXPERIMENTS', 'GRID',
-           'HELD_OUT', 'SHOWN', 'RATES', 'TUNED', 'CLAIMED', 'Method', 'method_of', 'Profile', 'profile',
+           'HELD_OUT', 'SHOWN', 'RATES', 'TUNED', 'CLAIMED', 'Method', 'method_of', 'Profile', 'shortened', 'profile',
            'ablation_pair', 'teacher_config', 'Experiment', 'experiment', 'mcmi_config', 'method_config', 'on_pair',
            'waiting', 'family', 'trials', 'chosen', 'every_method', 'same_architecture', 'different_architecture',
            'search', 'rivals', 'imagenet', 'adw', 'completeness', 'depth', 'temperature', 'probability_gap',
@@ -117,6 +117,17 @@ PROFILES = {p.name: p for p in (
                      "RLD", "KD+LS", "LDRLD", "LDRLD, searched"), first=("CE", "KD", "DKD", "LDRLD"), search_epochs=60,
             experiments=(*CORE, "different_architecture", "search", "imagenet")),
 )}
+
+def shortened(
+    p: Profile,
+    epochs: int,  # of teachers and students; the steps of the schedule scale with it
+) -> Profile:
+    "A profile at a part of its cost, marked as a reduced schedule wherever its data are named."
+    short = lambda settings: {**settings, "epochs": epochs}
+    return p.model_copy(update=dict(name=f"{p.name}-{epochs}", data=f"{p.data}, reduced schedule of {epochs} epochs", teacher=short(p.teacher),
+                                    student=short(p.student), search_epochs=min(p.search_epochs or epochs, epochs // 4)))
+
+PROFILES["paper-60"] = shortened(PROFILES["paper"], 60)  # a quarter of the cost, for people with an hour of a GPU
 
 # %% ../nbs/82_experiments.ipynb #95fdcd45
 def profile(

@@ -16,14 +16,17 @@ from datetime import datetime, timezone
 from pathlib import Path, PurePosixPath
 
 from ldrld import data, paths
-from ldrld.cards import card_path, read_card
+from ldrld.cards import card_path, facts, page, read_card
 from ldrld.runs import (KEPT, PACKED, Pretrained, Record, RunConfig, code_of, divergence_path, file_of, load_record, name_of,
-                        sha256_of)
+                        sha256_of, write_whole)
 
 __all__ = ["MIB", "Limits", "pack", "deliveries", "collect", "merge", "Merged"]
 
 MIB = 2**20
-NEEDED = ("pydantic", "typing-inspection", "annotated-types", "filelock", "numpy")  # what training imports besides torch
+NEEDED = ("pydantic", "typing-inspection", "annotated-types", "filelock", "numpy", "pyyaml")  # what training imports besides torch
+# of the compression: each byte less the one above it, 32 bytes before, which suits images 32 pixels wide
+FILTERS = [{"id": lzma.FILTER_DELTA, "dist": 32}, {"id": lzma.FILTER_LZMA2, "preset": 6}]
+MAKES = {"digits": "scikit-learn", "glyphs": "matplotlib"}  # what else a machine needs that makes a data set itself
 RECORDS, MANIFEST, LOG = "records.tar.gz", "summary.json", "log.txt"
 
 
@@ -57,24 +60,26 @@ def files_of(dataset: str) -> list[Path]:
     if dataset == "digits": return []                           # comes with scikit-learn, which the machine must then have
     if dataset.startswith("glyphs"):
         data.load(dataset)
-        return sorted(p for p in paths.data_root().glob(f"{dataset}*") if p.is_file() and not p.name.endswith(".lock"))
+        return sorted((paths.data_root() / "glyphs").glob("*.npz"))
     folder = paths.data_root() / dataset if not Path(dataset).is_absolute() else Path(dataset)
     raise ValueError(f"dataset={dataset!r}: {folder} is a folder of images, which is not packed; copy it yourself and name it there with LDRLD_DATA")
 
 
 def in_pieces(content: bytes, size: int) -> list[bytes]:
     """Bytes, compressed and cut into pieces of at most `size` bytes."""
-    small = lzma.compress(content, preset=3)
+    small = lzma.compress(content, filters=FILTERS)
     return [small[k : k + size] for k in range(0, len(small), size)]
 
 
-def wheels_for(python: str, platform: str, folder: Path) -> None:
+def wheels_for(python: str, platform: str, folder: Path, datasets: list[str]) -> None:
     """Fetch the wheels that training needs besides torch, for another Python and platform, into a folder.
 
-    python: version, such as "3.12".  platform: as pip names it, such as "manylinux2014_x86_64".  RuntimeError if pip fails.
+    python: version, such as "3.12".  platform: as pip names it, such as "manylinux2014_x86_64".  datasets: names in
+    `ldrld.data`; some are made by another package.  RuntimeError if pip fails.
     """
+    more = {package for dataset in datasets for name, package in MAKES.items() if dataset.startswith(name)}
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--only-binary=:all:", "--dest", str(folder),
-               "--python-version", python, "--platform", platform, *NEEDED]
+               "--python-version", python, "--platform", platform, *NEEDED, *sorted(more)]
     got = subprocess.run(command, capture_output=True, text=True)
     if got.returncode: raise RuntimeError(f"wheels for Python {python}, {platform}: {got.stderr.strip().splitlines()[-1]}")
 
@@ -117,7 +122,7 @@ def pack(folder: str | Path, runs: list[tuple[RunConfig, tuple[str, ...]]], prof
     for path in dict.fromkeys(p for d in dict.fromkeys(c.dataset for c, _ in todo) for p in files_of(d)):
         say(f"packing {path.name}, {path.stat().st_size / MIB:.0f} MiB")
         parts[str(path.relative_to(paths.data_root()))] = _write_pieces(path, folder / "pieces", limits.delivery * 2 // 3)
-    if python: wheels_for(python, platform, folder / "wheels")
+    if python: wheels_for(python, platform, folder / "wheels", [c.dataset for c, _ in todo])
     shutil.copy(Path(__file__).with_name("portable.py"), folder / "run.py")
     packed = {
         "format": 1, "profile": profile, "packed": datetime.now(timezone.utc).isoformat(timespec="seconds"), **code_of(),
@@ -406,7 +411,13 @@ def _take_weights(run: str, content: bytes, card: bytes | None, profile: str, me
         place.unlink()
         return merged.refused.append(f"{run}: the weights are not those of their model card")
     _write_new(path, content)
+    if record := load_record(run, profile): _write_card(record, profile, read_card(place))
     merged.weights.append(run)
+
+
+def _write_card(record: Record, profile: str, there: dict) -> None:
+    """A model card with what is known here, such as published numbers, and with what was measured there."""
+    write_whole(card_path(record.name, profile), page(there | facts(record, profile)))
 
 
 def _take_checkpoint(run: str, content: bytes, profile: str, merged: Merged) -> None:

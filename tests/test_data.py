@@ -604,3 +604,12 @@ def test_the_list_of_superclasses_is_that_of_the_data():
     groups, of = superclasses("small")
     images = load("cifar100")
     assert [groups[i] for i in of] == [images.superclasses[i] for i in images.superclass_of]
+
+
+def test_the_official_files_without_torchvision():
+    """A machine that only trains knows the same names and MD5 sums."""
+    from ldrld.data import _Cifar100Files
+    from ldrld.vision import torchvision
+    official = torchvision.datasets.CIFAR100
+    for name in ("base_folder", "train_list", "test_list"): assert getattr(_Cifar100Files, name) == getattr(official, name)
+    assert {k: official.meta[k] for k in _Cifar100Files.meta} == _Cifar100Files.meta

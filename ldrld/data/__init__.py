@@ -163,9 +163,7 @@ def cifar100(
     source: type | None = None,  # where file names and MD5 sums come from; None: `torchvision.datasets.CIFAR100`
 ) -> ImageData:
     "CIFAR-100 from its official files; `FileNotFoundError` says how to get them, `ValueError` names a damaged one."
-    from ldrld.vision import torchvision
-
-    source, root = source or torchvision.datasets.CIFAR100, Path(root)
+    source, root = source or _official_cifar100(), Path(root)
     folder = root / source.base_folder
     try:
         if download: source(root, download=True)
@@ -180,6 +178,23 @@ def cifar100(
     return image_data("cifar100", _cifar_split(train), _cifar_split(test), classes=names["fine_label_names"],
                       superclasses=names["coarse_label_names"], superclass_of=coarse,
                       mean=CIFAR100_MEAN, std=CIFAR100_STD, padding=4, flip=True)
+
+
+class _Cifar100Files:
+    "Names and MD5 sums of the official files, as in torchvision: for a machine that only trains and does not have it."
+    base_folder = "cifar-100-python"
+    train_list, test_list = [["train", "16019d7e3df5f24257cddd939b257f8d"]], [["test", "f0ef6b0ae62326f3e7ffdfab6717acfc"]]
+    meta = {"filename": "meta", "md5": "7973b15100ade9c7d40fb424638fde48"}
+
+    def __init__(self, root, download):
+        raise OSError(f"torchvision, which downloads CIFAR-100, is not installed here; put the files into {root}")
+
+
+def _official_cifar100() -> type:
+    "Where the names and MD5 sums of the official files come from."
+    try: from ldrld.vision import torchvision
+    except ModuleNotFoundError: return _Cifar100Files
+    return torchvision.datasets.CIFAR100
 
 
 def _cifar_split(entry: dict) -> tuple[np.ndarray, list[int]]:

@@ -11,8 +11,8 @@ __all__ = ['LOGITS', 'FEATURES', 'OTHERS', 'VARIANTS', 'METHODS', 'SEARCHED', 'C
            'relation_maps', 'learning_curves', 'adw_weights', 'adw_constants', 'alpha_beta', 'depth_temperature',
            'ranking', 'teacher_strength', 'learning_rate', 'rate_trials', 'best_rate_of', 'rates', 'best_rate',
            'long_search', 'long_search_tested', 'few_shot', 'label_noise', 'variants', 'field_', 'calibration',
-           'agreement', 'superclasses', 'features', 'grad_cam', 'pulls', 'claims', 'normalisation', 'plateau',
-           'classes', 'method_name', 'best_epoch', 'selected', 'by_worth', 'batch']
+           'agreement', 'superclasses', 'features', 'grad_cam', 'pulls', 'decisions', 'claims', 'normalisation',
+           'plateau', 'classes', 'method_name', 'best_epoch', 'selected', 'by_worth', 'batch']
 
 # %% ../nbs/82_experiments.ipynb #8af91466
 from collections.abc import Callable, Iterator
@@ -93,7 +93,7 @@ class Profile(BaseModel):
 # %% ../nbs/82_experiments.ipynb #346a5c2f
 # what is run when nothing is asked for by name
 CORE = ("same_architecture", "rivals", "adw", "completeness", "depth", "temperature", "ranking", "probability_gap", "adw_weights", "relation_maps",
-        "learning_curves", "calibration", "agreement", "superclasses", "features", "grad_cam", "pulls", "best_epoch", "claims")
+        "learning_curves", "calibration", "agreement", "superclasses", "features", "grad_cam", "pulls", "best_epoch", "claims", "decisions")
 
 # those that come with the project
 PROFILES = {p.name: p for p in (
@@ -501,6 +501,14 @@ def pulls(p):
 # %% ../nbs/82_experiments.ipynb #b848de2b
 CLAIMED = ("same_architecture", "different_architecture", "field", "adw", "completeness", "depth", "ranking", "alpha_beta", "label_noise", "probability_gap",
            "relation_maps")  # experiments that test claims, see `92_claims`
+
+@experiment("decisions", "What the plan decides", "04_decisions", by=("experiment",), checked_by="ldrld.plan", reads=True)
+def decisions(p):
+    "The runs of the profile's plan, each once; see `83_plan`."
+    from ldrld.plan import plan_of, planned  # here, because that module imports this one
+
+    if plan_of(p) is None: return
+    for config, _ in planned(p): yield {"teacher": config.teacher.model if config.teacher else "", "student": config.model, "experiment": "plan"}, config
 
 @experiment("claims", "Which of the paper's claims held", "02_claims", by=("experiment",), logits=True, checked_by="ldrld.claims", reads=True)
 def claims(p):

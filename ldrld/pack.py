@@ -25,7 +25,7 @@ __all__ = ["MIB", "Limits", "pack", "deliveries", "collect", "merge", "Merged"]
 MIB = 2**20
 NEEDED = ("pydantic", "typing-inspection", "annotated-types", "filelock", "numpy", "pyyaml")  # what training imports besides torch
 # of the compression: each byte less the one above it, 32 bytes before, which suits images 32 pixels wide
-FILTERS = [{"id": lzma.FILTER_DELTA, "dist": 32}, {"id": lzma.FILTER_LZMA2, "preset": 6}]
+FILTERS = [{"id": lzma.FILTER_DELTA, "dist": 32}, {"id": lzma.FILTER_LZMA2, "preset": 4}]
 MAKES = {"digits": "scikit-learn", "glyphs": "matplotlib"}  # what else a machine needs that makes a data set itself
 RECORDS, MANIFEST, LOG = "records.tar.gz", "summary.json", "log.txt"
 

@@ -23,7 +23,7 @@ from ldrld.runs import (KEPT, PACKED, Pretrained, Record, RunConfig, code_of, di
 __all__ = ["MIB", "Limits", "pack", "deliveries", "collect", "merge", "Merged"]
 
 MIB = 2**20
-NEEDED = ("pydantic", "typing-inspection", "annotated-types", "filelock", "numpy", "pyyaml")  # what training imports besides torch
+NEEDED = ("pydantic", "typing-inspection", "annotated-types", "filelock", "numpy", "pyyaml", "safetensors")  # what training imports besides torch
 # of the compression: each byte less the one above it, 32 bytes before, which suits images 32 pixels wide
 FILTERS = [{"id": lzma.FILTER_DELTA, "dist": 32}, {"id": lzma.FILTER_LZMA2, "preset": 4}]
 MAKES = {"digits": "scikit-learn", "glyphs": "matplotlib"}  # what else a machine needs that makes a data set itself

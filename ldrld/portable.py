@@ -124,18 +124,20 @@ def main(given: list[str] | None = None) -> int:
     runs = [(RunConfig(**run["config"]), tuple(run["keep"])) for run in packed["runs"]]
     left = lambda: chosen.seconds - (time.monotonic() - said.started) - MARGIN
     runs = plan_by_worth(runs, packed["profile"], left(), chosen.at_once, home.limits, said)
-    carry_out(runs, packed["profile"], left, chosen.at_once, said, home, default_device())
+    well = carry_out(runs, packed["profile"], left, chosen.at_once, said, home, default_device())
     for name in home.bring(): said(f"left out: {name}")
     home.bring()
     said(f"everything that fits is in {chosen.home}")
-    return 0
+    return 0 if well else 1
 
 
-def carry_out(runs, profile: str, left, at_once: int, said: Said, home: Home, device: str) -> None:
+def carry_out(runs, profile: str, left, at_once: int, said: Said, home: Home, device: str) -> bool:
     """Carry out the runs; a mistake in one of them must not keep the results of the others from coming home."""
     from ldrld.runs import run_in_flight
     try: run_in_flight(runs, profile, at_once if device == "cuda" else 1, left(), said, after_row=home.now_and_then)
     except Exception as error: said(f"FAILED {type(error).__name__}: {error}")
+    else: return True
+    return False
 
 
 if __name__ == "__main__": sys.exit(main())

@@ -82,10 +82,9 @@ def test_there_and_back(home, packed, tmp_path, monkeypatch):
 
 BARE = """
 import runpy, sys
-class Bare:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {hidden!r}: raise ModuleNotFoundError("No module named " + repr(name), name=name)
-sys.meta_path.insert(0, Bare())
+from importlib.machinery import PathFinder
+find = PathFinder.find_spec
+PathFinder.find_spec = lambda name, path=None, target=None: None if name.split(".")[0] in {hidden!r} else find(name, path, target)
 sys.argv = ["run.py"]
 runpy.run_path("run.py", run_name="__main__")
 """

@@ -145,7 +145,7 @@ def plan_by_worth(runs: list[tuple[RunConfig, tuple[str, ...]]], profile: str, s
     if seconds == float("inf"): return runs
     began = time.monotonic()
     costs = measured_costs(runs, profile, at_once, min(MEASURING, seconds / 10))
-    for kind, cost in costs.items(): say(f"measured: {kind[0]}, {cost.epoch:.2f} s an epoch with {at_once} in flight")
+    for network, epoch in {(kind[0], cost.epoch): None for kind, cost in costs.items()}: say(f"measured: {network}, {epoch:.2f} s an epoch")
     done = {name_of(c): epochs_trained(paths.work(name_of(c)) / "checkpoint.pt") for c, _ in runs}
     room = limits.file * max(limits.files - 3, 1)
     chosen, reasons = fitting(runs, seconds - (time.monotonic() - began), costs, done, room)

@@ -8,7 +8,8 @@ __all__ = ['LARGEST', 'MOST', 'SCHEMA', 'ADDED', 'KEPT', 'PLAIN', 'Pretrained', 
            'OddRecord', 'sound', 'finished', 'records', 'odd_records', 'git', 'installed', 'compiled', 'provenance',
            'sha256_of', 'network_in', 'pretrained', 'file_of', 'default_device', 'teacher_for', 'Paused', 'reported',
            'record_of', 'about', 'arrays_whole', 'keep_besides', 'invented', 'keep_from_weights', 'same_pictures',
-           'lock_of', 'start', 'company', 'run_together', 'run', 'settings_from']
+           'lock_of', 'last_batch_fits', 'start', 'company', 'run_together', 'run', 'WrongSetting', 'plainly',
+           'settings_from', 'configs_from']
 
 # %% ../nbs/80_runs.ipynb #9f89401a
 import hashlib
@@ -96,7 +97,9 @@ class RunConfig(BaseModel):
             elif isinstance(teacher, dict):                          # what it does not say, it shares with the student
                 shared = {k: v for k, v in given.items() if k not in ("model", "loss", "loss_args", "teacher", "seed", "train_share", "label_noise")}
                 given["teacher"] = cls.model_validate({**shared, **teacher})
-        except ValidationError as error: raise ValueError(f"teacher: {explain(error)}") from None
+        except ValidationError as error:                             # a slip in what they share is the student's
+            own = any(not e["loc"] or e["loc"][0] in teacher for e in error.errors())
+            raise ValueError("teacher: " * own + explain(error)) from None
         model = given.get("model", fields["model"].default)
         if isinstance(model, str): given["model"] = models.canonical(model)
         given.setdefault("lr", base_lr(str(given.get("model", model))))
@@ -569,6 +572,23 @@ def lock_of(
     return FileLock(paths.work(name) / "lock", **more)
 
 # %% ../nbs/80_runs.ipynb #a1a89f36
+def last_batch_fits(
+    config: RunConfig,
+    model: torch.nn.Module,
+    example: torch.Tensor,  # (1, 3, H, W), one image as the network gets it
+    images: int,  # that it is trained on
+) -> None:
+    """`ValueError` where the last batch of an epoch is one image and the network cannot learn from one.
+
+    A network that reaches maps of 1×1 has one value a channel then, which no BatchNorm can normalise; said before training begins.
+    """
+    if images % config.batch_size != 1 and config.batch_size > 1: return
+    try: deepcopy(model).train()(example)
+    except ValueError:
+        fits = next((size for size in range(config.batch_size + 1, images + 1) if images % size != 1), 2)
+        raise ValueError(f"batch_size={config.batch_size}: of {images} training images one is left for the last batch, and {config.model} reaches maps of 1×1, "
+                         f"where BatchNorm needs two; {fits} would do") from None
+
 def start(
     config: RunConfig,
     images,  # `ldrld.data.ImageData`
@@ -579,6 +599,7 @@ def start(
     torch.manual_seed(config.seed)
     model = models.build(config.model, len(images.classes)).to(device)
     example = Crops(images.train_images[:1], images.mean, images.std, device=device).at(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+    last_batch_fits(config, model, example, len(images.train_labels))
     loss = losses.build(config.loss, **config.loss_args).prepare(model, teacher and teacher.teacher, example, images).to(device)
     note = {"fingerprint": images.fingerprint, "precision": str(precision_used(config.precision, device))}
     checkpoint = str(paths.work(name_of(config)) / "checkpoint.pt")
@@ -666,11 +687,41 @@ def run(
 # types of papermill's parameters
 PLAIN = (str, int, float, bool, list, dict, tuple, type(None))
 
+class WrongSetting(ValueError):
+    "A slip in a notebook's parameters: Jupyter and papermill show its line, without a traceback through code that is not to blame."
+    def _render_traceback_(self) -> list[str]: return [f"{type(self).__name__}: {self}"]
+
+@contextmanager
+def plainly(
+    where: str = "",  # before the message, such as "runs[1]: "
+):
+    "Within, a slip in the settings is told as the command line tells it: in one line."
+    try: yield
+    except ValidationError as error: raise WrongSetting(where + explain(error)) from None
+    except (ValueError, FileNotFoundError) as error: raise WrongSetting(f"{where}{error}") from None
+
 def settings_from(
     namespace: dict,  # `globals()` of a run notebook, just after its parameters cell
     allowed: tuple[str, ...],  # the notebook's parameters
 ) -> dict:  # name -> value
-    "A run notebook's parameters; `ValueError` for a name that is none of them."
+    "A run notebook's parameters; `WrongSetting`, a `ValueError`, for a name that is none of them."
     ours = {k: v for k, v in namespace.items() if not k.startswith("_") and isinstance(v, PLAIN) and k not in ("In", "Out", "exit", "quit")}
-    for name in ours.keys() - set(allowed): known("parameter", name, list(allowed))
+    with plainly():
+        for name in ours.keys() - set(allowed): known("parameter", name, list(allowed))
     return {name: ours[name] for name in allowed}
+
+def configs_from(
+    runs: list[dict],  # a run notebook's parameters: settings of `RunConfig`, each perhaps with a `keep`
+) -> list[tuple[RunConfig, tuple[str, ...]]]:  # configuration, and what to keep
+    "The runs of a cohort; `WrongSetting`, a `ValueError`, that says which of them is wrong."
+    if not isinstance(runs, list) or not runs: raise WrongSetting(f"runs={reprlib.repr(runs)}: expected a list of settings, one dict a run")
+    made = []
+    for i, run in enumerate(runs):
+        where = f"runs[{i}]: " if len(runs) > 1 else ""
+        if not isinstance(run, dict): raise WrongSetting(f"{where}{reprlib.repr(run)}: expected a dict of settings")
+        keep = run.get("keep", ())
+        with plainly(where):
+            if not isinstance(keep, (list, tuple)): raise ValueError(f"keep={keep!r}: expected a list of {', '.join(KEPT)}")
+            for kind in keep: known("keep", kind, list(KEPT))
+            made.append((RunConfig.model_validate({k: v for k, v in run.items() if k != "keep"}), tuple(keep)))
+    return made

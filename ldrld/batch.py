@@ -54,7 +54,7 @@ def with_kernel(call, *arguments, **options):
 
 @cache
 def own_kernel() -> type:
-    """A manager of kernels that run this very Python, whatever kernels somebody has registered under the name `python3`."""
+    """A manager of kernels that run this very Python, whatever somebody has registered under the name `python3`."""
     from ipykernel.kernelspec import get_kernel_dict
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
@@ -173,7 +173,9 @@ def taken_up_again(todo: list[tuple[RunConfig, tuple[str, ...]]], folder: str) -
     for config, lacks in todo:
         for kind in lacks if finished(config, folder) else (): of.setdefault(kind, []).append(name_of(config))
     if not of: return ""
-    return "finished, but what is needed of them is not here, so they are taken up again: " + "; ".join(f"{kind} of {', '.join(names)}" for kind, names in of.items())
+    some = lambda names: ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    lacking = "; ".join(f"{kind} of {some(names)}" for kind, names in of.items())
+    return f"finished, but what is needed of them is not here, so they are taken up again: {lacking}"
 
 
 LEFT = re.compile(r"\.(\d+)\.(?:tmp|part)$")  # the process that wrote it
@@ -191,13 +193,14 @@ def _is_left(path: Path) -> bool:
 
 
 def sweep(p, only: tuple[str, ...] = ()) -> list[Path]:
-    """Remove what killed processes left of a profile, and return it: half-written files, and checkpoints of runs that are finished.
+    """Remove what killed processes left of a profile, and return it: half-written files, checkpoints of finished runs.
 
     Arguments as in `reproduce`.
     """
     folder, swept = profile(p).name, []
     records = paths.records(folder)
-    for place in (records, records / "logits", records / "insight", paths.tables(folder), paths.figures(folder), paths.weights(folder), *paths.work().glob("*")):
+    results = (records, records / "logits", records / "insight", paths.tables(folder), paths.figures(folder), paths.weights(folder))
+    for place in (*results, *paths.work().glob("*")):
         if place.is_dir(): swept += [path for path in place.iterdir() if LEFT.search(path.name) and _is_left(path)]
     busy = {name_of(config) for config, _ in missing(p, only)}
     for name in {name_of(config) for config, _ in batch(p, only)} - busy:
@@ -232,7 +235,7 @@ def end_with_parent() -> None:
 
 
 def prepared(log_file: str) -> None:
-    """Make a process ready for tasks: it ends with its parent, and what it and its kernels say on standard error goes to a log."""
+    """Make a process ready for tasks: it ends with its parent, and its standard error, and its kernels', goes to a log."""
     threading.Thread(target=end_with_parent, daemon=True).start()
     with open(log_file, "a", encoding="utf-8") as log: os.dup2(log.fileno(), 2)
 
@@ -277,7 +280,9 @@ class Workers:
 def result_of(future, names: list[str], log: Path) -> list[Outcome]:
     """What a process says came of its task; one that was killed twice fails, the others go on."""
     try: outcomes = future.result()
-    except Exception as error: outcomes = [Outcome(name, "failed", f"a process was killed twice: {type(error).__name__}: {error}\nlog: {log}") for name in names]
+    except Exception as error:
+        what = "a process was killed twice" if isinstance(error, BrokenProcessPool) else "its process failed"
+        outcomes = [Outcome(name, "failed", f"{what}: {type(error).__name__}: {error}\nlog: {log}") for name in names]
     for outcome in outcomes:
         if outcome.status == "failed": tqdm.write(f"FAILED {outcome.name}\n{outcome.detail}")
     return outcomes
@@ -325,9 +330,9 @@ def in_parallel(what: str, tasks: list[tuple], jobs: int, needs: dict[str, set[s
 
 
 def report(p: str = "quick", only: tuple[str, ...] = (), jobs: int = 2) -> list[Outcome]:
-    """Make tables and figures of a profile from its records, see `ldrld.report.to_report`; arguments as in `reproduce`, one outcome a notebook.
+    """Make tables and figures of a profile from its records, see `ldrld.report.to_report`; one outcome a notebook.
 
-    Raises `NotReady` where notebooks or papermill are not there.
+    Arguments as in `reproduce`. Raises `NotReady` where notebooks or papermill are not there.
     """
     from ldrld.report import to_report  # here, since a machine that only trains need not have what it imports
 
@@ -360,8 +365,10 @@ def reproduce(p: str = "quick", only: tuple[str, ...] = (), jobs: int = 2, secon
     made = [config for config, _ in planned if finished(config, folder)]
     print(f"{len(planned)} runs in profile {folder}, {len(made)} finished before")
     if again := taken_up_again(todo, folder): print(again)
-    used = [TRAIN, COHORT, *(f"paper/{EXPERIMENTS[name].notebook}.ipynb" for name in only or selected(p))] if notebooks else []
-    if problems := (notebooks_for(used) if used else []) + needs_of([c for c, _ in todo], made, folder): raise NotReady(problems)
+    drawn = [f"paper/{EXPERIMENTS[name].notebook}.ipynb" for name in only or selected(p)]
+    problems = notebooks_for([TRAIN, COHORT, *drawn]) if notebooks else []
+    problems += needs_of([config for config, _ in todo], made, folder)
+    if problems: raise NotReady(problems)
     if math.isfinite(seconds): os.environ["LDRLD_DEADLINE"] = str(time.time() + 0.9 * seconds)
     while todo:
         task = lambda runs: ([name_of(c) for c, _ in runs], execute_runs, [(c.model_dump(), k) for c, k in runs], folder, notebooks)

@@ -265,7 +265,7 @@ def caption(
     return (f"Which of the paper's claims held on {setting(p)}. Differences are paired, in points of test accuracy after the last epoch (for the claims `gap` and `relations` in points of probability); "
             f"the claimed side is the positive one; 95 % interval. p: paired t test, corrected over all {tested} comparisons of this table (Holm). Held: the interval lies on the claimed side; did not hold: on the "
             "other; undecided: it contains zero, and beside it stands the difference that as many runs would find four times out of five."
-            + (f" {few} of them undecided for want of three differences that vary." if few else "")
+            + (f" {few} comparisons are undecided for want of three differences that vary." if few else "")
             + (f" Published: the difference in {NOTES.removeprefix('LDRLD via ')}." if table["published"].notna().any() else ""))
 
 # %% ../nbs/92_claims.ipynb #0dbcf0e4

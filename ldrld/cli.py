@@ -21,7 +21,7 @@ class Commands(typer.core.TyperGroup):
     def invoke(self, ctx):
         try: return super().invoke(ctx)
         except KeyboardInterrupt as stop:
-            print("\nstopped; what is finished is kept, and so are the last epochs of what is not: call again to go on", file=sys.stderr)
+            print("\nstopped; what is finished is kept, and the epochs trained of what is not: call again to go on", file=sys.stderr)
             ctx.exit(143 if type(stop).__name__ == "Terminated" else 130)
 
 
@@ -75,7 +75,7 @@ def tell_odd(profile: str) -> list[str]:
 
 
 def end(outcomes, profile: str) -> None:
-    """Say what became of everything, why something waits, and where it is; exit code 1 if anything failed or a record is odd."""
+    """Say what became of everything, why something waits, and where it is; exit code 1 if a run failed or a record is odd."""
     from ldrld import paths
     from ldrld.experiments import profile as profile_of
 
@@ -84,7 +84,8 @@ def end(outcomes, profile: str) -> None:
     print(f"{count('done')} done, {count('paused')} paused, {count('failed')} failed")
     for o in outcomes:
         if o.status == "failed": print(f"  failed: {o.name}: {o.detail.splitlines()[0]}")
-    for why, n in Counter(re.sub(r"^.*: (?=paused after)", "", o.detail) for o in outcomes if o.status == "paused").items(): print(f"  paused: {n}: {why}")
+    reasons = Counter(re.sub(r"^.*: (?=paused after)", "", o.detail) for o in outcomes if o.status == "paused")
+    for why, n in reasons.items(): print(f"  {n} paused: {why}")
     if count("paused"): print("  call again to go on with what is paused")
     named = {o.name for o in outcomes if o.status == "failed"}
     odd = [line for line in tell_odd(profile) if not any(name in line for name in named)]
@@ -128,7 +129,8 @@ def run(settings: Annotated[list[str], typer.Argument(help="name=value, e.g. mod
     from pydantic import ValidationError
 
     if out is not None: os.environ["LDRLD_OUT"] = str(out.resolve())
-    if not re.fullmatch(r"\w[\w.-]*", profile): raise typer.BadParameter(f"--profile {profile!r}: expected the name of a folder, of letters, digits, dots and dashes")
+    if not re.fullmatch(r"\w[\w.-]*", profile):
+        raise typer.BadParameter(f"--profile {profile!r}: expected the name of a folder, of letters, digits, dots and dashes")
     from ldrld.settings import assigned
 
     try: given = assigned(settings)
@@ -237,10 +239,12 @@ def status(profile: Profile = "quick", out: Out = None):
 
     folder, planned, todo = profile_of(profile).name, runs_of(profile), missing(profile)
     waiting = [config for config, _ in todo if not finished(config, folder)]
-    print(f"\n{len(planned) - len(waiting)} of the {len(planned)} runs that are run always are finished, {len(waiting)} are missing{'; these come next' if waiting else ''}")
+    print(f"\n{len(planned) - len(waiting)} of the {len(planned)} runs that are run always are finished, "
+          f"{len(waiting)} are missing{'; these come next' if waiting else ''}")
     begun = lambda name: epochs_trained(paths.work(name) / "checkpoint.pt")
-    if waiting: print(pd.DataFrame([{"run": name_of(c), "teacher": c.teacher.model if c.teacher else "-", "epochs trained": f"{begun(name_of(c))} of {c.epochs}"}
-                                    for c in waiting[:10]]).to_string(index=False))
+    coming = [{"run": name_of(c), "teacher": c.teacher.model if c.teacher else "-",
+               "epochs trained": f"{begun(name_of(c))} of {c.epochs}"} for c in waiting[:10]]
+    if coming: print(pd.DataFrame(coming).to_string(index=False))
     if again := taken_up_again(todo, folder): print(again)
     for line in tell_odd(folder): print(line)
 

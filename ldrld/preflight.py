@@ -20,7 +20,8 @@ class NotReady(RuntimeError):
     """Something that a batch needs is not there; the message says what, and what to do."""
 
     def __init__(self, problems: list[str]):
-        super().__init__("\n".join(["not started, since something is missing:", *(f"  {line}" for p in problems for line in p.splitlines())]))
+        lines = "\n".join(problems).splitlines()
+        super().__init__("\n  ".join(["not started, since something is missing:", *lines]))
 
 
 def notebooks_for(names: Iterable[str]) -> list[str]:
@@ -29,16 +30,20 @@ def notebooks_for(names: Iterable[str]) -> list[str]:
     names: paths under `nbs/`, such as "run/train.ipynb".
     """
     absent = [name for name in names if not (paths.notebooks() / name).is_file()]
-    if not absent: return [] if find_spec("papermill") else ['notebooks: papermill is not installed; pip install "ldrld[run]", or train with --direct']
-    more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
-    return [f"notebooks: {absent[0]}{more} not under {paths.notebooks()}; work in a checkout of ldrld, or set LDRLD_ROOT to one"]
+    if absent:
+        more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+        return [f"notebooks: {absent[0]}{more} not under {paths.notebooks()}; work in a checkout of ldrld, "
+                "or set LDRLD_ROOT to one"]
+    if find_spec("papermill"): return []
+    return ['notebooks: papermill is not installed; pip install "ldrld[run]", or train with --direct']
 
 
 def _images(names: Iterable[str]) -> tuple[dict, list[str]]:
-    """The data sets by name, and what is wrong with the others. Of Tiny-ImageNet, minutes to read, it is only seen that there is something."""
+    """The data sets by name, and what is wrong with the others; of Tiny-ImageNet, minutes to read, only whether it is there."""
     images, problems = {}, []
     for name in sorted(names):
-        if name == "tiny-imagenet" and any((paths.data_root() / folder).is_dir() for folder in (name, f"{name}-200")): continue
+        large = name == "tiny-imagenet"
+        if large and any((paths.data_root() / folder).is_dir() for folder in (name, f"{name}-200")): continue
         try: images[name] = data.load(name)
         except (OSError, ValueError) as error: problems.append(f"data: {name}: {error}")
     return images, problems
@@ -57,7 +62,7 @@ def _teacher(config: RunConfig, folder: str) -> list[str]:
 
 
 def _table_bytes(config: RunConfig, images) -> dict[Path, int]:
-    """The file of a teacher's logits that a run reads, and what is to be written of it; empty for a run that has none."""
+    """Where a teacher's logits for a run lie, and how much is to be written of them; empty for a run that reads none."""
     loss = losses.build(config.loss, **config.loss_args)
     if config.teacher is None or loss.needs_features or loss.alters_pictures: return {}
     folder = paths.work(name_of(config.teacher))
@@ -72,10 +77,12 @@ def _disk(needed: float) -> list[str]:
     try:
         paths.out().mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=paths.out()).close()
-    except OSError as error: return [f"disk: {paths.out()} cannot be written to ({error.strerror}); choose another folder with --out"]
+    except OSError as error:
+        return [f"disk: {paths.out()} cannot be written to ({error.strerror}); choose another folder with --out"]
     free = shutil.disk_usage(paths.out()).free
     if free >= needed: return []
-    return [f"disk: {paths.out()} has {free / 1e9:.1f} GB left, about {needed / 1e9:.1f} GB are needed for the teachers' logits and the results; make room, or choose another folder with --out"]
+    return [f"disk: {paths.out()} has {free / 1e9:.1f} GB left, about {needed / 1e9:.1f} GB are needed for the teachers' "
+            "logits and the results; make room, or choose another folder with --out"]
 
 
 def needs_of(todo: list[RunConfig], finished: list[RunConfig], folder: str) -> list[str]:
@@ -86,11 +93,12 @@ def needs_of(todo: list[RunConfig], finished: list[RunConfig], folder: str) -> l
     if not todo: return []
     images, problems = _images({config.dataset for config in todo})
     for config in finished:
-        if config.dataset not in images or config.dataset == "cifar100": continue       # whose files are checked as they are loaded
+        if config.dataset not in images or config.dataset == "cifar100": continue    # its files are checked by loading
         try: same_pictures(load_record(name_of(config), folder), images[config.dataset])
         except ValueError as error: problems.append(f"data: {error}")
-    teachers = {name_of(config.teacher): config.teacher for config in todo if config.teacher and not isinstance(config.teacher, Pretrained)}
-    for teacher in teachers.values(): problems += _teacher(teacher, folder)
+    teachers = {name_of(config.teacher): config.teacher for config in todo if config.teacher}
+    for teacher in teachers.values():
+        if not isinstance(teacher, Pretrained): problems += _teacher(teacher, folder)
     tables: dict[Path, int] = {}
     for config in todo:
         if config.dataset in images: tables |= _table_bytes(config, images[config.dataset])

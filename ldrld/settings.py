@@ -21,21 +21,26 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
         for key in keys:
-            if keys.count(key) > 1: raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", node.start_mark)
+            if keys.count(key) < 2: continue
+            raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", node.start_mark)
         return super().construct_mapping(node, deep=deep)
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile(r"^<<$"), ["<"])
-_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|None|)$"), ["~", "n", "N", ""])
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"""^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?
-                              |[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$""", re.X), list("-+.0123456789"))
+SCALARS = {  # kind: what it looks like, and what it begins with
+    "merge": (r"<<", ["<"]),
+    "null": (r"~|null|Null|NULL|None|", ["~", "n", "N", ""]),
+    "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    "int": (r"[-+]?[0-9]+", list("-+0123456789")),
+    "float": (r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+              list("-+.0123456789")),
+}
+for _kind, (_looks, _begins) in SCALARS.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_looks})$"), _begins)
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
 
 
 def _expanded(node: yaml.Node, above: tuple = (), known: dict | None = None) -> int:
-    """How many values a composed text holds once its aliases are written out; `ValueError` for one that holds itself."""
+    """How many values a text holds once its aliases are written out; `ValueError` for one that holds itself."""
     known = {} if known is None else known
     if id(node) in above: raise ValueError("an alias stands within what it stands for")
     if id(node) not in known:
@@ -64,7 +69,8 @@ def read(text: str, where: str, expected: str = "YAML"):
         loader = _Loader(text)
         node = loader.get_single_node()
         if node is None: return None
-        if (size := _expanded(node)) > LARGEST: raise ValueError(f"{size:,} values, its aliases written out; at most {LARGEST:,} are read")
+        if (size := _expanded(node)) > LARGEST:
+            raise ValueError(f"{size:,} values, its aliases written out; at most {LARGEST:,} are read")
         return loader.construct_document(node)
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{where}: {_in_short(error)}; expected {expected}") from None
@@ -72,9 +78,15 @@ def read(text: str, where: str, expected: str = "YAML"):
 
 
 def read_file(path: str | Path, expected: str) -> dict:
-    """The fields of a YAML file, by name. Raises ValueError, with the file's name, for one that holds no fields; OSError if it cannot be opened."""
+    """The fields of a YAML file, by name.
+
+    path: the file, in UTF-8.  expected: what should stand in it, for the message.
+    Raises ValueError, with the file's name, for one that holds no fields; OSError if it cannot be opened.
+    """
     try: text = Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error: raise ValueError(f"{path}: not a text in UTF-8 ({error.reason} at byte {error.start}); expected {expected}") from None
+    except UnicodeDecodeError as error:
+        where = f"{error.reason} at byte {error.start}"
+        raise ValueError(f"{path}: not a text in UTF-8 ({where}); expected {expected}") from None
     given = read(text, str(path), expected)
     if not isinstance(given, dict): raise ValueError(f"{path}: {reprlib.repr(given)}; expected {expected}")
     for name in given:
@@ -85,7 +97,7 @@ def read_file(path: str | Path, expected: str) -> dict:
 def assigned(words: list[str]) -> dict:
     """Settings from words such as `epochs=5`, `loss_args.depth=3`, `loss_args={depth: 3}` or `teacher=resnet14`.
 
-    A dot leads into what a setting holds; a teacher's name and settings of the teacher add up in any order. Of a setting that is
+    A dot leads into what a setting holds; a teacher's name and settings of the teacher add up in any order. Of a setting
     given twice the last one counts, so that a script's own settings can be overridden behind them.
     Raises ValueError for a word that assigns nothing, cannot be read, or assigns to a part of what has none.
     """
@@ -93,13 +105,16 @@ def assigned(words: list[str]) -> dict:
     for word in words:
         name, is_assigned, text = word.partition("=")
         *folders, last = name.split(".")
-        if not is_assigned or not all([*folders, last]): raise ValueError(f"{word!r}: expected name=value, such as epochs=5 or loss_args.depth=3")
+        if not is_assigned or not all([*folders, last]):
+            raise ValueError(f"{word!r}: expected name=value, such as epochs=5 or loss_args.depth=3")
         value = read(text, repr(word), "a number, a name, or YAML such as {depth: 3}")
         place = given
         for folder in folders:
             if folder == "teacher" and isinstance(place.get(folder), str): place[folder] = {"model": place[folder]}
             place = place.setdefault(folder, {})
-            if not isinstance(place, dict): raise ValueError(f"{word!r}: {folder} was given as {place!r} before, which has no parts")
-        if last == "teacher" and isinstance(place.get(last), dict) and isinstance(value, str): place[last]["model"] = value
+            if not isinstance(place, dict):
+                raise ValueError(f"{word!r}: {folder} was given as {place!r} before, which has no parts")
+        named_late = last == "teacher" and isinstance(place.get(last), dict) and isinstance(value, str)
+        if named_late: place[last]["model"] = value
         else: place[last] = value
     return given

@@ -204,8 +204,10 @@ ASCII = {"PYTHONIOENCODING": "ascii"}
 
 
 @pytest.mark.parametrize(("env", "words"), [
-    (ASCII, ("status", "--profile", "small")), (ASCII, ("verify", "--profile", "small")), (ASCII, ("--help",)), (ASCII, ("run", "loss=kd→", "lr=α")), (ASCII, ("tune", "--space", "alpha=β")), (ASCII, ("data", "α")),
-    ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, ("status",)), ({"PYTHONIOENCODING": "latin-1"}, ("status",)),
+    (ASCII, ("status", "--profile", "small")), (ASCII, ("verify", "--profile", "small")), (ASCII, ("--help",)),
+    (ASCII, ("run", "loss=kd→", "lr=α")), (ASCII, ("tune", "--space", "alpha=β")), (ASCII, ("data", "α")),
+    ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, ("status",)),
+    ({"PYTHONIOENCODING": "latin-1"}, ("status",)),
 ], ids=lambda value: " ".join(value))
 def test_terminals_without_our_letters(env, words):
     got = subprocess.run([sys.executable, "-c", "from ldrld.cli import main; main()", *words], capture_output=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", **env})

@@ -68,16 +68,28 @@ def without(*keys):
 
 
 EDITS = {
-    "best_epoch": at("best_epoch", value=99), "best_epoch of an equal one": at("best_epoch", value=2), "together": at("together", value=-5), "no company": at("together", value=0),
-    "a false teacher": at("teacher", value="digits-resnet14-ce-s0-0000000000"), "no teacher": at("teacher", value=None), "config": at("config", value=3), "config a list": at("config", value=[1]),
-    "no test_accuracy": without("history", 1, "test_accuracy"), "no terms": without("history", 0, "terms"), "no epoch": without("history", 0, "epoch"), "epochs reordered": lambda r: r["history"].reverse(),
-    "an epoch twice": at("history", 1, "epoch", value=1), "no epochs": at("history", value=[]), "an epoch more": lambda r: r["history"].append({**r["history"][-1], "epoch": 3}),
-    "history of text": at("history", 0, value="epoch 1"), "seconds": at("seconds", value=2.0001), "negative seconds": at("history", 0, "seconds", value=-1.0), "no time at all": at("history", 0, "seconds", value=0),
-    "images_per_second": at("images_per_second", value=1.0), "above 100": at("history", 0, "test_accuracy", value=100.5), "below 0": at("history", 0, "train_accuracy", value=-0.1),
-    "half an image": at("history", 0, "train_accuracy", value=50.005), "an accuracy of text": at("history", 0, "test_accuracy", value="60"), "last_accuracy": at("last_accuracy", value=99.0),
-    "best_accuracy": at("best_accuracy", value=99.0), "no fingerprint": without("data", "fingerprint"), "no images": at("data", "train", value=0), "data a list": at("data", value=[]),
-    "seed": at("config", "seed", value=7), "another's name": at("name", value="digits-resnet8-ce-s1-0000000000"), "schema": at("schema_version", value="1b"), "an unknown field": at("mood", value="good"),
-    "never finished": at("finished", value=""), "an infinite rate": at("history", 0, "lr", value=float("inf")), "a term that is none": at("history", 0, "terms", "ce", value=float("nan")),
+    "best_epoch": at("best_epoch", value=99), "best_epoch of an equal one": at("best_epoch", value=2),
+    "together": at("together", value=-5), "no company": at("together", value=0),
+    "a false teacher": at("teacher", value="digits-resnet14-ce-s0-0000000000"), "no teacher": at("teacher", value=None),
+    "config": at("config", value=3), "config a list": at("config", value=[1]),
+    "no test_accuracy": without("history", 1, "test_accuracy"), "no terms": without("history", 0, "terms"),
+    "no epoch": without("history", 0, "epoch"), "epochs reordered": lambda r: r["history"].reverse(),
+    "an epoch twice": at("history", 1, "epoch", value=1), "no epochs": at("history", value=[]),
+    "an epoch more": lambda r: r["history"].append({**r["history"][-1], "epoch": 3}),
+    "history of text": at("history", 0, value="epoch 1"), "seconds": at("seconds", value=2.0001),
+    "negative seconds": at("history", 0, "seconds", value=-1.0), "no time at all": at("history", 0, "seconds", value=0),
+    "images_per_second": at("images_per_second", value=1.0),
+    "above 100": at("history", 0, "test_accuracy", value=100.5),
+    "below 0": at("history", 0, "train_accuracy", value=-0.1),
+    "half an image": at("history", 0, "train_accuracy", value=50.005),
+    "an accuracy of text": at("history", 0, "test_accuracy", value="60"),
+    "last_accuracy": at("last_accuracy", value=99.0),
+    "best_accuracy": at("best_accuracy", value=99.0), "no fingerprint": without("data", "fingerprint"),
+    "no images": at("data", "train", value=0), "data a list": at("data", value=[]),
+    "seed": at("config", "seed", value=7), "another's name": at("name", value="digits-resnet8-ce-s1-0000000000"),
+    "schema": at("schema_version", value="1b"), "an unknown field": at("mood", value="good"),
+    "never finished": at("finished", value=""), "an infinite rate": at("history", 0, "lr", value=float("inf")),
+    "a term that is none": at("history", 0, "terms", "ce", value=float("nan")),
 }
 
 
@@ -101,7 +113,8 @@ def test_an_edited_record_is_named_and_the_rest_goes_on(made, edit):
 
 
 FILES = {
-    "empty": b"", "cut": None, "a list": b"[]", "a number": b"3", "null": b"null", "not text": b"\x80\xff\x00", "UTF-16": '{"name": 1}'.encode("utf-16"), "no JSON": b"name: x", "deep": b"[" * 100_000,
+    "empty": b"", "cut": None, "a list": b"[]", "a number": b"3", "null": b"null", "not text": b"\x80\xff\x00",
+    "UTF-16": '{"name": 1}'.encode("utf-16"), "no JSON": b"name: x", "deep": b"[" * 100_000,
     "NaN": b'{"last_accuracy": NaN}', "huge number": b'{"seconds": ' + b"9" * 5000 + b"}",
 }
 
@@ -178,9 +191,12 @@ def of(*values): return pd.Series(values, dtype=float)
 
 
 @pytest.mark.parametrize(("ours", "theirs", "pairs", "interval"), [
-    (of(), of(), 0, False), (of(1), of(0), 1, False), (of(1, 1.5), of(0, 0), 2, True), (of(1, 1), of(0, 0), 2, False), (of(1, 2, 3), of(0, 1, 2), 3, False), (of(5, 5, 5), of(5, 5, 5), 3, False),
-    (of(1, NAN, 2), of(0, 0, 0), 2, True), (of(1, INF, 2), of(0, 0, 0), 2, True), (of(1, INF), of(0, INF), 1, False), (of(NAN, NAN), of(1, 2), 0, False), (of(), of(1, 2), 0, False),
-    (of(1, 2, 3), of(), 0, False), (of(1, 1 + 1e-12, 1), of(0, 0, 0), 3, False), (of(1, 2, 4), of(0, 0, 0), 3, True), (of(0.3, 0.3, 0.3), of(0.1, 0.1, 0.1), 3, False),
+    (of(), of(), 0, False), (of(1), of(0), 1, False), (of(1, 1.5), of(0, 0), 2, True), (of(1, 1), of(0, 0), 2, False),
+    (of(1, 2, 3), of(0, 1, 2), 3, False), (of(5, 5, 5), of(5, 5, 5), 3, False),
+    (of(1, NAN, 2), of(0, 0, 0), 2, True), (of(1, INF, 2), of(0, 0, 0), 2, True), (of(1, INF), of(0, INF), 1, False),
+    (of(NAN, NAN), of(1, 2), 0, False), (of(), of(1, 2), 0, False),
+    (of(1, 2, 3), of(), 0, False), (of(1, 1 + 1e-12, 1), of(0, 0, 0), 3, False), (of(1, 2, 4), of(0, 0, 0), 3, True),
+    (of(0.3, 0.3, 0.3), of(0.1, 0.1, 0.1), 3, False),
 ])
 def test_no_interval_and_no_p_without_a_spread(ours, theirs, pairs, interval):
     """And the check by hand says the same."""
@@ -198,8 +214,10 @@ def test_a_seed_given_twice_is_refused():
 
 
 @pytest.mark.parametrize(("values", "verdict"), [
-    ([], "not run"), ([5.0], "undecided"), ([5.0, 5.1], "undecided"), ([5.0, 5.0], "undecided"), ([5.0, 5.0, 5.0], "undecided"), ([0.0, 0.0, 0.0], "undecided"), ([5.0, 5.1, NAN], "undecided"),
-    ([NAN, NAN], "not run"), ([5.0, 5.1, 5.2], "held"), ([-5.0, -5.1, -5.2], "did not hold"), ([5.0, -5.0, 0.1], "undecided"), ([5.0, 5.1, 5.2, INF], "held"),
+    ([], "not run"), ([5.0], "undecided"), ([5.0, 5.1], "undecided"), ([5.0, 5.0], "undecided"),
+    ([5.0, 5.0, 5.0], "undecided"), ([0.0, 0.0, 0.0], "undecided"), ([5.0, 5.1, NAN], "undecided"),
+    ([NAN, NAN], "not run"), ([5.0, 5.1, 5.2], "held"), ([-5.0, -5.1, -5.2], "did not hold"),
+    ([5.0, -5.0, 0.1], "undecided"), ([5.0, 5.1, 5.2, INF], "held"),
 ])
 def test_no_verdict_is_stronger_than_the_data(tmp_path, monkeypatch, values, verdict):
     """Judged, written, and reckoned again by `verify`."""

@@ -28,8 +28,10 @@ def told(error) -> str:
 # ---- YAML -----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("text", "value"), [
-    ("5e-4", 5e-4), ("1E3", 1000.0), (".5", 0.5), ("7", 7), ("-3", -3), ("012", 12), ("1:30", "1:30"), ("1_000", "1_000"), ("true", True), ("yes", "yes"),
-    ("on", "on"), ("null", None), ("None", None), ("", None), ("nan", "nan"), ("resnet8", "resnet8"), ("2026-01-01", "2026-01-01"), ("{depth: 3}", {"depth": 3}),
+    ("5e-4", 5e-4), ("1E3", 1000.0), (".5", 0.5), ("7", 7), ("-3", -3), ("012", 12), ("1:30", "1:30"),
+    ("1_000", "1_000"), ("true", True), ("yes", "yes"),
+    ("on", "on"), ("null", None), ("None", None), ("", None), ("nan", "nan"), ("resnet8", "resnet8"),
+    ("2026-01-01", "2026-01-01"), ("{depth: 3}", {"depth": 3}),
     ("[1, 2e0]", [1, 2.0]), ("'5'", "5"), ("10**400", "10**400"), ("9" * 400, int("9" * 400)),
 ])
 def test_scalars_are_those_of_yaml_1_2(text, value):
@@ -38,9 +40,12 @@ def test_scalars_are_those_of_yaml_1_2(text, value):
 
 
 @pytest.mark.parametrize(("text", "says"), [
-    ("seeds: [0, 1", "line 1"), ("a: {b: 3", "line 1"), ("a: @x", "'@'"), ("\ta: 1", "line 1"), ("a: 1\na: 2", "'a' is given twice (line 1"), ("a: {b: 1, b: 2}", "'b' is given twice"),
-    ("a: !!python/object:os.system x", "could not determine a constructor"), ("a: *nowhere", "undefined alias"), ("a: &a [*a]", "within what it stands for"),
-    ("[" * 3000 + "]" * 3000, "too deeply nested"), ("? {a: 1}\n: 2", "unhashable"), ("a: 1\n---\nb: 2", "expected"), ("\x00", "expected"), ("!!int x", "expected"),
+    ("seeds: [0, 1", "line 1"), ("a: {b: 3", "line 1"), ("a: @x", "'@'"), ("\ta: 1", "line 1"),
+    ("a: 1\na: 2", "'a' is given twice (line 1"), ("a: {b: 1, b: 2}", "'b' is given twice"),
+    ("a: !!python/object:os.system x", "could not determine a constructor"), ("a: *nowhere", "undefined alias"),
+    ("a: &a [*a]", "within what it stands for"),
+    ("[" * 3000 + "]" * 3000, "too deeply nested"), ("? {a: 1}\n: 2", "unhashable"), ("a: 1\n---\nb: 2", "expected"),
+    ("\x00", "expected"), ("!!int x", "expected"),
     ("9" * 5000, "expected"), ("!!timestamp 2026-99-99", "expected"), ("<<: 3", "expected"),
 ])
 def test_a_slip_in_yaml_says_where(text, says):
@@ -68,9 +73,12 @@ def test_a_profile_may_write_numbers_as_people_do(tmp_path):
 
 
 @pytest.mark.parametrize(("change", "says"), [
-    ("seeds: [0, 1", "line"), ("seeds: [0, 0]", "give each only once"), ("seeds: [-1]", "expected whole numbers from 0"), ("seeds: 3", "seeds=3"), ("seeds: [0.5]", "seeds.0=0.5"),
-    ("depths: [1]", "depth must be"), ("temperatures: [0]", "temperature must be"), ("temperatures: [.inf]", "temperature must be"), ("dataset: digits", "given twice"),
-    ("name: mine", "leave `name` out"), ("1: 2", "1 is not the name of a field"), ("sedes: [1]", "sedes"), ("methods: [LDRD]", "LDRD"), ("student: {recipe: onecycle}", "given twice"),
+    ("seeds: [0, 1", "line"), ("seeds: [0, 0]", "give each only once"),
+    ("seeds: [-1]", "expected whole numbers from 0"), ("seeds: 3", "seeds=3"), ("seeds: [0.5]", "seeds.0=0.5"),
+    ("depths: [1]", "depth must be"), ("temperatures: [0]", "temperature must be"),
+    ("temperatures: [.inf]", "temperature must be"), ("dataset: digits", "given twice"),
+    ("name: mine", "leave `name` out"), ("1: 2", "1 is not the name of a field"), ("sedes: [1]", "sedes"),
+    ("methods: [LDRD]", "LDRD"), ("student: {recipe: onecycle}", "given twice"),
     (BOMB, "aliases written out"), ("methods: *x", "undefined alias"),
 ])
 def test_a_slip_in_a_profile_names_the_file(tmp_path, change, says):
@@ -82,9 +90,13 @@ def test_a_slip_in_a_profile_names_the_file(tmp_path, change, says):
 
 
 @pytest.mark.parametrize(("old", "new", "says"), [
-    ("epochs: 2, lr: 0.1", "epochs: two, lr: 0.1", "teacher: epochs='two'"), ("lr: 5e-2", "lr: fast", "student: lr='fast'"), ("lr: 5e-2", "model: resnet8", "student: model given"),
-    ("lr: 5e-2", "seed: 1", "student: seed given"), ("lr: 5e-2", "lr: .nan", "student: lr=nan"), ("{recipe: onecycle, epochs: 2, lr: 0.1}", "[1]", "teacher=[1]"),
-    ("[[resnet14, resnet8]]", "[[resnet14]]", "pairs.0.1"), ("[[resnet14, resnet8]]", "[[resnet14, resnet9]]", "resnet9"), ("digits\npairs", "digit\npairs", "Did you mean 'digits'"),
+    ("epochs: 2, lr: 0.1", "epochs: two, lr: 0.1", "teacher: epochs='two'"),
+    ("lr: 5e-2", "lr: fast", "student: lr='fast'"), ("lr: 5e-2", "model: resnet8", "student: model given"),
+    ("lr: 5e-2", "seed: 1", "student: seed given"), ("lr: 5e-2", "lr: .nan", "student: lr=nan"),
+    ("{recipe: onecycle, epochs: 2, lr: 0.1}", "[1]", "teacher=[1]"),
+    ("[[resnet14, resnet8]]", "[[resnet14]]", "pairs.0.1"),
+    ("[[resnet14, resnet8]]", "[[resnet14, resnet9]]", "resnet9"),
+    ("digits\npairs", "digit\npairs", "Did you mean 'digits'"),
 ])
 def test_a_wrong_value_in_a_profile_is_named_with_its_field(tmp_path, old, new, says):
     file = tmp_path / "mine.yaml"
@@ -114,9 +126,13 @@ def test_words_add_up():
 
 
 @pytest.mark.parametrize(("words", "says"), [
-    (["loss_args={depth: 3"], "'loss_args={depth: 3': "), (["teacher.lr=@x"], "'teacher.lr=@x': "), (["epochs"], "expected name=value"), (["=3"], "expected name=value"), (["a..b=3"], "expected name=value"),
-    ([".a=3"], "expected name=value"), (["a.=3"], "expected name=value"), (["epochs=3", "epochs.x=4"], "epochs was given as 3 before"), (["loss=kd", "loss.temperature=3"], "loss was given as 'kd' before"),
-    (["a=&x [1]", "b=*x"], "undefined alias"), (["a=[*x]"], "undefined alias"), (["a={b: 1, b: 2}"], "'b' is given twice"),
+    (["loss_args={depth: 3"], "'loss_args={depth: 3': "), (["teacher.lr=@x"], "'teacher.lr=@x': "),
+    (["epochs"], "expected name=value"), (["=3"], "expected name=value"), (["a..b=3"], "expected name=value"),
+    ([".a=3"], "expected name=value"), (["a.=3"], "expected name=value"),
+    (["epochs=3", "epochs.x=4"], "epochs was given as 3 before"),
+    (["loss=kd", "loss.temperature=3"], "loss was given as 'kd' before"),
+    (["a=&x [1]", "b=*x"], "undefined alias"), (["a=[*x]"], "undefined alias"),
+    (["a={b: 1, b: 2}"], "'b' is given twice"),
 ])
 def test_a_slip_in_a_word_names_it(words, says):
     with pytest.raises(ValueError) as error: assigned(words)
@@ -126,15 +142,24 @@ def test_a_slip_in_a_word_names_it(words, says):
 # ---- settings -------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("settings", "says"), [
-    ({"teacher": 0.1}, "teacher=0.1: expected the name of a network"), ({"teacher": [1]}, "teacher=[1]"), ({"teacher": True}, "teacher=True"), ({"lr": 10**400}, "lr=1000"), ({"lr": "10**400"}, "lr='10**400'"),
-    ({"lr": float("inf")}, "lr=inf"), ({"lr": float("nan")}, "lr=nan"), ({"weight_decay": float("inf")}, "weight_decay=inf"), ({"seed": 10**30}, "seed=1000"), ({"batch_size": 2**40}, "batch_size="),
+    ({"teacher": 0.1}, "teacher=0.1: expected the name of a network"), ({"teacher": [1]}, "teacher=[1]"),
+    ({"teacher": True}, "teacher=True"), ({"lr": 10**400}, "lr=1000"), ({"lr": "10**400"}, "lr='10**400'"),
+    ({"lr": float("inf")}, "lr=inf"), ({"lr": float("nan")}, "lr=nan"),
+    ({"weight_decay": float("inf")}, "weight_decay=inf"), ({"seed": 10**30}, "seed=1000"),
+    ({"batch_size": 2**40}, "batch_size="),
     ({"loss": "kd", "teacher": "resnet8", "loss_args": {"temperature": 10**400}}, "loss_args={'temperature': 1000"),
-    ({"loss": "sdd", "teacher": "resnet8", "loss_args": {"regions": float("nan")}}, "regions"), ({"loss": "sdd", "teacher": "resnet8", "loss_args": {"regions": "many"}}, "regions"),
-    ({"loss": "corrected", "teacher": "resnet8", "loss_args": {"loss": {}}}, "loss_args={'loss': {}}"), ({"loss": "corrected", "teacher": "resnet8", "loss_args": {"loss": ["kd"]}}, "loss_args={'loss': ['kd']}"),
-    ({"loss": "kd", "teacher": "resnet8", "loss_args": {1: 2}}, "1 is not the name of a hyper-parameter"), ({"loss_args": [1]}, "loss_args=[1]"), ({"loss_args": "depth"}, "loss_args='depth'"),
-    ({"loss": ["kd"]}, "loss=['kd']"), ({"model": 3}, "model=3"), ({"dataset": 3}, "dataset=3"), ({"loss": "kd", "teacher": {1: 2}}, "teacher: unknown setting 1"),
-    ({"loss": "kd", "teacher": {"model": "resnet8", "epochs": "x"}}, "teacher: epochs='x'"), ({"loss": "kd", "teacher": {"model": "resnet8", "sha256": 1}}, "teacher: sha256=1"),
-    ({"model": "x" * 10**6}, "expected one of resnet8"), ({"lr": "x" * 10**6}, "lr='xxx"), ({"loss_args": {"x" * 10**6: 1}}, "unknown hyper-parameter"),
+    ({"loss": "sdd", "teacher": "resnet8", "loss_args": {"regions": float("nan")}}, "regions"),
+    ({"loss": "sdd", "teacher": "resnet8", "loss_args": {"regions": "many"}}, "regions"),
+    ({"loss": "corrected", "teacher": "resnet8", "loss_args": {"loss": {}}}, "loss_args={'loss': {}}"),
+    ({"loss": "corrected", "teacher": "resnet8", "loss_args": {"loss": ["kd"]}}, "loss_args={'loss': ['kd']}"),
+    ({"loss": "kd", "teacher": "resnet8", "loss_args": {1: 2}}, "1 is not the name of a hyper-parameter"),
+    ({"loss_args": [1]}, "loss_args=[1]"), ({"loss_args": "depth"}, "loss_args='depth'"),
+    ({"loss": ["kd"]}, "loss=['kd']"), ({"model": 3}, "model=3"), ({"dataset": 3}, "dataset=3"),
+    ({"loss": "kd", "teacher": {1: 2}}, "teacher: unknown setting 1"),
+    ({"loss": "kd", "teacher": {"model": "resnet8", "epochs": "x"}}, "teacher: epochs='x'"),
+    ({"loss": "kd", "teacher": {"model": "resnet8", "sha256": 1}}, "teacher: sha256=1"),
+    ({"model": "x" * 10**6}, "expected one of resnet8"), ({"lr": "x" * 10**6}, "lr='xxx"),
+    ({"loss_args": {"x" * 10**6: 1}}, "unknown hyper-parameter"),
 ])
 def test_a_wrong_setting_is_told_in_one_line(settings, says):
     with pytest.raises(ValidationError) as error: RunConfig(**settings)

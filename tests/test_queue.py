@@ -140,6 +140,11 @@ def alive(number: int) -> bool:
     except (FileNotFoundError, ProcessLookupError): return False
 
 
+def heeds_signals():
+    """A shell's background processes are started deaf to SIGINT, and so are theirs."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def until(done, seconds: float = 60) -> bool:
     end = time.time() + seconds
     while not (happened := done()) and time.time() < end: time.sleep(0.1)
@@ -152,7 +157,7 @@ def test_no_process_outlives_its_batch(tmp_path, number):
     """However the batch ends, its workers end with it."""
     (tmp_path / "parent.py").write_text(PARENT)
     env = {**os.environ, "PYTHONPATH": str(ROOT), "LDRLD_OUT": str(tmp_path)}
-    parent = subprocess.Popen([sys.executable, tmp_path / "parent.py", tmp_path], env=env, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    parent = subprocess.Popen([sys.executable, tmp_path / "parent.py", tmp_path], env=env, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=heeds_signals)
     assert until(lambda: all((tmp_path / f"{n}.pid").exists() for n in "ab")), "the workers did not begin"
     workers = [int((tmp_path / f"{n}.pid").read_text()) for n in "ab"]
     assert all(map(alive, workers))
@@ -165,7 +170,8 @@ def test_no_process_outlives_its_batch(tmp_path, number):
 def test_a_stopped_batch_says_that_it_can_go_on(searching, number, code):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
     words = ("reproduce", "--profile", str(searching), "--direct", "--jobs", "1")
-    stopped = subprocess.Popen([sys.executable, "-c", "from ldrld.cli import main; main()", *words], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    stopped = subprocess.Popen([sys.executable, "-c", "from ldrld.cli import main; main()", *words], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               preexec_fn=heeds_signals)
     assert until(lambda: list(paths.work().glob("*/checkpoint.pt")) or list(paths.records("searching").glob("*.json")))
     stopped.send_signal(number)
     out, err = stopped.communicate(timeout=60)

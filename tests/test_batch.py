@@ -137,7 +137,6 @@ def test_a_time_budget_pauses_and_goes_on(tmp_path):
     (("run", "seed=1", "--profile", "../elsewhere"), "expected the name of a folder"),
     (("run", "seed=1", "--profile", ""), "expected the name of a folder"),
     (("tune", "--space", "alpha=[*x]"), "undefined alias"),
-    (("tune", "--space", "alpha={a: 1, a: 2}"), "given twice"),
     (("run", "model=resnet8", "--keep", "wieghts"), "Did you mean 'weights'"),
 ])
 def test_a_slip_is_told_before_anything_runs(words, says, tmp_path):

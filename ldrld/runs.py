@@ -89,17 +89,7 @@ class RunConfig(BaseModel):
         if not isinstance(given, (dict, BaseModel)): return given
         given, fields = dict(given), cls.model_fields
         for name in given.keys() - fields.keys(): raise checks.unknown_name("setting", name, list(fields))
-        teacher = {"model": given["teacher"]} if isinstance(given.get("teacher"), str) else given.get("teacher")
-        if not isinstance(teacher, (dict, BaseModel, type(None))):
-            raise ValueError(f"teacher={reprlib.repr(teacher)}: expected the name of a network, the settings of a teacher, or None")
-        try:
-            if isinstance(teacher, dict) and "sha256" in teacher: given["teacher"] = Pretrained.model_validate(teacher)
-            elif isinstance(teacher, dict):                          # what it does not say, it shares with the student
-                shared = {k: v for k, v in given.items() if k not in ("model", "loss", "loss_args", "teacher", "seed", "train_share", "label_noise")}
-                given["teacher"] = cls.model_validate({**shared, **teacher})
-        except ValidationError as error:                             # a slip in what they share is the student's
-            own = any(not e["loc"] or e["loc"][0] in teacher for e in error.errors())
-            raise ValueError("teacher: " * own + explain(error)) from None
+        if "teacher" in given: given["teacher"] = _teacher_from(given)
         model = given.get("model", fields["model"].default)
         if isinstance(model, str): given["model"] = models.canonical(model)
         given.setdefault("lr", base_lr(str(given.get("model", model))))
@@ -161,6 +151,20 @@ def explain(
         if len(why) > 800: why = f"{why[:400]} … {why[-400:]}"
         said[f"{where}={reprlib.repr(e['input'])}: {why}" if where and e["type"] != "value_error" else why] = None
     return "; ".join(list(said)[:MOST]) + (f"; and {len(said) - MOST} more" if len(said) > MOST else "")
+
+def _teacher_from(given: dict) -> RunConfig | Pretrained | None:
+    "The teacher in a student's settings; what its own settings do not say, it shares with the student."
+    teacher = {"model": given["teacher"]} if isinstance(given["teacher"], str) else given["teacher"]
+    if not isinstance(teacher, (dict, BaseModel, type(None))):
+        raise ValueError(f"teacher={reprlib.repr(teacher)}: expected the name of a network, the settings of a teacher, or None")
+    if not isinstance(teacher, dict): return teacher
+    own = ("model", "loss", "loss_args", "teacher", "seed", "train_share", "label_noise")
+    try:
+        if "sha256" in teacher: return Pretrained.model_validate(teacher)
+        return RunConfig.model_validate({k: v for k, v in given.items() if k not in own} | teacher)
+    except ValidationError as error:                             # a slip in what they share is the student's
+        at_teacher = any(not e["loc"] or e["loc"][0] in teacher for e in error.errors())
+        raise ValueError("teacher: " * at_teacher + explain(error)) from None
 
 # %% ../nbs/80_runs.ipynb #3c21db64
 SCHEMA = 1  # of what a configuration's fields mean
@@ -297,6 +301,7 @@ def load_record(
     if found := contradictions(record): raise odd(f"contradicts itself, it was edited: {'; '.join(found[:MOST])}")
     return record
 
+# %% ../nbs/80_runs.ipynb #0ddc1a56
 class OddRecord(UserWarning):
     "A record was left out, because it is odd."
 

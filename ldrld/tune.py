@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NUMBER', 'RANGE', 'GRAMMAR', 'SPACES', 'ends', 'dimension', 'space_from', 'space_of', 'Search', 'trial_config',
-           'search_for', 'studies', 'declare', 'Declaration', 'declared', 'SeededByNumber', 'mend_journal', 'study_of',
+           'search_for', 'studies', 'declare', 'Declaration', 'declared', 'mend_journal', 'SeededByNumber', 'study_of',
            'values_of', 'Claim', 'claim', 'measured', 'tune', 'settings_of', 'table_of', 'best_of', 'shown', 'caption',
            'command', 'next_step', 'importance', 'draw', 'keep']
 
@@ -252,27 +252,7 @@ def _lock(search: Search, what: str) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     return str(folder / f"{what}.lock")
 
-# %% ../nbs/84_tune.ipynb #71a510f6
-class SeededByNumber(BaseSampler):
-    "TPE whose random numbers are a function of the search's seed and the trial's number."
-    def __init__(self,
-        seed: int = 0,  # of the search
-        startup: int = 10,  # trials drawn at random first
-    ):
-        self.seed, self.startup = seed, startup
-
-    def before_trial(self, study, trial):
-        "A new trial, a new stream."
-        self.tpe = TPESampler(seed=(1_000_003 * (self.seed + 1) + trial.number) % 2**32, n_startup_trials=self.startup)
-        self.tpe.before_trial(study, trial)
-
-    def infer_relative_search_space(self, study, trial): return self.tpe.infer_relative_search_space(study, trial)
-
-    def sample_relative(self, study, trial, search_space): return self.tpe.sample_relative(study, trial, search_space)
-
-    def sample_independent(self, study, trial, param_name, param_distribution):
-        return self.tpe.sample_independent(study, trial, param_name, param_distribution)
-
+# %% ../nbs/84_tune.ipynb #0707a1e4
 def mend_journal(
     file: Path,  # of a study
 ) -> str | None:  # what was cut off; None if nothing was
@@ -293,6 +273,27 @@ def mend_journal(
         with open(file, "r+b") as journal: journal.truncate(len(whole) + len(end))
         return rest.decode(errors="replace")
     finally: lock.release()
+
+# %% ../nbs/84_tune.ipynb #71a510f6
+class SeededByNumber(BaseSampler):
+    "TPE whose random numbers are a function of the search's seed and the trial's number."
+    def __init__(self,
+        seed: int = 0,  # of the search
+        startup: int = 10,  # trials drawn at random first
+    ):
+        self.seed, self.startup = seed, startup
+
+    def before_trial(self, study, trial):
+        "A new trial, a new stream."
+        self.tpe = TPESampler(seed=(1_000_003 * (self.seed + 1) + trial.number) % 2**32, n_startup_trials=self.startup)
+        self.tpe.before_trial(study, trial)
+
+    def infer_relative_search_space(self, study, trial): return self.tpe.infer_relative_search_space(study, trial)
+
+    def sample_relative(self, study, trial, search_space): return self.tpe.sample_relative(study, trial, search_space)
+
+    def sample_independent(self, study, trial, param_name, param_distribution):
+        return self.tpe.sample_independent(study, trial, param_name, param_distribution)
 
 def study_of(
     search: Search,

@@ -6,10 +6,15 @@ import json
 import math
 import multiprocessing
 import os
+import re
+import signal
+import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from graphlib import TopologicalSorter
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,12 +22,13 @@ from pathlib import Path
 from filelock import Timeout
 from tqdm import tqdm
 
-from ldrld import data, paths
-from ldrld.experiments import EXPERIMENTS, batch, profile
+from ldrld import paths
+from ldrld.experiments import EXPERIMENTS, batch, profile, selected
 from ldrld.plan import planned
-from ldrld.runs import KEPT, Paused, RunConfig, company, load_record, lock_of, name_of, run_together, same_pictures
+from ldrld.preflight import NotReady, needs_of, notebooks_for
+from ldrld.runs import KEPT, Paused, RunConfig, company, finished, load_record, lock_of, name_of, run_together
 
-__all__ = ["Outcome", "reproduce", "report", "finished", "missing", "cohorts"]
+__all__ = ["Outcome", "Terminated", "reproduce", "report", "missing", "taken_up_again", "cohorts", "sweep"]
 
 TRAIN, COHORT = "run/train.ipynb", "run/cohort.ipynb"
 
@@ -47,6 +53,20 @@ def with_kernel(call, *arguments, **options):
     return Retrying(retry=again, stop=stop_after_attempt(3), reraise=True)(call, *arguments, **options)
 
 
+@cache
+def own_kernel() -> type:
+    """A manager of kernels that run this very Python, whatever somebody has registered under the name `python3`."""
+    from ipykernel.kernelspec import get_kernel_dict
+    from jupyter_client.kernelspec import KernelSpec
+    from jupyter_client.manager import AsyncKernelManager
+
+    class OwnKernel(AsyncKernelManager):
+        @property
+        def kernel_spec(self) -> KernelSpec: return KernelSpec(**get_kernel_dict())
+
+    return OwnKernel
+
+
 def execute(notebook: str, name: str, parameters: dict, folder: str) -> Outcome:
     """Execute a source notebook with papermill; a failure is told by cell and traceback.
 
@@ -62,7 +82,7 @@ def execute(notebook: str, name: str, parameters: dict, folder: str) -> Outcome:
     if unknown: return Outcome(name, "failed", f"{notebook} has no parameter {', '.join(sorted(unknown))}")
     try:
         with_kernel(papermill.execute_notebook, str(source), str(target), parameters, kernel_name="python3",
-                    progress_bar=False, cwd=str(source.parent))
+                    kernel_manager_class=own_kernel(), progress_bar=False, cwd=str(source.parent))
     except papermill.PapermillExecutionError as error:
         if error.ename == "Paused": return Outcome(name, "paused", error.evalue)
         trace = "\n".join(error.traceback) if isinstance(error.traceback, list) else str(error.traceback)
@@ -121,10 +141,11 @@ def cohorts(runs: list[tuple[RunConfig, tuple[str, ...]]], size: int) -> list[li
     return [[(config, keep) for _, config, keep in cohort] for cohort in sorted(packed, key=lambda cohort: cohort[0][0])]
 
 
-def finished(config: RunConfig, keep: tuple[str, ...], profile_name: str) -> bool:
-    """Whether the run `config` has its record in `profile_name`, and besides all that `keep` names."""
-    name = name_of(config)
-    return load_record(name, profile_name) is not None and all(KEPT[k](name, profile_name).exists() for k in keep)
+def odd(name: str, folder: str) -> str:
+    """What is wrong with a run's record; empty if nothing is, or if there is none."""
+    try: load_record(name, folder)
+    except ValueError as error: return str(error)
+    return ""
 
 
 def wanted(p, only: tuple[str, ...] = (), plan: bool = False) -> list[tuple[RunConfig, tuple[str, ...]]]:
@@ -133,29 +154,141 @@ def wanted(p, only: tuple[str, ...] = (), plan: bool = False) -> list[tuple[RunC
 
 
 def missing(p, only: tuple[str, ...] = (), plan: bool = False) -> list[tuple[RunConfig, tuple[str, ...]]]:
-    """The runs of a profile that are not finished, those that are worth most first, last those that lack nothing but a picture; arguments as in `reproduce`."""
-    todo = [(config, keep) for config, keep in wanted(p, only, plan) if not finished(config, keep, profile(p).name)]
-    return sorted(todo, key=lambda run: load_record(name_of(run[0]), profile(p).name) is not None)
+    """The runs of a profile that are to be carried out, each with what is to be kept of it; arguments as in `reproduce`.
+
+    First those that are not finished, as `ldrld.runs.finished` says it, those that are worth most first. Then finished ones that
+    lack something that is needed: what a figure shows, or a teacher's weights while a student is still to be trained.
+    """
+    folder, runs = profile(p).name, wanted(p, only, plan)
+    made = {name_of(config) for config, _ in runs if finished(config, folder)}
+    there = lambda kind, name: KEPT[kind](name, folder).exists()
+    first, again, asked = [], [], set()
+    for config, keep in reversed(runs):                     # students before their teachers
+        name = name_of(config)
+        lacks = tuple(kind for kind in keep if not there(kind, name) and (kind != "weights" or name in asked))
+        if name not in made: first.append((config, keep))
+        elif lacks: again.append((config, lacks))
+        else: continue
+        if config.teacher and not (name in made and there("weights", name)): asked.add(name_of(config.teacher))
+    return first[::-1] + again[::-1]
 
 
-def to_log(file: str) -> None:
-    """Send what this process and its kernels say on standard error to a file, away from the progress bar."""
-    with open(file, "a", encoding="utf-8") as log: os.dup2(log.fileno(), 2)
+def taken_up_again(todo: list[tuple[RunConfig, tuple[str, ...]]], folder: str) -> str:
+    """Which finished runs of `todo`, from `missing`, lack what is needed, and what; empty if none does."""
+    of: dict[str, list[str]] = {}
+    for config, lacks in todo:
+        for kind in lacks if finished(config, folder) else (): of.setdefault(kind, []).append(name_of(config))
+    if not of: return ""
+    some = lambda names: ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    lacking = "; ".join(f"{kind} of {some(names)}" for kind, names in of.items())
+    return f"finished, but what is needed of them is not here, so they are taken up again: {lacking}"
 
 
-def submitted(pool: ProcessPoolExecutor, function, *arguments) -> Future:
-    """A task's future, also where an earlier task took the pool with it."""
-    try: return pool.submit(function, *arguments)
-    except BrokenProcessPool as error:
-        future: Future = Future()
-        future.set_exception(error)
+LEFT = re.compile(r"\.(\d+)\.(?:tmp|part)$")  # the process that wrote it
+
+
+def _is_left(path: Path) -> bool:
+    """Whether a half-written file was left by a process that is gone; one that may be at it, here or elsewhere, keeps its file."""
+    try: age = time.time() - path.stat().st_mtime
+    except FileNotFoundError: return False
+    if age > 3600 or os.name != "posix": return age > 3600
+    try: os.kill(int(LEFT.search(path.name)[1]), 0)
+    except ProcessLookupError: return age > 60
+    except (PermissionError, OverflowError): pass
+    return False
+
+
+def sweep(p, only: tuple[str, ...] = ()) -> list[Path]:
+    """Remove what killed processes left of a profile, and return it: half-written files, checkpoints of finished runs.
+
+    Arguments as in `reproduce`.
+    """
+    folder, swept = profile(p).name, []
+    records = paths.records(folder)
+    results = (records, records / "logits", records / "insight", paths.tables(folder), paths.figures(folder), paths.weights(folder))
+    for place in (*results, *paths.work().glob("*")):
+        if place.is_dir(): swept += [path for path in place.iterdir() if LEFT.search(path.name) and _is_left(path)]
+    busy = {name_of(config) for config, _ in missing(p, only)}
+    for name in {name_of(config) for config, _ in batch(p, only)} - busy:
+        checkpoints = [path for path in paths.work(name).glob("checkpoint.pt*") if path.is_file()]
+        if checkpoints and free(name): swept += checkpoints
+    for path in swept: path.unlink(missing_ok=True)
+    return swept
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: a batch that is told to end ends its processes first."""
+
+
+@contextmanager
+def terminable():
+    """Have SIGTERM raise `Terminated` within; where this is not the main thread, signals are left alone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number, frame): raise Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
+    try: yield
+    finally: signal.signal(signal.SIGTERM, before)
+
+
+def end_with_parent() -> None:
+    """End this process as soon as the one that started it is gone, however it went; a kernel started here ends likewise."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def prepared(log_file: str) -> None:
+    """Make a process ready for tasks: it ends with its parent, and its standard error, and its kernels', goes to a log."""
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    with open(log_file, "a", encoding="utf-8") as log: os.dup2(log.fileno(), 2)
+
+
+class Workers:
+    """So many processes, each a pool of its own: one that is killed takes no other with it, and is replaced."""
+
+    def __init__(self, jobs: int, log: Path):
+        self.log, self.others = log, multiprocessing.active_children()
+        self.idle = [self.new() for _ in range(jobs)]
+        self.busy: dict[Future, ProcessPoolExecutor] = {}
+
+    def new(self) -> ProcessPoolExecutor:
+        """A pool of one process, which starts with its first task."""
+        return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), prepared, (str(self.log),))
+
+    def submit(self, function, *arguments) -> Future:
+        """Hand a task to an idle process."""
+        pool = self.idle.pop()
+        try: future = pool.submit(function, *arguments)
+        except BrokenProcessPool:                              # killed while it had nothing to do
+            pool = self.new()
+            future = pool.submit(function, *arguments)
+        self.busy[future] = pool
         return future
+
+    def ended(self, future: Future) -> bool:
+        """Take back the process of a task that ended; whether it was killed."""
+        pool, killed = self.busy.pop(future), isinstance(future.exception(), BrokenProcessPool)
+        if killed: pool.shutdown(wait=False)
+        self.idle.append(self.new() if killed else pool)
+        return killed
+
+    def close(self, at_once: bool = False) -> None:
+        """End all processes: when they have nothing left to do, or at once."""
+        if at_once:
+            for child in multiprocessing.active_children():
+                if child not in self.others: child.terminate()
+        for pool in (*self.idle, *self.busy.values()): pool.shutdown(wait=not at_once, cancel_futures=True)
 
 
 def result_of(future, names: list[str], log: Path) -> list[Outcome]:
-    """What a process says came of its task; one that was killed takes the others with it: what is done is kept."""
+    """What a process says came of its task; one that was killed twice fails, the others go on."""
     try: outcomes = future.result()
-    except Exception as error: outcomes = [Outcome(name, "failed", f"a process died: {type(error).__name__}: {error}\nlog: {log}") for name in names]
+    except Exception as error:
+        what = "a process was killed twice" if isinstance(error, BrokenProcessPool) else "its process failed"
+        outcomes = [Outcome(name, "failed", f"{what}: {type(error).__name__}: {error}\nlog: {log}") for name in names]
     for outcome in outcomes:
         if outcome.status == "failed": tqdm.write(f"FAILED {outcome.name}\n{outcome.detail}")
     return outcomes
@@ -173,41 +306,52 @@ def in_parallel(what: str, tasks: list[tuple], jobs: int, needs: dict[str, set[s
     task_of = {name: i for i, (names, *_) in enumerate(tasks) for name in names}
     graph = TopologicalSorter({i: {task_of[n] for name in names for n in (needs or {}).get(name, ()) if n in task_of} for i, (names, *_) in enumerate(tasks)})
     graph.prepare()
-    ready, running = [], {}
-    pool = ProcessPoolExecutor(max(1, min(jobs, len(tasks))), multiprocessing.get_context("spawn"), to_log, (str(log),))
-    with pool, tqdm(total=len(task_of), desc=what, unit="") as bar:
+    ready, running, killed_once = [], {}, set()
+    workers = Workers(max(1, min(jobs, len(tasks))), log)
+    with terminable(), tqdm(total=len(task_of), desc=what, unit="") as bar:
         try:
             while True:
                 ready = sorted([*ready, *graph.get_ready()])
-                while ready and len(running) < jobs:
+                while ready and workers.idle:
                     i = ready.pop(0)
-                    running[submitted(pool, *tasks[i][1:])] = i
+                    running[workers.submit(*tasks[i][1:])] = i
                 if not running: break
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    ended = result_of(future, tasks[i := running.pop(future)][0], log)
+                    i, killed = running.pop(future), workers.ended(future)
+                    if killed and i not in killed_once:
+                        tqdm.write(f"a process was killed; {', '.join(tasks[i][0])}: tried once more")
+                        killed_once.add(i)
+                        ready.append(i)
+                        continue
+                    ended = result_of(future, tasks[i][0], log)
                     outcomes += ended
                     bar.update(len(ended))
                     if all(o.status == "done" for o in ended): graph.done(i)
-        except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
+        except BaseException:
+            workers.close(at_once=True)
             raise
+        workers.close()
     left = task_of.keys() - {o.name for o in outcomes}
     return outcomes + [Outcome(name, "paused", "a run that it needs is not finished") for name in task_of if name in left]
 
 
 def report(p: str = "quick", only: tuple[str, ...] = (), jobs: int = 2) -> list[Outcome]:
-    """Make tables and figures of a profile from its records, see `ldrld.report.to_report`; arguments as in `reproduce`, one outcome a notebook."""
+    """Make tables and figures of a profile from its records, see `ldrld.report.to_report`; one outcome a notebook.
+
+    Arguments as in `reproduce`. Raises `NotReady` where notebooks or papermill are not there.
+    """
     from ldrld.report import to_report  # here, since a machine that only trains need not have what it imports
 
     p = str(Path(p).resolve()) if p.endswith((".yaml", ".yml")) else p
     chosen = [EXPERIMENTS[name] for name in (only or to_report(p))]
+    if problems := notebooks_for(f"paper/{e.notebook}.ipynb" for e in chosen): raise NotReady(problems)
     tasks = [([e.notebook], execute_one, f"paper/{e.notebook}.ipynb", e.notebook, {"profile": p}, profile(p).name) for e in chosen]
     return in_parallel("tables and figures", tasks, jobs)
 
 
 def reproduce(p: str = "quick", only: tuple[str, ...] = (), jobs: int = 2, seconds: float = math.inf,
               notebooks: bool = True, together: int = 5, plan: bool = False) -> list[Outcome]:
-    """Make every run of a profile that is not finished, those that are worth most first, then its tables and figures.
+    """Make every run of a profile that is not finished (see `missing`), those that are worth most first, then its tables and figures.
 
     p: "quick", "small", "paper" or a YAML file.  only: names of experiments, none for those that the profile selects.  jobs: processes at a time.
     seconds: time budget; runs pause after the epoch in which it ends, and go on at the next call, on this machine or, with the folder of
@@ -216,26 +360,38 @@ def reproduce(p: str = "quick", only: tuple[str, ...] = (), jobs: int = 2, secon
     are left out where it is not installed.
     together: students at most that share a pass over the pictures.
     plan: make the runs of the profile's plan (`ldrld.plan`) in place of those of its experiments, and no tables.
-    Returns one outcome for each run and notebook.
+    Returns one outcome for each run and notebook; a run whose record is odd is not tried, and failed.
+    Raises `NotReady`, before anything is started, where data, notebooks, a teacher or room on the disk are missing.
     """
-    folder, runs, outcomes, tried = profile(p).name, wanted(p, only, plan), [], set()
-    todo = missing(p, only, plan)
-    for name in {config.dataset for config, _ in todo} - {"cifar100"}:  # whose files are checked: here new runs must see what the finished ones saw
-        made = [record for config, _ in runs if config.dataset == name and (record := load_record(name_of(config), folder))]
-        if made: images = data.load(name)
-        for record in made: same_pictures(record, images)
-    print(f"{len(runs)} runs in profile {folder}, {len(runs) - len(todo)} finished before")
+    folder, runs, tried = profile(p).name, wanted(p, only, plan), set()
+    sweep(p, only)
+    outcomes = [Outcome(name, "failed", why) for config, _ in runs if (why := odd(name := name_of(config), folder))]
+    for o in outcomes: print(f"FAILED {o.name}\n{o.detail}")
+    not_tried = {o.name for o in outcomes}
+    todo = [(c, k) for c, k in missing(p, only, plan) if name_of(c) not in not_tried]
+    made = [config for config, _ in runs if finished(config, folder)]
+    print(f"{len(runs)} runs in profile {folder}, {len(made)} finished before")
+    if again := taken_up_again(todo, folder): print(again)
+    drawn = [f"paper/{EXPERIMENTS[name].notebook}.ipynb" for name in only or selected(p)] if not plan else []
+    problems = notebooks_for([TRAIN, COHORT, *drawn]) if notebooks else []
+    problems += needs_of([config for config, _ in todo], made, folder)
+    if problems: raise NotReady(problems)
     if math.isfinite(seconds): os.environ["LDRLD_DEADLINE"] = str(time.time() + 0.9 * seconds)
     while todo:
         task = lambda runs: ([name_of(c) for c, _ in runs], execute_runs, [(c.model_dump(), k) for c, k in runs], folder, notebooks)
         needs = {name_of(c): {name_of(c.teacher)} for c, _ in todo if c.teacher}
         outcomes += in_parallel("runs", [task(runs) for runs in cohorts(todo, together)], jobs, needs)
-        tried |= {name_of(c) for c, _ in todo}
+        tried |= {name_of(c) for c, _ in todo} | not_tried
         todo = [(c, k) for c, k in missing(p, only, plan) if name_of(c) not in tried]  # a search that is finished says what to run next
     os.environ.pop("LDRLD_DEADLINE", None)
     if plan: return outcomes
-    if notebooks or find_spec("papermill"): return outcomes + report(p, only, jobs)
-    print(f"no tables and figures: papermill is not installed here; `ldrld report --profile {p}` makes them where it is")
+    why = "papermill is not installed here"
+    if notebooks or find_spec("papermill"):
+        try: return outcomes + report(p, only, jobs)
+        except NotReady:
+            if notebooks: raise
+        why = "their notebooks are not here, since this is no checkout of ldrld"
+    print(f"no tables and figures: {why}; `ldrld report --profile {p}` makes them where it is")
     return outcomes
 
 
@@ -243,8 +399,11 @@ def compare_with_committed(profile_name: str) -> str | None:
     """How the records made now differ from those committed with the project; None if they are the same files."""
     made, committed = paths.records(profile_name), paths.root() / "data" / "runs" / profile_name
     if made.resolve() == committed.resolve() or not committed.exists(): return None
-    accuracy = lambda file: json.loads(Path(file).read_text(encoding="utf-8"))["last_accuracy"]
-    both = [(accuracy(f), accuracy(committed / f.name)) for f in sorted(made.glob("*.json")) if (committed / f.name).exists()]
+    def accuracy(file: Path) -> float | None:
+        try: return float(json.loads(file.read_text(encoding="utf-8"))["last_accuracy"])
+        except (OSError, ValueError, KeyError, TypeError): return None      # odd, which is told elsewhere
+    both = [(accuracy(file), accuracy(committed / file.name)) for file in sorted(made.glob("*.json"))]
+    both = [pair for pair in both if None not in pair]
     if not both: return "none of these runs has a committed record to compare with"
     equal, largest = sum(a == b for a, b in both), max(abs(a - b) for a, b in both)
     mean = sum(a - b for a, b in both) / len(both)

@@ -22,7 +22,7 @@ from statsmodels.stats.power import TTestPower
 
 from . import paths, published, report
 from .experiments import EXPERIMENTS, Profile, ablation_pair, profile
-from .runs import load_record, name_of
+from .runs import name_of, sound
 
 # %% ../nbs/92_claims.ipynb #330c708b
 def load() -> pd.DataFrame:  # by claim: text, said, trust, kind, low, high
@@ -145,16 +145,18 @@ def verdict(
     low: float, high: float,  # ends of the interval
     n: int,  # differences
 ) -> str:
-    "What the rule says."
+    "What the rule says: nothing from fewer than three differences, or without an interval."
     if not n: return "not run"
+    if n < report.FEWEST: return "undecided"
     return "held" if low > 0 else "did not hold" if high < 0 else "undecided"
 
 def detectable(
     values: list[float],  # differences
 ) -> float:  # in their unit; NaN for fewer than two, or none that differ
-    "The true difference that as many with this spread would find four times out of five."
+    "The true difference that as many finite ones with this spread would find four times out of five."
+    values = [v for v in values if math.isfinite(v)]
     spread = np.std(values, ddof=1) if len(values) > 1 else 0.0
-    return float(TTestPower().solve_power(nobs=len(values), alpha=0.05, power=0.8) * spread) if spread > 1e-9 else math.nan
+    return float(TTestPower().solve_power(nobs=len(values), alpha=0.05, power=0.8) * spread) if spread > report.ROUNDING else math.nan
 
 # %% ../nbs/92_claims.ipynb #b12c272a
 NOTES = "LDRLD via Paper-Notes"
@@ -259,10 +261,11 @@ def caption(
     p: str | Profile,
 ) -> str:
     "What the table shows."
-    tested = int(table["p_holm"].notna().sum())
+    tested, few = int(table["p_holm"].notna().sum()), int((table["n"].between(1, report.FEWEST - 1) | table["n"].gt(0) & table["low"].isna()).sum())
     return (f"Which of the paper's claims held on {setting(p)}. Differences are paired, in points of test accuracy after the last epoch (for the claims `gap` and `relations` in points of probability); "
             f"the claimed side is the positive one; 95 % interval. p: paired t test, corrected over all {tested} comparisons of this table (Holm). Held: the interval lies on the claimed side; did not hold: on the "
             "other; undecided: it contains zero, and beside it stands the difference that as many runs would find four times out of five."
+            + (f" {few} comparisons are undecided for want of three differences that vary." if few else "")
             + (f" Published: the difference in {NOTES.removeprefix('LDRLD via ')}." if table["published"].notna().any() else ""))
 
 # %% ../nbs/92_claims.ipynb #0dbcf0e4
@@ -331,7 +334,9 @@ def forest(
 # %% ../nbs/92_claims.ipynb #3e05808d
 def _pictures_again(claim: str, runs: list[str], p: Profile) -> list[float]:
     "The differences of the two claims about probabilities, from their definitions."
-    teacher, *students = (report.logits(name, p)[0].astype(float) for name in runs)
+    kept = {name: report.logits(name, p) for name in runs}
+    if absent := [name for name, found in kept.items() if found is None]: raise ValueError(f"the logits of {', '.join(absent)} are not here")
+    teacher, *students = (kept[name][0].astype(float) for name in runs)
     if claim == "gap":
         e = np.sort(np.exp(teacher - teacher.max(1, keepdims=True)))[:, ::-1]
         squeeze = [(e[:, r] - e[:, r + 1]) * (1 / (e[:, r] + e[:, r + 1]) - 1 / e.sum(1)) for r in (0, 1)]
@@ -350,7 +355,7 @@ def _seeds_again(line: dict, p: Profile, plans: dict) -> tuple[list[float], list
     for name in dict.fromkeys(c.experiment for c in COMPARISONS if c.claim == line["claim"] and c.experiment):
         by = EXPERIMENTS[name].by[2:]
         if name not in plans: plans[name] = [(run["teacher"], run["student"], label({k: run[k] for k in by}), run["seed"], run["name"]) for run in EXPERIMENTS[name].plan(p).to_dict("records")]
-        ours, theirs = ({seed: r for t, s, cell, seed, run in plans[name] if (t, s, cell) == (line["teacher"], line["student"], line[side]) and (r := load_record(run, p.name))} for side in ("ours", "theirs"))
+        ours, theirs = ({seed: r for t, s, cell, seed, run in plans[name] if (t, s, cell) == (line["teacher"], line["student"], line[side]) and (r := sound(run, p.name))} for side in ("ours", "theirs"))
         if shared := [seed for seed in ours if seed in theirs]:
             return [ours[s].last_accuracy - theirs[s].last_accuracy for s in shared], [side[s].name for side in (ours, theirs) for s in shared]
     return [], []
@@ -383,15 +388,23 @@ def verify(
     if list(map(named, table)) != (planned := list(map(named, compared(p)))): return [f"{path.name}: its lines are not the {len(planned)} comparisons of this profile; make it again with `ldrld report`"]
     wrong, plans, expected = [], {}, []
     for line in table:
-        if line["of"] == "pictures": values, runs = _pictures_again(line["claim"], line["runs"].split(), p) if line["runs"] else [], line["runs"].split()
-        else: values, runs = _seeds_again(line, p, plans)
+        try:
+            if line["of"] == "pictures": values, runs = _pictures_again(line["claim"], line["runs"].split(), p) if line["runs"] else [], line["runs"].split()
+            else: values, runs = _seeds_again(line, p, plans)
+        except ValueError as error:
+            wrong.append(f"{path.name}, {line['claim']}: {error}")
+            expected.append({})
+            continue
+        values = [v for v in values if math.isfinite(v)]
         of = report.expected_line(values, [], [(v, 0.0) for v in values])
+        side = (of["low"] > 0) - (of["high"] < 0) if len(values) > 2 else 0
         expected.append({k: of[k] for k in ("n", "difference", "low", "high", "p")} | {
-            "verdict": ("did not hold", "undecided", "held")[1 + (of["low"] > 0) - (of["high"] < 0)] if values else "not run",
+            "verdict": ("did not hold", "undecided", "held")[1 + side] if values else "not run",
             "published": _published_again(line) if p.name == "paper" else math.nan, "runs": " ".join(runs), "values": values})
     for given, line in zip(report.corrected(expected, within=()), table):
+        if not given: continue
         where, values = f"{path.name}, {' · '.join(named(line)[:5])}", given.pop("values")
-        right = abs(_power(line["detectable"], values) - 0.8) < 1e-4 if len(values) > 1 and np.std(values) > 1e-9 else math.isnan(line["detectable"])
+        right = abs(_power(line["detectable"], values) - 0.8) < 1e-4 if len(values) > 1 and np.std(values, ddof=1) > report.ROUNDING else math.isnan(line["detectable"])
         if not right: wrong.append(f"{where}: detectable is {line['detectable']!r}, which these differences do not give")
         if extra := line.keys() - given.keys() - {*texts, "detectable"}: wrong.append(f"{where}: columns that nobody computes: {', '.join(sorted(extra))}")
         wrong += [f"{where}: {k} is {line.get(k)!r}, the records give {v!r}" for k, v in given.items() if not report.same(line.get(k), v)]

@@ -1,17 +1,32 @@
 """The command line: `ldrld --help`."""
+import codecs
 import json
 import math
 import os
 import re
 import shlex
 import sys
+import warnings
+from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 try: import typer
 except ModuleNotFoundError: sys.exit('the ldrld command needs more than the loss does: pip install "ldrld[run]"')
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+
+class Commands(typer.core.TyperGroup):
+    """The commands; one that is interrupted, by Ctrl-C or SIGTERM, says what that means."""
+
+    def invoke(self, ctx):
+        try: return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            print("\nstopped; what is finished is kept, and the epochs trained of what is not: call again to go on", file=sys.stderr)
+            ctx.exit(143 if type(stop).__name__ == "Terminated" else 130)
+
+
+app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Reproduce LDRLD: run experiments, make tables and figures, check every number.")
 
 Profile = Annotated[str, typer.Option(help="quick, small, paper, or a YAML file with a profile of your own.")]
@@ -29,12 +44,12 @@ def seconds(text: str) -> float:
 
 def start(profile: str, only: list[str] | None = None, out: Path | None = None) -> tuple[str, ...]:
     """Check the names before anything is started; returns the experiments asked for."""
-    from ldrld.experiments import EXPERIMENTS
+    from ldrld.experiments import EXPERIMENTS, selected
     from ldrld.experiments import profile as profile_of
     from ldrld.runs import known
 
     try:
-        profile_of(profile)
+        selected(profile_of(profile))
         chosen = tuple(known("--only", name, list(EXPERIMENTS)) for name in only or ())
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None
@@ -42,8 +57,26 @@ def start(profile: str, only: list[str] | None = None, out: Path | None = None) 
     return chosen
 
 
+@contextmanager
+def ready():
+    """Say in one place what is missing, and exit with 1, where something cannot be started."""
+    from ldrld.preflight import NotReady
+
+    try: yield
+    except NotReady as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
+def tell_odd(profile: str) -> list[str]:
+    """The records of a profile that cannot be believed, one line each."""
+    from ldrld.runs import odd_records
+
+    return [f"odd record, left out: {why}" for why in odd_records(profile).values()]
+
+
 def end(outcomes, profile: str) -> None:
-    """Say what became of everything and where it is; exit code 1 if anything failed."""
+    """Say what became of everything, why something waits, and where it is; exit code 1 if a run failed or a record is odd."""
     from ldrld import paths
     from ldrld.experiments import profile as profile_of
 
@@ -52,11 +85,16 @@ def end(outcomes, profile: str) -> None:
     print(f"{count('done')} done, {count('paused')} paused, {count('failed')} failed")
     for o in outcomes:
         if o.status == "failed": print(f"  failed: {o.name}: {o.detail.splitlines()[0]}")
+    reasons = Counter(re.sub(r"^.*: (?=paused after)", "", o.detail) for o in outcomes if o.status == "paused")
+    for why, n in reasons.items(): print(f"  {n} paused: {why}")
     if count("paused"): print("  call again to go on with what is paused")
+    named = {o.name for o in outcomes if o.status == "failed"}
+    odd = [line for line in tell_odd(profile) if not any(name in line for name in named)]
+    for line in odd: print(f"  {line}")
     for what, folder in {"records": paths.records(profile), "tables": paths.tables(profile), "figures": paths.figures(profile),
                          "executed notebooks": paths.executed(profile)}.items():
-        if folder.exists(): print(f"  {what}: {os.path.relpath(folder)}")
-    if count("failed"): raise typer.Exit(1)
+        if folder.exists(): print(f"  {what}: {paths.shown(folder)}")
+    if count("failed") or odd: raise typer.Exit(1)
 
 
 @app.command()
@@ -70,7 +108,7 @@ def reproduce(profile: Profile = "quick", only: Only = None, jobs: Jobs = 2, out
     chosen = start(profile, only, out)
     from ldrld import batch
 
-    outcomes = batch.reproduce(profile, chosen, jobs, budget, notebooks=not direct, together=together, plan=planned)
+    with ready(): outcomes = batch.reproduce(profile, chosen, jobs, budget, notebooks=not direct, together=together, plan=planned)
     if line := batch.compare_with_committed(Path(profile).stem): print(line)
     end(outcomes, profile)
 
@@ -81,16 +119,8 @@ def report(profile: Profile = "quick", only: Only = None, jobs: Jobs = 2, out: O
     chosen = start(profile, only, out)
     from ldrld import batch
 
-    end(batch.report(profile, chosen, jobs), profile)
-
-
-def plain(text: str):
-    """A setting's value: YAML, which alone would take 5e-4 for a text."""
-    import yaml
-
-    value = yaml.safe_load(text)
-    try: return float(value) if isinstance(value, str) else value
-    except ValueError: return value
+    with ready(): outcomes = batch.report(profile, chosen, jobs)
+    end(outcomes, profile)
 
 
 def is_file(teacher: str) -> bool:
@@ -114,17 +144,12 @@ def run(settings: Annotated[list[str], typer.Argument(help="name=value, e.g. mod
     from pydantic import ValidationError
 
     if out is not None: os.environ["LDRLD_OUT"] = str(out.resolve())
-    given: dict = {}
-    for text in settings:
-        name, is_setting, value = text.partition("=")
-        if not is_setting: raise typer.BadParameter(f"{text!r}: expected name=value")
-        *folders, last = name.split(".")
-        place = given
-        for folder in folders:
-            if isinstance(place.get(folder), str): place[folder] = {"model": place[folder]}  # teacher=resnet14 teacher.epochs=5
-            place = place.setdefault(folder, {})
-            if not isinstance(place, dict): raise typer.BadParameter(f"{text!r}: {folder} was given as {place!r} before")
-        place[last] = plain(value)
+    if not re.fullmatch(r"\w[\w.-]*", profile):
+        raise typer.BadParameter(f"--profile {profile!r}: expected the name of a folder, of letters, digits, dots and dashes")
+    from ldrld.settings import assigned
+
+    try: given = assigned(settings)
+    except ValueError as error: raise typer.BadParameter(str(error)) from None
     from ldrld import paths
     from ldrld.runs import KEPT, Paused, RunConfig, explain, known, pretrained
     from ldrld.runs import run as carry_out
@@ -145,7 +170,7 @@ def run(settings: Annotated[list[str], typer.Argument(help="name=value, e.g. mod
     except (ValueError, FileNotFoundError) as error:  # such as a pair of networks that a loss on feature maps cannot join, or data that are not there
         raise typer.BadParameter(str(error)) from None
     print(f"{record.last_accuracy:.2f} % after the last epoch, {record.best_accuracy:.2f} % at best (epoch {record.best_epoch}, chosen on {'held-out' if config.holdout else 'test'} data)")
-    print(f"record: {os.path.relpath(paths.records(profile) / record.name)}.json")
+    print(f"record: {paths.shown(paths.records(profile) / record.name)}.json")
 
 
 @app.command()
@@ -194,7 +219,7 @@ def tune(words: Annotated[list[str] | None, typer.Argument(metavar="[SPACE]...",
     if (done := int(table["trial"].notna().sum())) < trials: print(f"{done} of {trials} trials are finished; call again to go on")
     print(f"best settings, on all training pictures and then tested:\n  {searching.next_step(search, table, p)}")
     for what, place in {"trials": paths.records(search.folder), "table": paths.tables(search.folder) / f"{search.name}.csv",
-                        "figure": paths.figures(search.folder) / f"{search.name}.svg"}.items(): print(f"{what}: {os.path.relpath(place)}")
+                        "figure": paths.figures(search.folder) / f"{search.name}.svg"}.items(): print(f"{what}: {paths.shown(place)}")
 
 
 @app.command()
@@ -208,7 +233,9 @@ def status(profile: Profile = "quick", out: Out = None):
     if profile not in ("quick", "small", "paper") and paths.records(profile).is_dir():
         from ldrld.runs import records
 
-        print(pd.DataFrame([{"record": r.name, "last epoch, %": round(r.last_accuracy, 2), "finished": r.finished} for r in records(profile)]).to_string(index=False))
+        columns = ["record", "last epoch, %", "finished"]
+        print(pd.DataFrame([(r.name, round(r.last_accuracy, 2), r.finished) for r in records(profile)], columns=columns).to_string(index=False))
+        for line in tell_odd(profile): print(line)
         return
     start(profile)
     from ldrld.experiments import EXPERIMENTS, selected
@@ -220,15 +247,22 @@ def status(profile: Profile = "quick", out: Out = None):
         lines.append({"experiment": name, "run": "reads" if e.reads else "always" if name in usual else "by name", "planned": len(runs),
                       "finished": int(runs["last"].notna().sum()), "missing": int(runs["last"].isna().sum()), "about": e.title})
     print(pd.DataFrame(lines).to_string(index=False))
-    from ldrld.batch import missing
-    from ldrld.runs import name_of
+    from ldrld.batch import missing, taken_up_again
+    from ldrld.experiments import batch as runs_of
+    from ldrld.experiments import profile as profile_of
+    from ldrld.runs import finished, name_of
     from ldrld.train import epochs_trained
 
-    todo = missing(profile)
-    print(f"\n{len(todo)} runs are missing of those that are run always{'; these come next' if todo else ''}")
+    folder, planned, todo = profile_of(profile).name, runs_of(profile), missing(profile)
+    waiting = [config for config, _ in todo if not finished(config, folder)]
+    print(f"\n{len(planned) - len(waiting)} of the {len(planned)} runs that are run always are finished, "
+          f"{len(waiting)} are missing{'; these come next' if waiting else ''}")
     begun = lambda name: epochs_trained(paths.work(name) / "checkpoint.pt")
-    if todo: print(pd.DataFrame([{"run": name_of(c), "teacher": c.teacher.model if c.teacher else "-", "epochs trained": f"{begun(name_of(c))} of {c.epochs}"}
-                                 for c, _ in todo[:10]]).to_string(index=False))
+    coming = [{"run": name_of(c), "teacher": c.teacher.model if c.teacher else "-",
+               "epochs trained": f"{begun(name_of(c))} of {c.epochs}"} for c in waiting[:10]]
+    if coming: print(pd.DataFrame(coming).to_string(index=False))
+    if again := taken_up_again(todo, folder): print(again)
+    for line in tell_odd(folder): print(line)
 
 
 @app.command()
@@ -244,6 +278,7 @@ def verify(profile: Annotated[list[str] | None, typer.Option(help="Default: quic
 
     wrong, checked, missing = [], 0, []
     for p in map(profile_of, profile or [p for p in PROFILES if paths.tables(p).exists()]):
+        wrong += [f"{p.name}: {line}" for line in tell_odd(p.name)]
         for e in (EXPERIMENTS[name] for name in to_report(p) if EXPERIMENTS[name].table):
             try: found = verify_table(e, p)
             except FileNotFoundError: missing.append(f"{p.name}/{e.name}")
@@ -254,7 +289,7 @@ def verify(profile: Annotated[list[str] | None, typer.Option(help="Default: quic
         wrong += [f"{p.name}: {line}" for line in wrong_teachers(p.name)]
     if missing: print(f"not made yet: {', '.join(missing)}")
     print("\n".join([*wrong, f"{checked} tables checked, {len(wrong)} things wrong"]))
-    print(f"records and tables: {os.path.relpath(paths.out() / 'data')}")
+    print(f"records and tables: {paths.shown(paths.out() / 'data')}")
     if not checked: print(f"no table found under {paths.out()}; `ldrld report` makes them, --out says where they are")
     if wrong or not checked: raise typer.Exit(1)
 
@@ -311,12 +346,12 @@ def list_teachers(profile: str | None, check: bool, write: bool) -> int:
     except (ValueError, OSError) as error: raise typer.BadParameter(str(error)) from None
     wrong, tables = [], []
     for name in chosen:
-        for path in write_missing(name) if write else (): print(f"written: {os.path.relpath(path)}")
+        for path in write_missing(name) if write else (): print(f"written: {paths.shown(path)}")
         if (table := listed(name, check)).empty: continue
         wrong += [f"{name}/{record}: {what}" for record, said in zip(table["record"], table.pop("wrong")) for what in said]
         tables.append(table.assign(profile=name))
     if not tables:
-        print(f"no teacher under {os.path.relpath(paths.weights(chosen[0] if profile else ''))}; `ldrld reproduce` trains some, --out says where they are")
+        print(f"no teacher under {paths.shown(paths.weights(chosen[0] if profile else ''))}; `ldrld reproduce` trains some, --out says where they are")
         return 0
     table = pd.concat(tables).set_index("profile").reset_index()
     shown = {column: lambda value: "-" if pd.isna(value) else value if isinstance(value, str) else f"{value:.2f}" for column in table}
@@ -338,6 +373,7 @@ def bench(names: Annotated[list[str] | None, typer.Argument(help="loss-targets, 
     from ldrld.bench import BENCHMARKS, folder_for, measure
     from ldrld.bench_methods import methods  # noqa: F401, registers itself
     from ldrld.bench_training import training  # noqa: F401, likewise
+    from ldrld.preflight import notebooks_for
     from ldrld.runs import known
 
     try: chosen = [BENCHMARKS[known("benchmark", name, list(BENCHMARKS))] for name in names or BENCHMARKS]
@@ -346,10 +382,13 @@ def bench(names: Annotated[list[str] | None, typer.Argument(help="loss-targets, 
     for b in chosen: measure(b.name, scale, again)
     folder = folder_for(scale)
     notebooks = dict.fromkeys(b.notebook for b in chosen)
+    if problems := notebooks_for(f"paper/{n}.ipynb" for n in notebooks):
+        print("\n".join([f"measurements: {paths.shown(paths.measurements(folder))}", "no tables and figures:", *problems]), file=sys.stderr)
+        raise typer.Exit(1)
     outcomes = batch.in_parallel("tables and figures", [([n], batch.execute_one, f"paper/{n}.ipynb", n, {"profile": folder}, folder) for n in notebooks], 1)
     for what, place in {"measurements": paths.measurements(folder), "tables": paths.tables(folder), "figures": paths.figures(folder),
                         "executed notebooks": paths.executed(folder)}.items():
-        if place.exists(): print(f"{what}: {os.path.relpath(place)}")
+        if place.exists(): print(f"{what}: {paths.shown(place)}")
     if any(o.status == "failed" for o in outcomes): raise typer.Exit(1)
 
 
@@ -368,6 +407,19 @@ def data_command(name: Annotated[str, typer.Argument(help="glyphs, glyphs-10, -2
                       "classes": len(images.classes), "fingerprint": images.fingerprint}, indent=1))
 
 
+ASCII = {"→": "->", "±": "+-", "×": "x", "−": "-", "–": "-", "…": "...", "≥": ">=", "≤": "<=", "α": "alpha", "β": "beta", "“": '"', "”": '"', "·": "."}
+
+
+def in_ascii(error: UnicodeError) -> tuple[str, int]:
+    """What a terminal shows of a character that it does not have."""
+    if not isinstance(error, UnicodeEncodeError): raise error
+    return "".join(ASCII.get(c, "?") for c in error.object[error.start:error.end]), error.end
+
+
 def main():
     """Entry point of the `ldrld` command."""
+    codecs.register_error("ldrld", in_ascii)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="ldrld")
+    warnings.filterwarnings("ignore", message="left out: ")     # odd records, which the commands list themselves
     app()

@@ -3,9 +3,25 @@
 `nbdev_test`, papermill and JupyterLab start notebooks in different folders, so nothing else may use a relative path.
 """
 import os
+import re
 from pathlib import Path
 
-__all__ = ["root", "out", "data_root", "records", "tables", "figures", "weights", "work", "executed", "published", "plans", "notebooks", "measurements"]
+__all__ = ["shown", "root", "out", "data_root", "records", "tables", "figures", "weights", "work", "executed", "published", "plans", "notebooks", "measurements"]
+
+
+OURS = re.compile(rb"^lib_name\s*=\s*ldrld\s*$", re.M)
+
+
+def _is_ours(settings: Path) -> bool:
+    """Whether this is our `settings.ini`; others have files of that name, in any encoding, perhaps not for us to read."""
+    try: return OURS.search(settings.read_bytes()) is not None
+    except OSError: return False
+
+
+def shown(path: str | os.PathLike) -> str:
+    """A path as people read it: from the current folder where there is a way, else in full (another drive, a folder that is gone)."""
+    try: return os.path.relpath(path)
+    except (ValueError, OSError): return str(path)
 
 
 def root() -> Path:
@@ -13,8 +29,7 @@ def root() -> Path:
     if "LDRLD_ROOT" in os.environ: return Path(os.environ["LDRLD_ROOT"]).resolve()
     for start in (Path.cwd(), Path(__file__).resolve().parent):
         for folder in (start, *start.parents):
-            settings = folder / "settings.ini"
-            if settings.is_file() and "lib_name = ldrld" in settings.read_text(encoding="utf-8"): return folder
+            if _is_ours(folder / "settings.ini"): return folder
     return Path.cwd()
 
 

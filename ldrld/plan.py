@@ -22,7 +22,7 @@ from statsmodels.stats.multitest import multipletests
 
 from . import paths
 from .experiments import EXPERIMENTS, Profile, profile
-from .runs import Record, RunConfig, explain, known, load_record, name_of
+from .runs import Record, RunConfig, explain, known, load_record, name_of, sound
 
 # %% ../nbs/83_plan.ipynb #7d1642f0
 class Stage(BaseModel):
@@ -164,7 +164,7 @@ def accuracies(
     by = EXPERIMENTS[stage.experiment].by[2:]
     for values, config in lines_of(stage, p):
         cell = found.setdefault((values["teacher"], values["student"], cell_text({k: values[k] for k in by})), {})
-        record = load_record(name_of(config), p.name) if config else None
+        record = sound(name_of(config), p.name) if config else None
         if record: cell[values["seed"]] = record
     return found
 

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['NUMBER', 'RANGE', 'GRAMMAR', 'SPACES', 'ends', 'dimension', 'space_from', 'space_of', 'Search', 'trial_config',
-           'search_for', 'studies', 'declare', 'Declaration', 'declared', 'SeededByNumber', 'study_of', 'values_of',
-           'Claim', 'claim', 'measured', 'tune', 'settings_of', 'table_of', 'best_of', 'shown', 'caption', 'command',
-           'next_step', 'importance', 'draw', 'keep']
+           'search_for', 'studies', 'declare', 'Declaration', 'declared', 'mend_journal', 'SeededByNumber', 'study_of',
+           'values_of', 'Claim', 'claim', 'measured', 'tune', 'settings_of', 'table_of', 'best_of', 'shown', 'caption',
+           'command', 'next_step', 'importance', 'draw', 'keep']
 
 # %% ../nbs/84_tune.ipynb #93d92253
+import json
 import math
 import os
 import re
@@ -21,7 +22,6 @@ from typing import NamedTuple
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
-import yaml
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -30,6 +30,7 @@ from .experiments import Profile, ablation_pair, profile, teacher_config
 from .loss import LogitLoss
 from .report import COLOURS, STYLE, save_figure
 from .runs import Paused, RunConfig, git, installed, load_record, name_of, run, write_whole
+from .settings import read
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # in a notebook tqdm, which comes with Optuna, asks for widgets that nothing here draws
@@ -37,7 +38,7 @@ with warnings.catch_warnings():
     from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
     from optuna.samplers import BaseSampler, TPESampler
     from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
+    from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
     from optuna.trial import TrialState
 
 # %% ../nbs/84_tune.ipynb #b529b547
@@ -77,11 +78,11 @@ def dimension(
             if type(default[name]) not in (int, float): raise ValueError(f"{name} is not a number, its default is {default[name]!r}")
             made = _range(*found.groups(), whole=isinstance(default[name], int))
         else:
-            values = yaml.safe_load(f"[{text}]")
+            values = read(f"[{text}]", "values", "some such as 1,2,4")
             number = lambda v: float(v) if isinstance(default[name], float) and re.fullmatch(NUMBER, str(v)) else v
             made = CategoricalDistribution([number(v) for v in values])
         for value in ends(made): losses.build(loss, **{name: value})
-    except (ValueError, yaml.YAMLError) as error: raise ValueError(f"space, {name}={text}: {error}. Expected {GRAMMAR}") from None
+    except ValueError as error: raise ValueError(f"space, {name}={text}: {error}. Expected {GRAMMAR}") from None
     return made
 
 # %% ../nbs/84_tune.ipynb #9cf7bd1b
@@ -251,6 +252,28 @@ def _lock(search: Search, what: str) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     return str(folder / f"{what}.lock")
 
+# %% ../nbs/84_tune.ipynb #0707a1e4
+def mend_journal(
+    file: Path,  # of a study
+) -> str | None:  # what was cut off; None if nothing was
+    """Make a journal whole again whose last line was cut when its process was killed; what that line told was never acknowledged.
+
+    Looked at before anything is appended, while nobody else appends. `ValueError` for damage that no kill does: nothing is changed then.
+    """
+    if not file.exists(): return None
+    lock = JournalFileSymlinkLock(str(file))
+    lock.acquire()
+    try:
+        whole, end, rest = file.read_bytes().rpartition(b"\n")
+        for number, line in enumerate(whole.splitlines(), 1):
+            try: json.loads(line)["op_code"]
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"{file} is damaged in line {number}; delete it and call again: its trials are suggested anew and found in their records") from None
+        if not rest: return None
+        with open(file, "r+b") as journal: journal.truncate(len(whole) + len(end))
+        return rest.decode(errors="replace")
+    finally: lock.release()
+
 # %% ../nbs/84_tune.ipynb #71a510f6
 class SeededByNumber(BaseSampler):
     "TPE whose random numbers are a function of the search's seed and the trial's number."
@@ -278,6 +301,7 @@ def study_of(
     "The study of a search: one file, to which processes append what they try and what came of it."
     file = studies(search.folder) / f"{search.name}.journal"
     file.parent.mkdir(parents=True, exist_ok=True)
+    mend_journal(file)
     try:
         return optuna.create_study(storage=JournalStorage(JournalFileBackend(str(file))), sampler=SeededByNumber(search.seed, search.startup),
                                    study_name=search.name, direction="maximize", load_if_exists=True)

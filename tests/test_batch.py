@@ -9,10 +9,12 @@ from pathlib import Path
 
 import nbformat
 import pandas as pd
+import papermill
 import pytest
 from jupyter_client.connect import LocalPortCache
 
 from ldrld.batch import execute
+from ldrld.runs import RunConfig
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tests" / "tiny.yaml"
@@ -125,6 +127,16 @@ def test_a_time_budget_pauses_and_goes_on(tmp_path):
     (("run", "epcohs=2"), "epcohs"),
     (("run", "epochs=two"), "epochs"),
     (("run", "epochs"), "expected name=value"),
+    (("run", "loss_args={depth: 3"), "'loss_args={depth: 3'"),
+    (("run", "loss=kd", "teacher=resnet8", "teacher.lr=@x"), "'teacher.lr=@x'"),
+    (("run", "teacher=0.1"), "teacher=0.1: expected the name of a network"),
+    (("run", "lr=10**400"), "lr='10**400'"),
+    (("run", "loss=sdd", "teacher=resnet8", "loss_args.regions=nan"), "regions"),
+    (("run", "loss=corrected", "teacher=resnet8", "loss_args.loss={}"), "loss_args={'loss': {}}"),
+    (("run", "a: &a [*a]=1"), "unknown setting"),
+    (("run", "seed=1", "--profile", "../elsewhere"), "expected the name of a folder"),
+    (("run", "seed=1", "--profile", ""), "expected the name of a folder"),
+    (("tune", "--space", "alpha=[*x]"), "undefined alias"),
     (("run", "model=resnet8", "--keep", "wieghts"), "Did you mean 'weights'"),
 ])
 def test_a_slip_is_told_before_anything_runs(words, says, tmp_path):
@@ -148,8 +160,33 @@ def test_data_says_what_it_is_or_how_to_get_it(tmp_path):
     assert got.returncode == 1 and "cifar100" in got.stderr and "Traceback" not in got.stderr
 
 
-@pytest.mark.parametrize(("parameters", "says"), [(("-p", "epcohs", "3"), "Did you mean 'epochs'"), (("-p", "epochs", "three"), "epochs")])
-def test_papermill_by_hand_refuses_a_slip(parameters, says, tmp_path):
-    got = subprocess.run([Path(sys.executable).parent / "papermill", ROOT / "nbs/run/train.ipynb", tmp_path / "out.ipynb", "--no-progress-bar", *parameters],
-                         capture_output=True, text=True, env={**os.environ, "LDRLD_OUT": str(tmp_path)}, cwd=tmp_path)
-    assert got.returncode == 1 and says in got.stderr
+@pytest.mark.parametrize(("notebook", "parameters", "says"), [
+    ("train", ("-p", "epcohs", "3"), "WrongSetting: unknown parameter 'epcohs'. Did you mean 'epochs'"), ("train", ("-p", "epochs", "two"), "WrongSetting: epochs='two': Input should be a valid integer"),
+    ("train", ("-p", "model", "resnet9"), "resnet9"), ("train", ("-y", "{keep: [wieghts]}"), "Did you mean 'weights'"), ("train", ("-y", "{keep: logits}"), "keep='logits': expected a list"),
+    ("train", ("-p", "teacher", "None", "-p", "loss", "kd"), "teacher is missing"), ("train", ("-p", "dataset", "tiny-imagenet"), "Tiny-ImageNet is not in"),
+    ("cohort", ("-y", "{runs: [{dataset: digits, epochs: 1}, {dataset: digits, epochs: two}]}"), "WrongSetting: runs[1]: epochs='two'"), ("cohort", ("-y", "{runs: {epochs: 1}}"), "expected a list of settings"),
+    ("cohort", ("-y", "{runs: [digits]}"), "expected a dict of settings"),
+])
+def test_papermill_by_hand_refuses_a_slip_in_one_line(notebook, parameters, says, tmp_path):
+    got = subprocess.run([Path(sys.executable).parent / "papermill", ROOT / f"nbs/run/{notebook}.ipynb", tmp_path / "out.ipynb", "--no-progress-bar", *parameters],
+                         capture_output=True, text=True, env={**os.environ, "LDRLD_OUT": str(tmp_path), "LDRLD_DATA": str(tmp_path)}, cwd=tmp_path)
+    assert got.returncode == 1 and says in got.stderr, got.stderr
+    (error,) = [o for c in json.loads((tmp_path / "out.ipynb").read_text())["cells"] for o in c.get("outputs", []) if o["output_type"] == "error"]
+    assert error["ename"] == "WrongSetting" and len(error["traceback"]) == 1
+
+
+@pytest.mark.parametrize("notebook", ["train", "cohort"])
+def test_papermill_knows_the_type_of_every_parameter(notebook):
+    told = papermill.inspect_notebook(str(ROOT / f"nbs/run/{notebook}.ipynb"))
+    assert told and all(p["inferred_type_name"] not in ("None", "") and p["help"] for p in told.values())
+    if notebook == "train": assert set(told) == {"profile", "keep", *RunConfig.model_fields} and told["epochs"]["inferred_type_name"] == "int"
+
+
+def test_the_example_of_the_readme_teaches_something(tmp_path):
+    (line,) = [line for line in (ROOT / "README.md").read_text().splitlines() if "papermill nbs/run/train.ipynb" in line]
+    words = line.split()[1:]
+    got = subprocess.run([Path(sys.executable).parent / "papermill", ROOT / words[0], tmp_path / words[1], "--no-progress-bar", *words[2:]], capture_output=True, text=True,
+                         env={**os.environ, "LDRLD_OUT": str(tmp_path)}, cwd=ROOT)
+    assert got.returncode == 0, got.stderr
+    student, teacher = sorted((json.loads(f.read_text()) for f in tmp_path.glob("data/runs/try/*.json")), key=lambda r: r["config"]["loss"] == "ce")
+    assert student["last_accuracy"] > 90 and teacher["last_accuracy"] > 90 and student["config"]["seed"] == 1

@@ -13,7 +13,7 @@ from nbclient import NotebookClient
 from ldrld import claims, paths, report
 from ldrld.batch import with_kernel
 from ldrld.experiments import EXPERIMENTS, batch, profile, selected
-from ldrld.runs import Record, name_of, write_whole
+from ldrld.runs import invented, name_of, write_whole
 
 ROOT = Path(__file__).parent.parent
 MACHINE = {"gpu": "A GPU", "processor": "CPU", "threads": 1}
@@ -21,9 +21,7 @@ MACHINE = {"gpu": "A GPU", "processor": "CPU", "threads": 1}
 
 def invent(config, accuracy, folder="paper"):
     """A record that says what a run under `config` might say."""
-    history = [{"test_accuracy": accuracy}] * config.epochs
-    record = Record(name=name_of(config), config=config, last_accuracy=accuracy, best_accuracy=accuracy, history=history, best_epoch=1, seconds=3600.0, images_per_second=1.0,
-                    data={}, precision_used="float32", finished="", code={}, libraries={}, machine=MACHINE)
+    record = invented(config, accuracy, 3600.0 / config.epochs, machine=MACHINE)
     write_whole(paths.records(folder) / f"{record.name}.json", record.model_dump_json())
 
 

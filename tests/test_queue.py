@@ -1,6 +1,7 @@
 """The queue: what is run first, what waits for what, what a machine needs that only trains, and that work can move to another."""
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -73,9 +74,13 @@ def test_cohorts_keep_the_order_and_leave_teachers_alone():
 # ---- what waits for what ----------------------------------------------------------------------------------------
 
 def task(folder: Path, name: str, status: str = "done"):
-    """A stand-in for a training, which leaves the time at which it began; `killed` takes the process with it."""
+    """A stand-in for a training, which leaves the time at which it began; `killed` takes the process with it, `killed once` the first time."""
     (folder / name).write_text(str(time.time()))
     if status == "killed": os._exit(1)
+    if status == "killed once" and not (folder / f"{name} was killed").exists():
+        (folder / f"{name} was killed").touch()
+        os._exit(1)
+    status = status.removesuffix("killed once") or "done"
     time.sleep(0.2)
     (folder / f"{name} ended").write_text(str(time.time()))
     return [batch.Outcome(name, status)]
@@ -92,12 +97,85 @@ def test_what_needs_another_waits_for_it_and_nothing_else_does(tmp_path, monkeyp
     assert "its student" not in when and when["student"] >= float((tmp_path / "teacher ended").read_text()) > when["alone"]
 
 
-def test_a_killed_process_is_told(tmp_path, monkeypatch):
+def test_a_killed_process_costs_only_its_own_task(tmp_path, monkeypatch):
+    """It is tried once more in a process of its own, while the others go on."""
     monkeypatch.setenv("LDRLD_OUT", str(tmp_path))
-    tasks = [([name], task, tmp_path, name, status) for name, status in (("first", "done"), ("second", "killed"), ("third", "done"))]
-    outcomes = {o.name: o for o in batch.in_parallel("tasks", tasks, 1)}
-    assert {name: o.status for name, o in outcomes.items()} == {"first": "done", "second": "failed", "third": "failed"}
-    assert "a process died" in outcomes["third"].detail
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    kinds = (("first", "done"), ("second", "killed"), ("third", "done"), ("fourth", "killed once"), ("fifth", "done"))
+    tasks = [([name], task, tmp_path, name, status) for name, status in kinds]
+    for jobs in (1, 2):
+        outcomes = {o.name: o for o in batch.in_parallel("tasks", tasks, jobs)}
+        assert {name: o.status for name, o in outcomes.items()} == {name: "failed" if name == "second" else "done" for name, _ in kinds}
+        assert "killed twice" in outcomes["second"].detail
+        (tmp_path / "fourth was killed").unlink()
+
+
+def test_what_needs_a_task_that_was_killed_once_still_comes_after_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("LDRLD_OUT", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    tasks = [(["teacher"], task, tmp_path, "teacher", "killed once"), (["student"], task, tmp_path, "student", "done")]
+    assert [o.status for o in batch.in_parallel("tasks", tasks, 2, {"student": {"teacher"}})] == ["done", "done"]
+    assert float((tmp_path / "student").read_text()) > float((tmp_path / "teacher ended").read_text())
+
+
+PARENT = """
+import sys
+from pathlib import Path
+from ldrld import batch
+from tests.test_queue import sleeper
+if __name__ == "__main__": batch.in_parallel("tasks", [([n], sleeper, Path(sys.argv[1]), n) for n in ("a", "b")], 2)
+"""
+
+
+def sleeper(folder: Path, name: str):
+    """A stand-in for a long training, which leaves the number of its process."""
+    (folder / f"{name}.part").write_text(str(os.getpid()))
+    (folder / f"{name}.part").rename(folder / f"{name}.pid")
+    time.sleep(600)
+    return [batch.Outcome(name, "done")]
+
+
+def alive(number: int) -> bool:
+    try: return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError): return False
+
+
+def heeds_signals():
+    """A shell's background processes are started deaf to SIGINT, and so are theirs."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def until(done, seconds: float = 300) -> bool:
+    end = time.time() + seconds
+    while not (happened := done()) and time.time() < end: time.sleep(0.1)
+    return bool(happened)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT], ids=lambda n: n.name)
+def test_no_process_outlives_its_batch(tmp_path, number):
+    """However the batch ends, its workers end with it."""
+    (tmp_path / "parent.py").write_text(PARENT)
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "LDRLD_OUT": str(tmp_path)}
+    parent = subprocess.Popen([sys.executable, tmp_path / "parent.py", tmp_path], env=env, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=heeds_signals)
+    assert until(lambda: all((tmp_path / f"{n}.pid").exists() for n in "ab")), "the workers did not begin"
+    workers = [int((tmp_path / f"{n}.pid").read_text()) for n in "ab"]
+    assert all(map(alive, workers))
+    parent.send_signal(number)
+    parent.wait(120)
+    assert until(lambda: not any(map(alive, workers)), 60), f"left: {[w for w in workers if alive(w)]}"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
+def test_a_stopped_batch_says_that_it_can_go_on(searching, number, code):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    words = ("reproduce", "--profile", str(searching), "--direct", "--jobs", "1")
+    stopped = subprocess.Popen([sys.executable, "-c", "from ldrld.cli import main; main()", *words], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               preexec_fn=heeds_signals)
+    assert until(lambda: list(paths.work().glob("*/checkpoint.pt")) or list(paths.records("searching").glob("*.json")))
+    stopped.send_signal(number)
+    out, err = stopped.communicate(timeout=300)
+    assert stopped.returncode == code and "call again to go on" in err and "Traceback" not in err, err
 
 
 # ---- a search, and what follows from it -------------------------------------------------------------------------

@@ -205,6 +205,33 @@ def test_a_damaged_study_says_how_to_go_on(out):
     with pytest.raises(ValueError, match="delete it and call again"): tune.study_of(search)
 
 
+@pytest.mark.parametrize("cut", [1, 7, 40, "zeros", "first line"])
+def test_a_journal_cut_in_mid_line_loses_no_study(out, cut):
+    """What a kill or a power cut leaves: looked at before anything is appended, and then as if nothing had happened."""
+    search = tiny_search()
+    whole = suggested(search, 3)
+    journal = tune.studies(search.folder) / f"{search.name}.journal"
+    content = journal.read_bytes()
+    if cut == "zeros": journal.write_bytes(content + b"\0" * 100)
+    elif cut == "first line": journal.write_bytes(content[:10])
+    else: journal.write_bytes(content[:-cut])
+    again = [tune.values_of(search, t.params) for t in tune.study_of(search).trials]
+    for line in journal.read_bytes().splitlines(): json.loads(line)
+    assert again == ([] if cut == "first line" else whole)
+    assert len(tune.study_of(search).trials) == len(again)
+
+
+@pytest.mark.parametrize("damage", [b'{"op_code": 0\n', b"3\n", b"\xff\xfe\n", b"[]\n"])
+def test_other_damage_of_a_journal_changes_nothing(out, damage):
+    search = tiny_search()
+    suggested(search, 2)
+    journal = tune.studies(search.folder) / f"{search.name}.journal"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(damaged := b"".join([*lines[:2], damage, *lines[2:]]))
+    with pytest.raises(ValueError, match=r"journal is damaged in line 3; delete it and call again"): tune.study_of(search)
+    assert journal.read_bytes() == damaged
+
+
 # ---- the command ------------------------------------------------------------------------------------------------
 
 def test_the_command_at_the_end_names_the_run_of_the_profile(monkeypatch):

@@ -26,7 +26,7 @@ from ldrld import paths
 from ldrld.experiments import EXPERIMENTS, batch, profile, selected
 from ldrld.plan import planned
 from ldrld.preflight import NotReady, needs_of, notebooks_for
-from ldrld.runs import KEPT, Paused, RunConfig, company, finished, load_record, lock_of, name_of, run_together
+from ldrld.runs import KEPT, Diverged, Paused, RunConfig, company, finished, load_divergence, load_record, lock_of, name_of, run_in_flight, run_together
 
 __all__ = ["Outcome", "Terminated", "reproduce", "report", "missing", "taken_up_again", "cohorts", "sweep"]
 
@@ -37,7 +37,7 @@ TRAIN, COHORT = "run/train.ipynb", "run/cohort.ipynb"
 class Outcome:
     """What became of one notebook or run."""
     name: str
-    status: str  # "done", "paused" or "failed"
+    status: str  # "done", "paused", "diverged" or "failed"
     detail: str = ""
 
 
@@ -84,7 +84,7 @@ def execute(notebook: str, name: str, parameters: dict, folder: str) -> Outcome:
         with_kernel(papermill.execute_notebook, str(source), str(target), parameters, kernel_name="python3",
                     kernel_manager_class=own_kernel(), progress_bar=False, cwd=str(source.parent))
     except papermill.PapermillExecutionError as error:
-        if error.ename == "Paused": return Outcome(name, "paused", error.evalue)
+        if error.ename in ("Paused", "Diverged"): return Outcome(name, error.ename.lower(), error.evalue)
         trace = "\n".join(error.traceback) if isinstance(error.traceback, list) else str(error.traceback)
         return Outcome(name, "failed", f"{notebook}, cell {error.cell_index}: {error.ename}: {error.evalue}\n{trace}\nlog: {target}")
     except Exception as error:  # a kernel that died, a full disk: reported like any other failure, the rest goes on
@@ -119,8 +119,9 @@ def execute_runs(runs: list[tuple[dict, tuple[str, ...]]], profile_name: str, no
             result = execute(COHORT, f"{names[0]}-and-{len(names) - 1}-more", given, profile_name)
         else: run_together([(RunConfig(**config), keep) for config, keep in runs], profile_name, report=None)
     except Paused as pause: result = Outcome(names[0], "paused", str(pause))
+    except Diverged as diverged: result = Outcome(names[0], "diverged", str(diverged))
     except Exception as error: result = Outcome(names[0], "failed", f"{type(error).__name__}: {error}")
-    if result.status == "failed" and len(runs) > 1: return taken + [o for r in runs for o in execute_runs([r], profile_name, notebooks)]
+    if result.status in ("failed", "diverged") and len(runs) > 1: return taken + [o for r in runs for o in execute_runs([r], profile_name, notebooks)]
     return taken + [Outcome(name, result.status, result.detail) for name in names]
 
 
@@ -166,6 +167,7 @@ def missing(p, only: tuple[str, ...] = (), plan: bool = False) -> list[tuple[Run
     for config, keep in reversed(runs):                     # students before their teachers
         name = name_of(config)
         lacks = tuple(kind for kind in keep if not there(kind, name) and (kind != "weights" or name in asked))
+        if load_divergence(name, folder): continue             # that is what came of it
         if name not in made: first.append((config, keep))
         elif lacks: again.append((config, lacks))
         else: continue
@@ -283,6 +285,17 @@ class Workers:
         for pool in (*self.idle, *self.busy.values()): pool.shutdown(wait=not at_once, cancel_futures=True)
 
 
+def in_flight(runs: list[tuple[RunConfig, tuple[str, ...]]], folder: str, seconds: float, at_once: int) -> list[Outcome]:
+    """Carry out runs side by side in this process, see `ldrld.runs.run_in_flight`; one outcome a run."""
+    run_in_flight(runs, folder, at_once, seconds, tqdm.write)
+    outcomes = []
+    for name in (name_of(config) for config, _ in runs):
+        if found := load_divergence(name, folder): outcomes.append(Outcome(name, "diverged", str(found.error)))
+        elif load_record(name, folder): outcomes.append(Outcome(name, "done"))
+        else: outcomes.append(Outcome(name, "paused", "the time budget is spent"))
+    return outcomes
+
+
 def result_of(future, names: list[str], log: Path) -> list[Outcome]:
     """What a process says came of its task; one that was killed twice fails, the others go on."""
     try: outcomes = future.result()
@@ -350,7 +363,8 @@ def report(p: str = "quick", only: tuple[str, ...] = (), jobs: int = 2) -> list[
 
 
 def reproduce(p: str = "quick", only: tuple[str, ...] = (), jobs: int = 2, seconds: float = math.inf,
-              notebooks: bool = True, together: int = 5, plan: bool = False) -> list[Outcome]:
+              notebooks: bool = True, together: int = 5, plan: bool = False,
+              graphs: bool = False, at_once: int = 8) -> list[Outcome]:
     """Make every run of a profile that is not finished (see `missing`), those that are worth most first, then its tables and figures.
 
     p: "quick", "small", "paper" or a YAML file.  only: names of experiments, none for those that the profile selects.  jobs: processes at a time.
@@ -360,6 +374,8 @@ def reproduce(p: str = "quick", only: tuple[str, ...] = (), jobs: int = 2, secon
     are left out where it is not installed.
     together: students at most that share a pass over the pictures.
     plan: make the runs of the profile's plan (`ldrld.plan`) in place of those of its experiments, and no tables.
+    graphs: train in this process, every student as a recording on a stream of its own (`ldrld.graphs`), without notebooks.
+    at_once: students in flight then.
     Returns one outcome for each run and notebook; a run whose record is odd is not tried, and failed.
     Raises `NotReady`, before anything is started, where data, notebooks, a teacher or room on the disk are missing.
     """
@@ -380,7 +396,8 @@ def reproduce(p: str = "quick", only: tuple[str, ...] = (), jobs: int = 2, secon
     while todo:
         task = lambda runs: ([name_of(c) for c, _ in runs], execute_runs, [(c.model_dump(), k) for c, k in runs], folder, notebooks)
         needs = {name_of(c): {name_of(c.teacher)} for c, _ in todo if c.teacher}
-        outcomes += in_parallel("runs", [task(runs) for runs in cohorts(todo, together)], jobs, needs)
+        if graphs: outcomes += in_flight(todo, folder, seconds, at_once)
+        else: outcomes += in_parallel("runs", [task(runs) for runs in cohorts(todo, together)], jobs, needs)
         tried |= {name_of(c) for c, _ in todo} | not_tried
         todo = [(c, k) for c, k in missing(p, only, plan) if name_of(c) not in tried]  # a search that is finished says what to run next
     os.environ.pop("LDRLD_DEADLINE", None)

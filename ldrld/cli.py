@@ -82,7 +82,10 @@ def end(outcomes, profile: str) -> None:
 
     profile = profile_of(profile).name
     count = lambda status: sum(o.status == status for o in outcomes)
-    print(f"{count('done')} done, {count('paused')} paused, {count('failed')} failed")
+    lost = f", {count('diverged')} diverged" if count("diverged") else ""
+    print(f"{count('done')} done, {count('paused')} paused, {count('failed')} failed{lost}")
+    for o in outcomes:
+        if o.status == "diverged": print(f"  {o.detail.splitlines()[0]}")
     for o in outcomes:
         if o.status == "failed": print(f"  failed: {o.name}: {o.detail.splitlines()[0]}")
     reasons = Counter(re.sub(r"^.*: (?=paused after)", "", o.detail) for o in outcomes if o.status == "paused")
@@ -97,18 +100,29 @@ def end(outcomes, profile: str) -> None:
     if count("failed") or odd: raise typer.Exit(1)
 
 
+def graphs_wanted(engine: str) -> bool:
+    """Whether an engine's name asks for CUDA graphs here."""
+    from ldrld.runs import default_device, known
+
+    try: known("--engine", engine, ["auto", "eager", "graph"])
+    except ValueError as error: raise typer.BadParameter(str(error)) from None
+    return engine == "graph" or (engine == "auto" and default_device().startswith("cuda"))
+
+
 @app.command()
 def reproduce(profile: Profile = "quick", only: Only = None, jobs: Jobs = 2, out: Out = None,
               time_budget: Annotated[str | None, typer.Option(help="Stop after about this long, e.g. 9m; call again to go on.")] = None,
               together: Annotated[int, typer.Option(min=1, help="Students at most that share a pass over the pictures; more are quicker, fewer leave their records sooner.")] = 5,
               planned: Annotated[bool, typer.Option("--planned", help="The runs of the profile's plan, data/plan/PROFILE.yaml, in place of those of its experiments.")] = False,
+              engine: Annotated[str, typer.Option(help="auto: CUDA graphs where there is a GPU, else the usual loop; eager: the usual loop; graph: the engine of CUDA graphs, which a CPU imitates by calling.")] = "auto",
+              at_once: Annotated[int, typer.Option(min=1, help="Students in flight with CUDA graphs.")] = 8,
               direct: Annotated[bool, typer.Option("--direct", help="Train without notebooks: needs neither papermill nor Jupyter; without papermill the tables and figures wait for `ldrld report`.")] = False):
     """Make every run that is not finished, then all tables and figures."""
     budget = seconds(time_budget) if time_budget else math.inf
     chosen = start(profile, only, out)
     from ldrld import batch
 
-    with ready(): outcomes = batch.reproduce(profile, chosen, jobs, budget, notebooks=not direct, together=together, plan=planned)
+    with ready(): outcomes = batch.reproduce(profile, chosen, jobs, budget, notebooks=not direct, together=together, plan=planned, graphs=graphs_wanted(engine), at_once=at_once)
     if line := batch.compare_with_committed(Path(profile).stem): print(line)
     end(outcomes, profile)
 
@@ -151,7 +165,7 @@ def run(settings: Annotated[list[str], typer.Argument(help="name=value, e.g. mod
     try: given = assigned(settings)
     except ValueError as error: raise typer.BadParameter(str(error)) from None
     from ldrld import paths
-    from ldrld.runs import KEPT, Paused, RunConfig, explain, known, pretrained
+    from ldrld.runs import KEPT, Diverged, Paused, RunConfig, divergence_path, explain, known, name_of, pretrained
     from ldrld.runs import run as carry_out
 
     try:
@@ -164,6 +178,9 @@ def run(settings: Annotated[list[str], typer.Argument(help="name=value, e.g. mod
     except (ValueError, FileNotFoundError) as error:
         raise typer.BadParameter(str(error)) from None
     try: record = carry_out(config, profile, tuple(keep or ()))
+    except Diverged as diverged:
+        print(f"{diverged}\n(kept as {paths.shown(divergence_path(name_of(config), profile))}; delete it to try again)")
+        raise typer.Exit(1) from None
     except Paused as pause:
         print(pause)
         raise typer.Exit(0) from None
@@ -220,6 +237,49 @@ def tune(words: Annotated[list[str] | None, typer.Argument(metavar="[SPACE]...",
     print(f"best settings, on all training pictures and then tested:\n  {searching.next_step(search, table, p)}")
     for what, place in {"trials": paths.records(search.folder), "table": paths.tables(search.folder) / f"{search.name}.csv",
                         "figure": paths.figures(search.folder) / f"{search.name}.svg"}.items(): print(f"{what}: {paths.shown(place)}")
+
+
+@app.command()
+def pack(folder: Annotated[Path, typer.Argument(help="A new folder, to be copied to the other machine.")], profile: Profile = "paper", only: Only = None,
+         planned: Annotated[bool, typer.Option("--planned", help="The runs of the profile's plan in place of those of its experiments.")] = False,
+         pair: Annotated[list[str] | None, typer.Option(help="Only this pair, e.g. vgg13:vgg8; may be given several times, the first one is carried out first.")] = None,
+         method: Annotated[list[str] | None, typer.Option(help="Only losses of this name, e.g. ldrld; may be given several times. Teachers always come along.")] = None,
+         python: Annotated[str | None, typer.Option(help="Version of Python there, e.g. 3.12, to bring the wheels that it needs besides torch.")] = None,
+         platform: Annotated[str, typer.Option(help="Its platform, as pip names it.")] = "manylinux2014_x86_64",
+         delivery: Annotated[int, typer.Option(min=8, help="Largest delivery, MiB.")] = 64,
+         files: Annotated[int, typer.Option(min=4, help="Files at most that come back.")] = 8,
+         file: Annotated[int, typer.Option(min=1, help="Largest file that comes back, MiB.")] = 16):
+    """Make a folder with all that a bare machine with PyTorch needs to carry out the runs that are missing."""
+    chosen = start(profile, only)
+    from ldrld import pack as packing
+    from ldrld.batch import missing
+    from ldrld.experiments import profile as profile_of
+
+    pairs = [tuple(text.split(":")) for text in pair or ()]
+    for words in pairs:
+        if len(words) != 2: raise typer.BadParameter(f"--pair {':'.join(words)}: expected teacher:student")
+    runs = packing.chosen_runs(missing(profile, chosen, planned), pairs, method or [])
+    if not runs: raise typer.BadParameter("nothing to carry out: every run that was asked for is finished, or none was asked for")
+    limits = packing.Limits(delivery * packing.MIB, files, file * packing.MIB)
+    try: packing.pack(folder, runs, profile_of(profile).name, limits, python, platform)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(1) from None
+    print(f"{len(runs)} runs; there: python run.py --seconds 600   (--help says more)\nback here: ldrld merge HOME --packed {shlex.quote(str(folder))}")
+
+
+@app.command()
+def merge(home: Annotated[Path, typer.Argument(help="The folder that came back.")],
+          packed: Annotated[Path, typer.Option(help="The folder that was packed, or its packed.json.")], out: Out = None):
+    """Take the results of a packed batch home; what is here stays, what is damaged or foreign is refused."""
+    if out is not None: os.environ["LDRLD_OUT"] = str(out.resolve())
+    from ldrld import pack as packing
+
+    try: merged = packing.merge(home, packed)
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(1) from None
+    if merged.refused: raise typer.Exit(1)
 
 
 @app.command()

@@ -20,7 +20,7 @@ from ldrld.cards import card_path, facts, page, read_card
 from ldrld.runs import (KEPT, PACKED, Pretrained, Record, RunConfig, code_of, divergence_path, file_of, load_record, name_of,
                         sha256_of, write_whole)
 
-__all__ = ["MIB", "Limits", "pack", "deliveries", "collect", "merge", "Merged"]
+__all__ = ["MIB", "Limits", "chosen_runs", "pack", "deliveries", "collect", "merge", "Merged"]
 
 MIB = 2**20
 NEEDED = ("pydantic", "typing-inspection", "annotated-types", "filelock", "numpy", "pyyaml", "safetensors")  # what training imports besides torch
@@ -94,6 +94,22 @@ def with_teachers(runs: list[tuple[RunConfig, tuple[str, ...]]]) -> list[tuple[R
 
     for config, keep in runs: add(config, keep)
     return [(config, tuple(sorted(keep))) for config, keep in found.values()]
+
+
+def chosen_runs(runs: list[tuple[RunConfig, tuple[str, ...]]], pairs: list[tuple[str, str]], methods: list[str]) -> list[tuple[RunConfig, tuple[str, ...]]]:
+    """Those of some runs that belong to given pairs and methods, in the order of the pairs; all where none are given.
+
+    runs: in the order of their worth.  pairs: (teacher, student).  methods: names of losses in `ldrld.losses`.
+    A pair's teacher comes first, then its students from labels alone, then the others; for teachers the method does not count.
+    """
+    if not pairs: return [(c, keep) for c, keep in runs if not methods or "weights" in keep or c.loss in methods]
+    found: dict[str, tuple] = {}
+    for teacher, student in pairs:
+        first = [run for run in runs if run[0].model == teacher and "weights" in run[1] and run[0].teacher is None]
+        alone = [run for run in runs if run[0].model == student and run[0].teacher is None and "weights" not in run[1]]
+        taught = [run for run in runs if run[0].model == student and run[0].teacher is not None and run[0].teacher.model == teacher]
+        for c, keep in first + [run for run in alone + taught if not methods or run[0].loss in methods]: found.setdefault(name_of(c), (c, keep))
+    return list(found.values())
 
 
 def pack(folder: str | Path, runs: list[tuple[RunConfig, tuple[str, ...]]], profile: str, limits: Limits = Limits(),  # noqa: B008

@@ -29,19 +29,20 @@ from statsmodels.stats.multitest import multipletests
 
 from . import data, paths, published
 from .experiments import EXPERIMENTS, Experiment, Profile, batch, profile, selected
-from .runs import Record, finished, load_record, name_of, sound, write_whole
+from .runs import Record, finished, load_divergence, load_record, name_of, sound, write_whole
 
 # %% ../nbs/90_report.ipynb #3c6c9223
 def collect(
     e: str | Experiment,  # an experiment or its name
     p: str | Profile = "quick",
-) -> pd.DataFrame:  # the plan, with `last`, `best` (per cent) and `record`, empty where a run has not been made
+) -> pd.DataFrame:  # the plan, with `last`, `best` (per cent) and `record`, empty where a run has not been made, and `diverged`
     "An experiment's runs and what came of them; an odd record is left out with a warning, as if it had not been made."
     e, p = EXPERIMENTS[e] if isinstance(e, str) else e, profile(p)
     plan = e.plan(p)
     found = [sound(name, p.name) for name in plan["name"]]
     return plan.assign(record=pd.Series(found, index=plan.index, dtype=object), last=[r.last_accuracy if r else math.nan for r in found],
-                       best=[r.best_accuracy if r else math.nan for r in found])
+                       best=[r.best_accuracy if r else math.nan for r in found],
+                       diverged=[load_divergence(name, p.name) is not None for name in plan["name"]])
 
 # %% ../nbs/90_report.ipynb #1efc690f
 def to_report(
@@ -93,6 +94,7 @@ def summarise(
             compared.add((base, *cells[base]["name"]))
             line |= paired(cell["last"], pd.Series(dtype=float) if (base, *cell["name"]) in compared else cells[base]["last"])
             compared.add((base, *cell["name"]))
+        if runs["diverged"].any(): line["diverged"] = int(cell["diverged"].sum())
         lines.append({**line, "runs": " ".join(done["name"])})
     table = pd.DataFrame(lines)
     if "p" not in table: return table
@@ -151,10 +153,12 @@ def shown_measures(
 def shown(
     table: pd.DataFrame,  # from `summarise`
 ) -> pd.DataFrame:  # text
-    "A table as people read it: mean ± sd (n), difference [interval]; a run not made is shown as such."
-    out = table.drop(columns=["n", "mean", "sd", "best", "difference", "low", "high", "p_holm", "pairs", "runs"], errors="ignore").astype(str)
-    plus_minus = lambda r: "not run" if not r["n"] else f"{r['mean']:.2f}" + (f" ± {r['sd']:.2f}" if r["n"] > 1 else "") + f" ({r['n']})"
-    out["last epoch, %"] = [plus_minus(r) for _, r in table.iterrows()]
+    "A table as people read it: mean ± sd (n), difference [interval]; runs that were not made or diverged are shown as such."
+    out = table.drop(columns=["n", "mean", "diverged", "sd", "best", "difference", "low", "high", "p_holm", "pairs", "runs"], errors="ignore").astype(str)
+    lost = table.get("diverged", pd.Series(0, index=table.index))
+    plus_minus = lambda r: f"{r['mean']:.2f}" + (f" ± {r['sd']:.2f}" if r["n"] > 1 else "") + f" ({r['n']})" if r["n"] else ""
+    told = lambda r, k: ", ".join(filter(None, (plus_minus(r), f"{k} diverged" if k else ""))) or "not run"
+    out["last epoch, %"] = [told(r, k) for (_, r), k in zip(table.iterrows(), lost)]
     out["best epoch, %"] = ["" if math.isnan(b) else f"{b:.2f}" for b in table["best"]]
     if "difference" in table:
         interval = lambda r: "" if math.isnan(r["low"]) else f" [{r['low']:+.2f}, {r['high']:+.2f}]"
@@ -562,6 +566,9 @@ def verify_table(
     for what, found in {**seen, "precision": {r.precision_used for r in made}}.items():
         if len(found) > 1: wrong.append(f"{path.name}: its runs differ in their {what}: {', '.join(sorted(map(str, found)))}")
     expectations = [expected_of(e, key, cells) for key in cells]
+    lost = {key: sum(load_divergence(name, p.name) is not None for name in cell["name"]) for key, cell in e.plan(p).groupby(list(e.by), sort=False)}
+    if any(lost.values()) and not e.measures:
+        for key, line in zip(cells, expectations): line["diverged"] = lost[key]
     for given, line in zip(corrected(expectations), table):
         where = f"{path.name}, {' · '.join(str(given[column]) for column in e.by)}"
         if extra := line.keys() - given.keys(): wrong.append(f"{where}: columns that nobody computes: {', '.join(sorted(extra))}")

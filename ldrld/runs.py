@@ -216,6 +216,7 @@ class Record(BaseModel):
     code: dict[str, Any] = Field(description="package version, git commit, whether files differed from it")
     libraries: dict[str, str]
     machine: dict[str, Any]
+    legs: list[dict[str, Any]] = Field([], description="where several machines or commits trained it: who, from which epoch on")
 
 def write_whole(
     path: Path,  # the file
@@ -569,6 +570,7 @@ def record_of(
     made: dict,  # from `provenance`, when this process took the training up
     together: int = 1,  # students that shared the pass
     measures: dict[str, float] | None = None,  # what else is to be said
+    legs: list[dict] | None = None,  # who trained from which epoch on; kept if they were several
 ) -> Record:
     "The record of a training that has reached its last epoch."
     best, seconds = max(history, key=lambda row: row["test_accuracy"]), sum(row["seconds"] for row in history)
@@ -578,7 +580,7 @@ def record_of(
         images_per_second=len(images.train_labels) * len(history) / seconds,
         data={"fingerprint": images.fingerprint, "train": len(images.train_labels), "test": len(images.test_labels), "classes": len(images.classes)},
         teacher=name_of(config.teacher) if config.teacher else None,
-        precision_used=dtype, together=together, measures=measures or {},
+        precision_used=dtype, together=together, measures=measures or {}, legs=legs if legs and len(legs) > 1 else [],
         finished=datetime.now(timezone.utc).isoformat(timespec="seconds"), **made)
 
 def about(
@@ -771,7 +773,7 @@ def _leave(config, keep, student, record, profile, images, dtype, made, together
         say(f"{name}: trained again it reaches {last:.2f} %; the record, {record.last_accuracy:.2f} %, stays")
     if new := record is None:
         record = record_of(config, student.history, images, str(dtype).removeprefix("torch."), made, together,
-                           about(used, student, images, dtype, teacher if config.teacher else None))
+                           about(used, student, images, dtype, teacher if config.teacher else None), student.legs)
     if "weights" in keep: write_card(record, profile, images)
     if new: write_whole(paths.records(profile) / f"{name}.json", record.model_dump_json(indent=1) + "\n")   # a record is never written twice
     Path(student.checkpoint).unlink()

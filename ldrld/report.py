@@ -94,7 +94,7 @@ def summarise(
             compared.add((base, *cells[base]["name"]))
             line |= paired(cell["last"], pd.Series(dtype=float) if (base, *cell["name"]) in compared else cells[base]["last"])
             compared.add((base, *cell["name"]))
-        if runs["diverged"].any(): line["diverged"] = int(cell["diverged"].sum())
+        if "diverged" in runs and runs["diverged"].any(): line["diverged"] = int(cell["diverged"].sum())
         lines.append({**line, "runs": " ".join(done["name"])})
     table = pd.DataFrame(lines)
     if "p" not in table: return table

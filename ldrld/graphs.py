@@ -27,9 +27,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .checks import values_unseen
+from .checks import may_look, values_unseen
 from .fast import own_workspace
-from .train import Batch, Crops, Diverged, Student, autocast, draw, loss_of, pulls, save
+from .train import TOO_LARGE, Batch, Crops, Diverged, Student, autocast, draw, loss_of, pulls, save
 
 # %% ../nbs/72_graphs.ipynb #f9f636d4
 class CaptureError(RuntimeError):
@@ -239,8 +239,16 @@ class Steps:
 
     def logits(self, x: Tensor, **more):
         "The student's logits, from the narrow copies of its weights where there are some."
-        if self.flat is None or not len(self.flat.narrow): return self.student.model(x, **more)
-        return functional_call(self.student.model, self.narrow_leaves, (x,), more)
+        if self.flat is None or not len(self.flat.narrow): found = self.student.model(x, **more)
+        else: found = functional_call(self.student.model, self.narrow_leaves, (x,), more)
+        z = found[0] if isinstance(found, tuple) else found
+        if self.flat and may_look(z) and not z.detach().abs().amax() < TOO_LARGE: self.diverges()
+        return found
+
+    def diverges(self) -> None:
+        "Raises `Diverged` for logits that a loss would take for a mask, where they can be looked at."
+        step = int(self.k) + 1
+        raise Diverged(len(self.student.history) + 1, step, "logits", float("inf"), float(self.rates[step - 1]))
 
     def step(self, n: int) -> None:
         "One optimisation step on a batch of `n` images."
@@ -537,11 +545,13 @@ def train_in_flight(
     while flights:
         busy, stopping = False, stop()
         for flight in list(flights):
-            if flight.has_room and not (stopping and flight.between_epochs):
-                flight.advance()
-                busy = True
-            try: rows = flight.landed(lap)
-            except Diverged as diverged: flight.student.diverged, rows = diverged, []
+            rows: list[dict] = []
+            try:
+                if flight.has_room and not (stopping and flight.between_epochs):
+                    flight.advance()
+                    busy = True
+                rows = flight.landed(lap)
+            except Diverged as diverged: flight.student.diverged = diverged
             for row in rows:
                 busy = True
                 yield flight, row

@@ -154,7 +154,7 @@ def test_a_diverged_student_does_not_stop_the_others(digits, teacher):
     good, bad = student_of(ALL["CE"], digits, teacher), student_of(ALL["CE"], digits, teacher, lr=1e8)
     flights = [InFlight(s, task_of(digits, teacher), called) for s in (bad, good)]
     rows = [(flight.student, row) for flight, row in train_in_flight(flights)]
-    assert isinstance(bad.diverged, Diverged) and bad.diverged.term == "ce" and bad.diverged.epoch == 1
+    assert isinstance(bad.diverged, Diverged) and bad.diverged.term in ("ce", "logits") and bad.diverged.epoch == 1
     assert sum(s is good for s, _ in rows) == EPOCHS and good.diverged is None
     loop = student_of(ALL["CE"], digits, teacher, lr=1e8)
     list(train_together([loop], digits, teacher, EPOCHS, BATCH))

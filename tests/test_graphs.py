@@ -117,7 +117,7 @@ def test_a_ramp_is_recorded_anew(digits, teacher):
     assert flight.key not in keys
 
 
-@pytest.mark.parametrize("name", ["CE", "LDRLD", "VID"])
+@pytest.mark.parametrize("name", ["CE", "LDRLD", "VID", "CRD"])
 def test_stopped_and_resumed(name, digits, teacher, tmp_path):
     """By the engine, by the loop, and from one to the other."""
     whole = student_of(ALL[name], digits, teacher)
@@ -137,9 +137,23 @@ def test_stopped_and_resumed(name, digits, teacher, tmp_path):
         assert_same(whole, resumed)
 
 
+@pytest.mark.parametrize("recorder", [called, imitated])
+def test_draws_of_a_loss_are_made_anew_in_every_replay(recorder, digits, teacher):
+    """CRD draws in the step: trial and recording must take nothing from the epoch's draws, nor a resumed training."""
+    assert not why_eager("crd") and "CRD" in CAPTURED
+    student = student_of(ALL["CRD"], digits, teacher)
+    flight, keys = InFlight(student, task_of(digits, teacher), recorder), []
+    flights = [flight]
+    for _ in train_in_flight(flights): keys.append(flight.key)
+    assert keys[0] != keys[1] == keys[2]                     # log Z was fixed in the first epoch: recorded anew once
+    usual = student_of(ALL["CRD"], digits, teacher)
+    for _ in train_together([usual], digits, teacher, EPOCHS, BATCH): pass
+    assert torch.equal(usual.loss.generator.get_state(), student.loss.generator.get_state())
+
+
 def test_students_of_several_seeds_and_networks_side_by_side(digits, teacher):
     flights, alone = [], []
-    for seed, lr in ((0, 0.05), (0, 0.1)):
+    for lr in (0.05, 0.1):
         flights.append(InFlight(student_of(ALL["KD"], digits, teacher, lr=lr), task_of(digits, teacher), called))
         alone.append(student_of(ALL["KD"], digits, teacher, lr=lr))
     together = [flight.student for flight in flights]

@@ -1,11 +1,12 @@
-"""The strong view of a batch: the same bytes as torchvision's operations image by image, with few kernels and no waiting."""
+"""The strong view of a batch: the bytes of torchvision's operations image by image, with few kernels and no waiting."""
 import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldrld.losses import views
-from ldrld.losses.views import COVER, RANGES, Numbers, changed, covered, fixed, numbers, operations, planned, strong_view
+from ldrld.losses.views import (COVER, RANGES, Numbers, changed, covered, fixed, numbers, operations, planned,
+                                strong_view)
 
 CPU = torch.device("cpu")
 
@@ -36,7 +37,8 @@ def images_of(kind, n, height, width, seed=0):
     g = torch.Generator().manual_seed(seed)
     x = torch.randint(256, (n, 3, height, width), dtype=torch.uint8, generator=g)
     if kind == "smooth":
-        x = torch.nn.functional.interpolate(255 * torch.rand(n, 3, 4, 4, generator=g), (height, width), mode="bilinear").byte()
+        coarse = 255 * torch.rand(n, 3, 4, 4, generator=g)
+        x = torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear").byte()
     elif kind == "two values": x = x // 200 * 80
     elif kind == "gray": x = x[:, :1].repeat(1, 3, 1, 1)
     elif kind == "one colour": x = x[:, :, :1, :1].repeat(1, 1, height, width)
@@ -107,7 +109,8 @@ def test_images_in_any_memory_format_and_of_any_number():
     assert torch.equal(strong_view(x[:, :, :, ::2], torch.Generator().manual_seed(0)),
                        strong_view(x[:, :, :, ::2].contiguous(), torch.Generator().manual_seed(0)))
     assert strong_view(x[:0], torch.Generator()).shape == (0, 3, 32, 32)
-    assert torch.equal(strong_view(x[:1], torch.Generator().manual_seed(0)), reference(x[:1], torch.Generator().manual_seed(0)))
+    one = strong_view(x[:1], torch.Generator().manual_seed(0))
+    assert torch.equal(one, reference(x[:1], torch.Generator().manual_seed(0)))
 
 
 def test_the_images_are_left_alone_and_inference_does_no_harm():
@@ -136,7 +139,7 @@ def test_few_kernels_and_no_host_read():
     draws = {"aten::randint", "aten::rand"}
     assert len([name for name in counter.names if name not in draws]) <= 67
     assert not {"aten::_local_scalar_dense", "aten::nonzero", "aten::bincount", "aten::equal"} & set(counter.names)
-    assert strong_view(x.to("meta"), torch.Generator().manual_seed(0)).shape == x.shape        # where no value can be read
+    assert strong_view(x.to("meta"), torch.Generator().manual_seed(0)).shape == x.shape  # where nothing can be read
 
 
 def test_what_changes_nothing():

@@ -67,7 +67,7 @@ class Memory(nn.Module):
         if not self.fewest:
             raise ValueError("data must hold pictures of two classes or more; "
                              "'crd' tells each from those of other classes")
-        self.k, self.begun = min(negatives, self.fewest), False
+        self.k, self.begun = min(negatives, self.fewest), False  # begun: log Z was fixed before this epoch
         banks = {f"bank_{who}": torch.empty(len(labels), width).uniform_(-bound, bound) for who in "st"}
         more = {"labels": labels, "order": order, "start": start, "count": count, "log_Z": torch.full((2,), torch.inf)}
         for name, value in (banks | more).items(): self.register_buffer(name, value)
@@ -76,22 +76,26 @@ class Memory(nn.Module):
         "Products of u with the teacher's remembered vectors, of v with the student's: the same picture, then K others."
         others = draw_others(self.labels[index], self.k, self.order, self.start, self.count, self.fewest, generator)
         chosen = torch.cat([index[:, None], others], 1)
-        sides = (u, self.bank_t), (v, self.bank_s)
-        return torch.stack([(one @ wide(bank).T).gather(1, chosen) for one, bank in sides])
+        sides = (u, self.bank_t), (v, self.bank_s)  # copied: backward reads them after `remember` has written to them
+        return torch.stack([(one @ wide(bank.clone()).T).gather(1, chosen) for one, bank in sides])
+
+    def begin_epoch(self) -> None:
+        "Look whether log Z is known: the only value that the host reads, and not in a step."
+        self.begun = self.begun or bool(self.log_Z.isfinite().all())
 
     def fix_Z(self, scores: Tensor) -> Tensor:  # (2,) log Z for u and for v
         "log of the mean of exp(scores) times M at the first batch; the same ever after."
         if not self.begun:
             fresh = scores.detach().flatten(1).logsumexp(1) + math.log(len(self.labels) / scores[0].numel())
-            self.log_Z, self.begun = torch.where(self.log_Z.isinf(), fresh.to(self.log_Z.dtype), self.log_Z), True
+            self.log_Z.copy_(torch.where(self.log_Z.isinf(), fresh.to(self.log_Z.dtype), self.log_Z))
         return self.log_Z
 
+    @torch.no_grad()
     def remember(self, u: Tensor, v: Tensor, index: Tensor, momentum: float) -> None:
-        "Move the vectors of these pictures towards u and v. The banks are replaced: backward still needs the old ones."
-        for name, new in (("bank_s", u), ("bank_t", v)):
-            bank = getattr(self, name)
-            rows = F.normalize(momentum * wide(bank[index]) + (1 - momentum) * new.detach(), dim=1)
-            setattr(self, name, bank.index_copy(0, index, rows.to(bank.dtype)))
+        "Move the vectors of these pictures towards u and v, in place."
+        for bank, new in ((self.bank_s, u), (self.bank_t, v)):
+            rows = F.normalize(momentum * wide(bank[index]) + (1 - momentum) * new, dim=1)
+            bank.index_copy_(0, index, rows.to(bank.dtype))
 
     def extra_repr(self) -> str: return f"{len(self.labels)} pictures, {self.k} of other classes drawn for each"
 
@@ -104,7 +108,6 @@ class CRD(Comparison):
     in the call without `index`. Source: Tian et al. 2020, arXiv 1910.10699 (HobbitLong/RepDistiller).
     """
     parts = ("embed_s", "embed_t", "memory")
-    seed, generator = 2**40, None
 
     def __init__(
         self,
@@ -120,12 +123,18 @@ class CRD(Comparison):
         self.width = checks.integer("width", width, at_least=1)
         self.negatives = checks.integer("negatives", negatives, at_least=1)
         self.temperature = checks.number("temperature", temperature, above=0.0)
+        self.generator = torch.Generator().manual_seed(2**40)
 
     def at_epoch(self, epoch: int, epochs: int = 240, seed: int = 0) -> None:
         "To be called before each epoch, counted from 1: which pictures are drawn depends on `seed` and `epoch` alone."
         super().at_epoch(epoch, epochs, seed)
-        self.seed = 2**40 + 1_000_003 * (seed + 1) + epoch  # far from the seeds of the pictures' order
-        self.generator = None
+        self.generator.manual_seed(2**40 + 1_000_003 * (seed + 1) + epoch)  # far from the seeds of the pictures' order
+        if hasattr(self, "memory"): self.memory.begin_epoch()
+
+    def draw_on(self, device: torch.device) -> None:
+        "Draw on a device; on another than before, from the beginning."
+        if device.type == "meta" or self.generator.device == device: return  # meta tensors hold no numbers
+        self.generator = torch.Generator(device).manual_seed(self.generator.initial_seed())
 
     def prepare(self, student, teacher, example, data=None):
         "Make embeddings and memory; `data.train_labels` holds the training pictures' classes. Returns the loss."
@@ -135,6 +144,7 @@ class CRD(Comparison):
                              "got None")
         self.embed_s, self.embed_t = nn.Linear(d_s, self.width), nn.Linear(d_t, self.width)
         self.memory = Memory(data.train_labels.cpu(), self.width, self.negatives)
+        self.draw_on(example.device)
         return self.to(example.device)
 
     def pick(self, student, teacher): return [self.embed_s(student.pooled)], [self.embed_t(teacher.pooled)]
@@ -145,8 +155,7 @@ class CRD(Comparison):
             raise ValueError(f"index must hold the number of each of the {len(u)} pictures in the training set, "
                              f"got {'None' if index is None else f'shape {tuple(index.shape)}'}")
         index = index.to(u.device)
-        if self.generator is None or self.generator.device != u.device:
-            self.generator = torch.Generator(u.device).manual_seed(self.seed)
+        self.draw_on(u.device)
         scores = self.memory.cosines(u, v, index, self.generator) / self.temperature
         l_s, l_t = (nce(score, Z, len(self.memory.labels)) for score, Z in zip(scores, self.memory.fix_Z(scores)))
         if self.training: self.memory.remember(u, v, index, self.momentum)

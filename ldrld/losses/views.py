@@ -185,7 +185,7 @@ def mixed_in(
     x: Tensor,  # (batch, 3, height, width) values
     plan: Plan, same: Fixed,
 ) -> Tensor:  # (batch, 3, height, width)
-    "The constant, the gray version, its mean and the blurred version, each with its weight; three of them weigh nothing."
+    "A constant, the gray version, its mean and the blurred version by their weights; all but one weigh nothing."
     *_, half, of_gray, of_mean, of_blurred = plan.numbers[..., None]
     gray = (x * same.luma).sum(1, keepdim=True).floor()
     smooth = F.conv2d(x.flatten(0, 1)[:, None], same.kernel, padding=1).round().view_as(x)
@@ -224,7 +224,7 @@ def strong_view(
     generator: torch.Generator,  # on the CPU, where all draws are made
     changes: int = 2,  # operations on each image
 ) -> Tensor:  # uint8, like images
-    "Each image after operations drawn for it and a square that covers up to a quarter of it. Never waits for the device."
+    "Each image after operations drawn for it, and a square over up to a quarter of it. Never waits for the device."
     n, _, height, width = images.shape
     which = torch.randint(len(RANGES), (n, changes), generator=generator).tolist()
     strength = torch.rand(n, changes, generator=generator).tolist()

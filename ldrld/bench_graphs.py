@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from math import prod
 from typing import NamedTuple
 
 import pandas as pd
@@ -83,13 +84,14 @@ class Operands(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         if not func.is_view:
+            written = result if func._schema.returns else args[0]         # lists are changed in place without a result
             self.operations += 1
-            self.bytes += sum(size_in_bytes(t) for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor))
+            self.bytes += sum(size_in_bytes(t) for t in tree_leaves((args, kwargs, written)) if isinstance(t, Tensor))
         return result
 
 def size_in_bytes(tensor: Tensor) -> int:
     "Of the numbers that a tensor shows; what is expanded lies in memory once."
-    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+    return tensor.element_size() * prod(n for n, stride in zip(tensor.shape, tensor.stride()) if stride or not n)
 
 class Work(NamedTuple):
     "What a step of a student comes to."

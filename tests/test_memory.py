@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ldrld import losses, models
-from ldrld.losses.memory import (AttentionFusion, Memory, by_class, draw_others, hierarchical_context, margins_of, nce,
-                                 norms_before_activation, partial_square)
+from ldrld.losses.memory import (AttentionFusion, Memory, by_class, draw_others, generator_on, hierarchical_context,
+                                 margins_of, nce, norms_before_activation, partial_square)
 from ldrld.models import Features
 
 LABELS = torch.tensor([3, 0, 0, 1, 3, 1, 0, 0, 2, 0, 3, 1])
@@ -205,14 +205,11 @@ def test_an_unprepared_loss_may_be_told_the_epoch_and_a_used_one_copied():
     assert crd_step(loss, seed=2)[0] == crd_step(twin, seed=2)[0]
 
 
-def test_drawing_on_another_device_begins_anew():
+def test_where_draws_are_made():
     loss = small_crd()
     loss.at_epoch(2, 240, seed=1)
-    seed = loss.generator.initial_seed()
-    loss.draw_on(torch.device("cpu"))
-    assert loss.generator.initial_seed() == seed == 2**40 + 2 * 1_000_003 + 2
-    loss.draw_on(torch.device("meta"))                       # to reckon sizes: there is nothing to draw
-    assert loss.generator.device.type == "cpu"
+    assert loss.generator.initial_seed() == 2**40 + 2 * 1_000_003 + 2
+    for device in ("cpu", "meta"): assert generator_on(loss.generator, torch.device(device)) is loss.generator
 
 
 @pytest.mark.parametrize("index", [None, torch.tensor([1, 2])])

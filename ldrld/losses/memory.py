@@ -57,7 +57,7 @@ def generator_on(
     generator: torch.Generator,
     device: torch.device,
 ) -> torch.Generator:
-    "A generator that draws on a device: the one given, or, where it draws elsewhere, one with its seed, at its beginning."
+    "The generator, if it draws on a device; else one there with its seed, at the beginning."
     if device.type == "meta" or generator.device == device: return generator  # meta tensors hold no numbers
     return torch.Generator(device).manual_seed(generator.initial_seed())
 

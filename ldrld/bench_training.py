@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'WARM_UP', 'TRAINERS', 'SHARED', 'ONE_STUDENT', 'AIMS', 'Pictures', 'usual_transform', 'usual_loop',
-           'shortened', 'Setting', 'Stopwatch', 'usual', 'ours', 'side_by_side', 'throughput', 'breakdown',
-           'with_workers', 'training', 'taught_by_the_usual', 'taught_by_ours', 'teach', 'training_accuracy',
-           'training_shared', 'TrainingAim', 'usual_at_best', 'reached']
+           'shortened', 'Setting', 'Stopwatch', 'numerics', 'answers', 'ask_ahead', 'usual', 'ours', 'side_by_side',
+           'throughput', 'breakdown', 'with_workers', 'training', 'taught_by_the_usual', 'taught_by_ours', 'teach',
+           'training_accuracy', 'training_shared', 'TrainingAim', 'usual_at_best', 'reached']
 
 # %% ../nbs/88_bench_training.ipynb #7a2a831b
 import multiprocessing
@@ -37,7 +37,7 @@ from .bench import Point, alternate, benchmark, clock, point, ratio
 from .cards import checked_weights
 from .data import ImageData
 from .teacher import TeacherLogits
-from .train import Crops, Student, accuracy, draw, logits_of, precision_used, train_together
+from .train import Crops, Student, accuracy, draw, logits_of, precision_used, set_numerics, train_together
 from .vision import torchvision
 
 # %% ../nbs/88_bench_training.ipynb #8f3bad98
@@ -166,6 +166,40 @@ class Stopwatch:
 # %% ../nbs/88_bench_training.ipynb #c15ab14e
 WARM_UP = 2  # slices of ours before those that count; the clock of the usual loop takes as many steps before each of its own
 
+@contextmanager
+def numerics(
+    device: str,
+    deterministic: bool = True,  # as in `set_numerics`
+):
+    "What a GPU's libraries may do in training, and afterwards again what they might before."
+    backends, names = torch.backends, ("allow_tf32", "deterministic", "benchmark")
+    before, tf32 = {name: getattr(backends.cudnn, name) for name in names}, backends.cuda.matmul.allow_tf32
+    set_numerics(device, deterministic)
+    try: yield
+    finally:
+        for name, value in before.items(): setattr(backends.cudnn, name, value)
+        backends.cuda.matmul.allow_tf32 = tf32
+
+def answers(
+    s: Setting,
+    teacher: nn.Module,
+    crops: Crops,
+    dtype: torch.dtype,  # of the teacher's convolutions
+    folder: str = "",  # for the table's file
+    resident: bool = False,  # in the device's memory instead, as training on a GPU has it
+) -> TeacherLogits:
+    "The teacher's table, empty."
+    path = None if resident else f"{tempfile.mkdtemp(dir=folder)}/logits.bin"
+    return TeacherLogits(teacher, crops, len(s.images.classes), path, dtype, 4096 if resident else 64, resident)
+
+def ask_ahead(table: TeacherLogits, epochs: int, batch_size: int) -> None:
+    "Have at hand what these epochs will show."
+    for epoch in range(1, epochs + 1):
+        index, view = draw(0, epoch, table.crops.n, table.crops.views)
+        if table.held is not None: table.ahead(index, view)
+        else:
+            for batch in zip(index.split(batch_size), view.split(batch_size)): table(*batch)
+
 def usual(
     s: Setting,
     folder: str,  # for files
@@ -198,17 +232,16 @@ def ours(
     (_, teacher), images = s.networks(), shortened(s.images, s.steps * s.batch_size)
     dtype = precision_used(precision, s.device)
     crops = Crops(images.train_images, images.mean, images.std, images.padding, images.flip, s.device)
-    table = TeacherLogits(teacher, crops, len(images.classes), f"{tempfile.mkdtemp(dir=folder)}/logits.bin", dtype)
-    if at_hand:
-        for epoch in range(1, WARM_UP + s.rounds + 1):
-            for index, view in zip(*(t.split(s.batch_size) for t in draw(0, epoch, crops.n, crops.views))): table(index, view)
+    table = answers(s, teacher, crops, dtype, folder, resident=torch.device(s.device).type == "cuda")
+    if at_hand: ask_ahead(table, WARM_UP + s.rounds, s.batch_size)
     members = [Student(s.networks()[0], losses.build(s.loss).to(s.device), compiled=compiled) for _ in range(students)]
     if watch:
         table = watch.around("teacher", table)
         watch.follow(members[0].model, members[0].loss)
     epochs = train_together(members, images, table, batch_size=s.batch_size, dtype=dtype)
     def measure():
-        with set_torch_threads(threads or s.cores): return sum(row["seconds"] for row in next(epochs)) / (crops.n * students)
+        with numerics(s.device), set_torch_threads(threads or s.cores):
+            return sum(row["seconds"] for row in next(epochs)) / (crops.n * students)
     for _ in range(WARM_UP): measure()
     return measure
 
@@ -310,9 +343,11 @@ def taught_by_ours(s: Setting, teacher: nn.Module, epochs: int, seed: int) -> fl
     student = models.build(s.student, len(s.images.classes)).to(s.device)
     dtype, images = precision_used("fast", s.device), s.images
     crops = Crops(images.train_images, images.mean, images.std, images.padding, images.flip, s.device)
-    table = TeacherLogits(teacher, crops, len(images.classes), dtype=dtype)
+    on_gpu = torch.device(s.device).type == "cuda"
+    table = TeacherLogits(teacher, crops, len(images.classes), dtype=dtype, resident=on_gpu)
     member = Student(student, losses.build(s.loss).to(s.device), "onecycle", lr=0.1)
-    with set_torch_threads(1): *_, (row,) = train_together([member], images, table, epochs, s.batch_size, seed, dtype)
+    with numerics(s.device), set_torch_threads(1):
+        *_, (row,) = train_together([member], images, table, epochs, s.batch_size, seed, dtype)
     return row["test_accuracy"]
 
 def teach(s: Setting, weights, epochs: int, seeds: int) -> list[Point]:

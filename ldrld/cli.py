@@ -422,7 +422,7 @@ def list_teachers(profile: str | None, check: bool, write: bool) -> int:
 
 
 @app.command()
-def bench(names: Annotated[list[str] | None, typer.Argument(help="loss-targets, loss-depth, loss-classes, loss-vocabulary, loss-memory, loss-linear, training, training-shared, training-accuracy, methods. Default: all.")] = None,
+def bench(names: Annotated[list[str] | None, typer.Argument(help="loss-targets, loss-depth, loss-classes, loss-vocabulary, loss-memory, loss-linear, training, training-shared, training-accuracy, graphs, methods. Default: all.")] = None,
           small: Annotated[bool, typer.Option("--small", help="Small sizes, a few seconds each: shows that all works, and is kept apart.")] = False,
           full: Annotated[bool, typer.Option("--full", help="Also what needs some ten gigabytes of memory.")] = False,
           again: Annotated[bool, typer.Option("--again", help="Measure anew what was measured on this machine before.")] = False, out: Out = None):
@@ -431,7 +431,8 @@ def bench(names: Annotated[list[str] | None, typer.Argument(help="loss-targets, 
     if out is not None: os.environ["LDRLD_OUT"] = str(out.resolve())
     from ldrld import batch, paths
     from ldrld.bench import BENCHMARKS, folder_for, measure
-    from ldrld.bench_methods import methods  # noqa: F401, registers itself
+    from ldrld.bench_graphs import graphs  # noqa: F401, registers itself
+    from ldrld.bench_methods import methods  # noqa: F401, likewise
     from ldrld.bench_training import training  # noqa: F401, likewise
     from ldrld.preflight import notebooks_for
     from ldrld.runs import known

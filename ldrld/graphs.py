@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['HOST_READS', 'HOST_COPIES', 'ALIGNED', 'EAGER', 'TESTED', 'CaptureError', 'Produced', 'Address', 'address_of',
            'Imitation', 'room_for', 'pieces', 'Flat', 'Counters', 'why_eager', 'Task', 'Steps', 'called', 'imitated',
-           'captured', 'frozen_numbers', 'Recorded', 'to_host', 'to_device', 'Landing', 'Reported', 'InFlight', 'Lap',
-           'train_in_flight']
+           'captured', 'frozen_numbers', 'generators_of', 'Recorded', 'to_host', 'to_device', 'Landing', 'Reported',
+           'InFlight', 'Lap', 'train_in_flight']
 
 # %% ../nbs/72_graphs.ipynb #bf145211
 import os
@@ -181,7 +181,6 @@ class Counters:
 
 # %% ../nbs/72_graphs.ipynb #6e22e85e
 EAGER = {  # losses that cannot be recorded, and why
-    "crd": "draws other images for every batch on the host",
     "fcfd": "draws other hybrids for every batch on the host",
     "mlkd": "makes a second crop of every image with draws on the host",
     "sld": "makes a second crop of every image with draws on the host",
@@ -283,17 +282,18 @@ class Steps:
         self.j.add_(1)
 
 # %% ../nbs/72_graphs.ipynb #b907eee8
-def called(function: Callable[[], None], stream=None, pool=None) -> Callable[[], None]:
+def called(function: Callable[[], None], stream=None, pool=None, generators=()) -> Callable[[], None]:
     "No recording: the function itself. What a CPU uses."
     return function
 
-def imitated(function: Callable[[], None], stream=None, pool=None) -> Callable[[], None]:
+def imitated(function: Callable[[], None], stream=None, pool=None, generators=()) -> Callable[[], None]:
     "A recording by `Imitation`, which the tests use on a CPU."
     return Imitation().record(function).replay
 
-def captured(function: Callable[[], None], stream, pool) -> Callable[[], None]:
-    "A recording as a CUDA graph, in the memory pool of its student."
+def captured(function: Callable[[], None], stream, pool, generators=()) -> Callable[[], None]:
+    "A recording as a CUDA graph, in the memory pool of its student; each replay draws anew from its generators."
     graph = torch.cuda.CUDAGraph()
+    for generator in generators: graph.register_generator_state(generator)
     with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"): function()
     return graph.replay
 
@@ -301,6 +301,11 @@ def frozen_numbers(loss: nn.Module) -> tuple:
     "The Python numbers of a loss, which a recording freezes: when one changes, such as a ramp, the step is recorded anew."
     plain = (int, float, bool, str)
     return tuple((k, v) for m in loss.modules() for k, v in sorted(vars(m).items()) if isinstance(v, plain) and k != "training")
+
+def generators_of(loss: nn.Module) -> list[torch.Generator]:
+    "The generators that a loss draws from in a step."
+    held = [getattr(m, "generator", None) for m in loss.modules()]
+    return [g for g in held if isinstance(g, torch.Generator)]
 
 # %% ../nbs/72_graphs.ipynb #d5ce8fe3
 class Recorded(Steps):
@@ -345,16 +350,18 @@ class Recorded(Steps):
     def without_trace(self, function: Callable):
         "Call a function and put back all that it changed; its result."
         before = [t.clone() for t in self.changes()]
+        drawn = [(generator, generator.get_state()) for generator in generators_of(self.student.loss)]
         result = function()
+        for generator, state in drawn: generator.set_state(state)
         with torch.no_grad():
             for t, value in zip(self.changes(), before): t.copy_(value)
         return result
 
     def recording(self, function: Callable[[int], None], n: int) -> Callable[[], None]:
         "A recording of `function(n)`, made after a trial run."
-        run = lambda: function(n)
+        run, generators = lambda: function(n), generators_of(self.student.loss)
         if self.recorder is not called: self.without_trace(run)
-        return self.without_trace(lambda: self.recorder(run, self.stream, self.pool))
+        return self.without_trace(lambda: self.recorder(run, self.stream, self.pool, generators))
 
     def record(self) -> None:
         "Record step and evaluation, unless that was done and no number of the loss has changed since."

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch.optim.optimizer import _global_optimizer_pre_hooks as hooks
 
-from ldrld import LDRLD, bench, bench_methods, bench_training
-from ldrld.train import Student, train_together
+from ldrld import LDRLD, bench, bench_graphs, bench_methods, bench_training, data
+from ldrld.graphs import InFlight
+from ldrld.train import Crops, Student, train_together
 
 ROOT = Path(__file__).parent.parent
 COMMITTED = sorted((ROOT / "data" / "bench").glob("*/*.json"))
@@ -40,8 +41,8 @@ def test_small_benchmarks_leave_files_tables_and_figures(made):
         m = bench.load_measurement(file)
         assert m.scale == "small" and m.points and m.libraries["torch"] == torch.__version__
         assert all(p.q1 <= p.median <= p.q3 and min(p.values) > 0 for p in m.points if p.unit != "B")
-    assert {"loss_targets.csv", "loss_memory.csv", "training_speed.csv", "method_cost.csv"} <= {p.name for p in (out / "data" / "tables" / "bench-small").iterdir()}
-    assert {"92_loss_depth.svg", "94_memory.svg", "96_training_parts.svg", "98_method_cost.svg"} <= {p.name for p in (out / "figures" / "bench-small").iterdir()}
+    assert {"loss_targets.csv", "loss_memory.csv", "training_speed.csv", "method_cost.csv", "graphs.csv"} <= {p.name for p in (out / "data" / "tables" / "bench-small").iterdir()}
+    assert {"92_loss_depth.svg", "94_memory.svg", "96_training_parts.svg", "97_graphs.svg", "98_method_cost.svg"} <= {p.name for p in (out / "figures" / "bench-small").iterdir()}
     assert "measurements: " in got.stdout and "figures: " in got.stdout
     assert "profiler_start" not in got.stderr
 
@@ -126,6 +127,100 @@ def test_small_methods_are_all_there_and_add_up(made):
     assert (table.loc[table["asks"] == "live", "whole median"] > table.loc[table["asks"] == "live", "step median"]).all()
     assert table.loc["MLKD", "kind"] == "pictures" and set(points.loc[points["contender"] == "MLKD", "asked"]) == {32}
     assert (table.loc[["KD", "LDRLD", "AT"], "extra"] == 0).all() and (table.loc[["CRD", "FitNet", "FCFD"], "extra"] > 0).all()
+
+
+@pytest.fixture
+def setting():
+    return bench_training.Setting(data.load("digits"), "resnet8", "resnet8", loss="kd", batch_size=16, steps=3, rounds=2, cores=1)
+
+
+def test_a_table_in_memory_answers_like_one_in_a_file(setting, tmp_path):
+    """What training on a GPU reads: made before the slices, nothing asked or written in them."""
+    s, (_, teacher) = setting, setting.networks()
+    images = bench_training.shortened(s.images, s.steps * s.batch_size)
+    crops = Crops(images.train_images, images.mean, images.std, images.padding, images.flip)
+    held, filed = (bench_training.answers(s, teacher, crops, torch.float32, str(tmp_path), resident) for resident in (True, False))
+    for table in (held, filed): bench_training.ask_ahead(table, 2, s.batch_size)
+    asked = held.computed
+    assert held.rows is None and filed.held is None and asked > 0
+    index, view = bench_training.draw(0, 2, crops.n, crops.views)
+    torch.testing.assert_close(held(index, view), filed(index, view), rtol=1e-3, atol=1e-3)
+    assert held.computed == asked
+
+
+def test_ours_measures_training_with_a_table_in_memory(setting, monkeypatch):
+    """As on a GPU: the slices of `ours` neither compute answers nor touch a file."""
+    tables, answers = [], bench_training.answers
+
+    def resident(*arguments, resident):
+        tables.append(answers(*arguments, resident=True))
+        return tables[-1]
+
+    monkeypatch.setattr(bench_training, "answers", resident)
+    measure = bench_training.ours(setting, "a folder that is not there")
+    asked = tables[0].computed
+    assert measure() > 0 and tables[0].computed == asked
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_numerics_are_put_back(deterministic, monkeypatch):
+    """What training allows a GPU's libraries holds inside, also where that stops with an error."""
+    flags = lambda: (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32,
+                     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark)
+    before = flags()
+    with pytest.raises(KeyError), bench_training.numerics("cuda", deterministic):
+        assert flags() == (False, False, deterministic, not deterministic)
+        raise KeyError
+    assert flags() == before
+    with bench_training.numerics("cpu"): assert flags() == before
+
+
+def test_what_is_measured_in_flight_is_training(setting):
+    """After the same number of epochs, the rows are those of the loop."""
+    s, task = setting, bench_graphs.task_of(setting)
+    flights = [InFlight(Student(s.networks()[0], bench_training.losses.build(s.loss)), task) for _ in range(3)]
+    students = [flight.student for flight in flights]
+    for epoch in (1, 2):
+        bench_graphs.one_epoch(flights)
+        assert all(f.epoch == epoch and f.between_epochs and not f.landings for f in flights)
+        assert [len(student.history) for student in students] == [epoch] * 3
+    images = bench_training.shortened(s.images, s.steps * s.batch_size)
+    loop = Student(s.networks()[0], bench_training.losses.build(s.loss))
+    rows = train_together([loop], images, task.teacher, task.epochs, s.batch_size, dtype=task.dtype)
+    (first,), (second,) = next(rows), next(rows)
+    for student in students: assert [row["terms"] for row in student.history] == [first["terms"], second["terms"]]
+
+
+def test_operands_are_counted_once_each():
+    x, y = torch.ones(8, 4), torch.ones(8, 4)
+    cases = {"x + y": (lambda: x + y, 3), "in place": (lambda: x.mul_(2), 2), "a view": (lambda: x.T[1:], 0),
+             "an expanded row": (lambda: x[:1].expand(8, 4) + y, 2 + 1 / 8), "a number": (lambda: x.add(1), 2),
+             "a list in place": (lambda: torch._foreach_add_([x, y], 1), 4), "nothing": (lambda: x[:0] + y[:0], 0),
+             "a list": (lambda: torch._foreach_add([x, y], [y, x]), 6), "fewer rows": (lambda: x[:4] + y[:4], 1.5)}
+    for name, (function, matrices) in cases.items():
+        with bench_graphs.Operands() as counted: function()
+        assert counted.bytes == matrices * 4 * 32, name
+
+
+def test_the_work_of_a_step_is_of_the_network_alone(setting):
+    """Twice the batch is twice the arithmetic; a deeper network works more; the teacher is not counted."""
+    task = bench_graphs.task_of(setting)
+    one = bench_graphs.work_of_a_step(setting, task)
+    half = bench_graphs.work_of_a_step(bench_training.replace(setting, batch_size=8), task)
+    deeper = bench_graphs.work_of_a_step(bench_training.replace(setting, student="resnet14"), task)
+    taught = bench_graphs.work_of_a_step(bench_training.replace(setting, teacher="resnet56"), task)
+    assert one.flops == 2 * half.flops and one == taught
+    assert deeper.flops > 1.5 * one.flops and deeper.operations > one.operations and deeper.bytes > one.bytes
+
+
+def test_runs_per_hour():
+    assert bench_graphs.runs_an_hour(3600 / 187_680) == pytest.approx(1)
+    lines = {("usual loop", 1): (4.0, 8.0), ("in flight", 2): (1.0, 1.0), (bench_graphs.FLOOR[0], 1): (0.5, 0.5),
+             (bench_graphs.FLOOR[1], 1): (0.25, 0.25)}
+    pair = {"teacher": "a", "student": "b", "unit": "s/step"}
+    table = bench_graphs.compared_runs(pd.DataFrame([{"contender": c, "students": n, "values": v, **pair} for (c, n), v in lines.items()]))
+    assert table["times median"].tolist() == [1, 6, 12, 24] and table["share"].tolist() == [pytest.approx(1 / 12), 0.5, 1, 2]
+    assert table["runs median"].iloc[1] == pytest.approx(3600 / 187_680)
 
 
 @pytest.mark.parametrize("file", COMMITTED, ids=lambda f: f"{f.parent.name}-{f.stem}")

@@ -117,7 +117,7 @@ def test_a_ramp_is_recorded_anew(digits, teacher):
     assert flight.key not in keys
 
 
-@pytest.mark.parametrize("name", ["CE", "LDRLD", "VID"])
+@pytest.mark.parametrize("name", ["CE", "LDRLD", "VID", "CRD"])
 def test_stopped_and_resumed(name, digits, teacher, tmp_path):
     """By the engine, by the loop, and from one to the other."""
     whole = student_of(ALL[name], digits, teacher)
@@ -135,6 +135,20 @@ def test_stopped_and_resumed(name, digits, teacher, tmp_path):
         else: last = [row for _, row in train_in_flight([InFlight(resumed, task_of(digits, teacher), called)])][-1]
         assert without_seconds(last) == without_seconds(expected[-1])
         assert_same(whole, resumed)
+
+
+@pytest.mark.parametrize("recorder", [called, imitated])
+def test_draws_of_a_loss_are_made_anew_in_every_replay(recorder, digits, teacher):
+    """CRD draws in the step: trial and recording must take nothing from the epoch's draws, nor a resumed training."""
+    assert not why_eager("crd") and "CRD" in CAPTURED
+    student = student_of(ALL["CRD"], digits, teacher)
+    flight, keys = InFlight(student, task_of(digits, teacher), recorder), []
+    flights = [flight]
+    for _ in train_in_flight(flights): keys.append(flight.key)
+    assert keys[0] != keys[1] == keys[2]                     # log Z was fixed in the first epoch: recorded anew once
+    usual = student_of(ALL["CRD"], digits, teacher)
+    for _ in train_together([usual], digits, teacher, EPOCHS, BATCH): pass
+    assert torch.equal(usual.loss.generator.get_state(), student.loss.generator.get_state())
 
 
 def test_students_side_by_side(digits, teacher):

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ldrld import losses, models
-from ldrld.losses.memory import (AttentionFusion, Memory, by_class, draw_others, hierarchical_context, margins_of, nce,
-                                 norms_before_activation, partial_square)
+from ldrld.losses.memory import (AttentionFusion, Memory, by_class, draw_others, generator_on, hierarchical_context,
+                                 margins_of, nce, norms_before_activation, partial_square)
 from ldrld.models import Features
 
 LABELS = torch.tensor([3, 0, 0, 1, 3, 1, 0, 0, 2, 0, 3, 1])
@@ -69,7 +69,7 @@ def test_crd_literally():
     loss.at_epoch(1, seed=4)
     memory = copy.deepcopy(loss.memory)
     value, f_s, f_t = crd_step(loss, index)
-    g = torch.Generator().manual_seed(loss.seed)
+    g = torch.Generator().manual_seed(loss.generator.initial_seed())
     others = draw_others(LABELS[index], 5, memory.order, memory.start, memory.count, memory.fewest, g)
     u, v = (e / e.norm(dim=1, keepdim=True) for e in (loss.embed_s(f_s), loss.embed_t(f_t)))
     expected = 0.0
@@ -114,6 +114,102 @@ def test_in_evaluation_nothing_is_remembered():
     before = {k: v.clone() for k, v in loss.state_dict().items()}
     crd_step(loss.eval())
     assert all(torch.equal(before[k], v) for k, v in loss.state_dict().items())
+
+
+class Replaced(Memory):
+    """The banks as they were kept before: a new one at every step."""
+    def remember(self, u, v, index, momentum):
+        for name, new in (("bank_s", u), ("bank_t", v)):
+            bank = getattr(self, name)
+            rows = F.normalize(momentum * bank[index] + (1 - momentum) * new.detach(), dim=1)
+            setattr(self, name, bank.index_copy(0, index, rows))
+
+
+def trained_crd(kind, epochs=2):
+    loss = small_crd()
+    loss.memory.__class__ = kind
+    optimizer, values = torch.optim.SGD(loss.parameters(), 0.1, 0.9), []
+    for epoch in range(1, epochs + 1):
+        loss.at_epoch(epoch, epochs, seed=3)
+        for step, index in enumerate(torch.arange(12).split(5)):      # the last batch holds two images
+            optimizer.zero_grad()
+            values.append(crd_step(loss, index, seed=10 * epoch + step)[0])
+            optimizer.step()
+    return values, loss
+
+
+def test_banks_in_place_give_the_same_bits():
+    values, loss = trained_crd(Memory)
+    expected, other = trained_crd(Replaced)
+    assert values == expected
+    assert all(torch.equal(x, other.state_dict()[name]) for name, x in loss.state_dict().items())
+
+
+def test_nothing_that_a_step_reads_moves():
+    loss = small_crd()
+    generator, before = loss.generator, {name: b.data_ptr() for name, b in loss.named_buffers()}
+    for epoch in (1, 2):
+        loss.at_epoch(epoch, 10)
+        for seed in range(2): crd_step(loss, seed=seed)
+    assert loss.generator is generator and before == {name: b.data_ptr() for name, b in loss.named_buffers()}
+
+
+def test_two_steps_forward_before_they_go_back():
+    """As with gradient accumulation: the second step has written to the banks when the first goes back."""
+    sums = []
+    for together in (True, False):
+        loss, values = small_crd(), []
+        for seed in (1, 2):
+            g = torch.Generator().manual_seed(seed)
+            f_s, f_t = Features((), (), torch.randn(3, 3, generator=g)), Features((), (), torch.randn(3, 4, generator=g))
+            values.append(loss(torch.zeros(3, 2), None, None, f_s, f_t, DRAWN))
+            if not together: values[-1].backward()
+        if together: sum(values).backward()
+        sums.append([p.grad for p in loss.parameters()])
+    for a, b in zip(*sums): torch.testing.assert_close(a, b)
+
+
+def test_gradients_are_of_the_banks_before_the_visit():
+    loss = small_crd().double()
+    g = torch.Generator().manual_seed(0)
+    f_s, f_t = torch.randn(3, 3, generator=g).double().requires_grad_(), torch.randn(3, 4, generator=g).double()
+    loss.memory.log_Z.copy_(torch.tensor([2.0, 3.0]))
+    def value(f):
+        twin = copy.deepcopy(loss)                                                     # whose banks are still unvisited
+        return twin(torch.zeros(3, 2), None, None, Features((), (), f), Features((), (), f_t), DRAWN)
+    assert torch.autograd.gradcheck(value, f_s, atol=1e-3, rtol=1e-2, eps=1e-3)        # scores are float32
+
+
+def test_log_Z_is_looked_at_once_an_epoch():
+    loss = small_crd()
+    loss.at_epoch(1, 10)
+    assert not loss.memory.begun
+    crd_step(loss)
+    first = loss.memory.log_Z.clone()
+    crd_step(loss, seed=5)
+    assert torch.equal(loss.memory.log_Z, first) and not loss.memory.begun            # a recording of this epoch holds
+    loss.at_epoch(2, 10)
+    assert loss.memory.begun
+    resumed = small_crd(seed=1)
+    resumed.load_state_dict(loss.state_dict())
+    resumed.at_epoch(3, 10)
+    assert resumed.memory.begun
+
+
+def test_an_unprepared_loss_may_be_told_the_epoch_and_a_used_one_copied():
+    losses.build("crd").at_epoch(3, 240, seed=1)
+    loss = small_crd()
+    loss.at_epoch(4, 240)
+    crd_step(loss)
+    twin = copy.deepcopy(loss)
+    assert crd_step(loss, seed=2)[0] == crd_step(twin, seed=2)[0]
+
+
+def test_where_draws_are_made():
+    loss = small_crd()
+    loss.at_epoch(2, 240, seed=1)
+    assert loss.generator.initial_seed() == 2**40 + 2 * 1_000_003 + 2
+    for device in ("cpu", "meta"): assert generator_on(loss.generator, torch.device(device)) is loss.generator
 
 
 @pytest.mark.parametrize("index", [None, torch.tensor([1, 2])])

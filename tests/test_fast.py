@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from ldrld import LDRLD, fast, losses
 from ldrld.linear import linear_loss
-from ldrld.loss import counted_rows
+from ldrld.loss import rows_of
 
 OF_BATCHES = {"dist"}  # compare samples with each other, so they are no mean over samples
 
@@ -228,9 +228,9 @@ def test_a_mask_without_targets():
 
 def test_all_shares_are_one_over_the_rows_that_count():
     _, z_s, z_t, target = text()
-    s, t, y, share = counted_rows(z_s, z_t, target)
+    s, t, y, share = rows_of(z_s, z_t, target)[:4]
     assert s.shape == t.shape == (12, 40) and (share[y == -100] == 0).all() and torch.allclose(share[y != -100], torch.tensor(1 / 9, dtype=torch.float64))
-    assert counted_rows(z_s, z_t, target.clamp(min=0))[3] is None
+    assert rows_of(z_s, z_t, target.clamp(min=0)).share is None
 
 
 @pytest.mark.parametrize("mask, parts", [

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import checks
-from ..loss import LogitLoss, counted_rows, readable
+from ..loss import LogitLoss
 
 # %% ../../nbs/38_views.ipynb #964bdcff
 RANGES = {"AutoContrast": (0, 0), "Brightness": (0.05, 0.95), "Color": (0.05, 0.95), "Contrast": (0.05, 0.95),
@@ -282,11 +282,3 @@ class TwoViews(LogitLoss):
         plain = ((x.float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
         strong = strong_view(plain, torch.Generator().manual_seed(number))
         return torch.cat([x, torch.empty_like(x).copy_((strong / 255 - mean) / std)])  # in the memory format of x
-
-    def views(self, student_logits, teacher_logits, target=None, mask=None) -> list[tuple]:
-        "For the weak view, and the strong one if it is there: what `counted_rows` gives; what does not count is zero."
-        each = target if target is not None else mask
-        two = torch.is_tensor(each) and torch.is_tensor(student_logits) and len(student_logits) == 2 * len(each) > 0
-        halves = [z.chunk(2) if two and torch.is_tensor(z) else (z, z) for z in (student_logits, teacher_logits)]
-        counted = [counted_rows(s, t, target, mask) for s, t in list(zip(*halves))[: 1 + two]]
-        return [(readable(s, share), readable(t.detach(), share), y, share) for s, t, y, share in counted]

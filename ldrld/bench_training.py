@@ -190,7 +190,8 @@ def answers(
 ) -> TeacherLogits:
     "The teacher's table, empty."
     path = None if resident else f"{tempfile.mkdtemp(dir=folder)}/logits.bin"
-    return TeacherLogits(teacher, crops, len(s.images.classes), path, dtype, 4096 if resident else 64, resident)
+    at_once = 4096 if torch.device(s.device).type == "cuda" else 64
+    return TeacherLogits(teacher, crops, len(s.images.classes), path, dtype, at_once, resident)
 
 def ask_ahead(table: TeacherLogits, epochs: int, batch_size: int) -> None:
     "Have at hand what these epochs will show."

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['HOST_READS', 'HOST_COPIES', 'ALIGNED', 'EAGER', 'TESTED', 'CaptureError', 'Produced', 'Address', 'address_of',
-           'Imitation', 'room_for', 'pieces', 'Flat', 'Counters', 'why_eager', 'Task', 'Steps', 'called', 'imitated',
-           'captured', 'frozen_numbers', 'generators_of', 'Recorded', 'to_host', 'to_device', 'Landing', 'Reported',
-           'InFlight', 'Lap', 'train_in_flight']
+           'Imitation', 'room_for', 'pieces', 'Flat', 'Counters', 'why_eager', 'Task', 'Resident', 'Steps', 'called',
+           'imitated', 'captured', 'frozen_numbers', 'generators_of', 'Prepared', 'Recorded', 'to_host', 'to_device',
+           'Landing', 'Reported', 'Scheduled', 'InFlight', 'Lap', 'train_in_flight']
 
 # %% ../nbs/72_graphs.ipynb #bf145211
 import os
@@ -212,8 +212,8 @@ class Task:
 TESTED = 500  # test images that are evaluated at a time
 
 # %% ../nbs/72_graphs.ipynb #601e8d06
-class Steps:
-    "A student's training step and its evaluation, as computations with tensors that never move."
+class Resident:
+    "A student, and the tensors that never move which its steps compute with."
     def __init__(self, student: Student, task: Task):
         self.student, self.task, device = student, task, student.device
         n, b = task.crops.n, task.batch_size
@@ -249,6 +249,9 @@ class Steps:
         step = int(self.k) + 1
         raise Diverged(len(self.student.history) + 1, step, "logits", float("inf"), float(self.rates[step - 1]))
 
+# %% ../nbs/72_graphs.ipynb #eab1adfc
+class Steps(Resident):
+    "A student's training step and its evaluation, as computations with tensors that never move."
     def step(self, n: int) -> None:
         "One optimisation step on a batch of `n` images."
         self.flat.round()
@@ -308,15 +311,8 @@ def generators_of(loss: nn.Module) -> list[torch.Generator]:
     return [g for g in held if isinstance(g, torch.Generator)]
 
 # %% ../nbs/72_graphs.ipynb #d5ce8fe3
-class Recorded(Steps):
-    "Recordings of a student's step and evaluation."
-    def __init__(self, student: Student, task: Task, recorder: Callable):
-        super().__init__(student, task)
-        self.recorder, self.key, self.workspace = recorder, None, {}
-        cuda = student.device.type == "cuda"
-        self.stream = torch.cuda.Stream(student.device) if cuda else None
-        self.pool = torch.cuda.graph_pool_handle() if cuda else None
-
+class Prepared(Steps):
+    "Steps that know which parameters their loss reaches."
     def prepare(self) -> None:
         "Find out which parameters the loss reaches and what it reports; make the tensors for that."
         student, task = self.student, self.task
@@ -341,6 +337,16 @@ class Recorded(Steps):
         first = [p for p in self.trained if id(p) in narrow]
         self.flat = Flat(self.student.optimizer, first + [p for p in self.trained if id(p) not in narrow], len(first), self.task.dtype)
         self.narrow_leaves = {narrow[id(p)]: leaf for p, leaf in zip(first, self.flat.leaves)}
+
+# %% ../nbs/72_graphs.ipynb #1c76556f
+class Recorded(Prepared):
+    "Recordings of a student's step and evaluation."
+    def __init__(self, student: Student, task: Task, recorder: Callable):
+        super().__init__(student, task)
+        self.recorder, self.key, self.workspace = recorder, None, {}
+        cuda = student.device.type == "cuda"
+        self.stream = torch.cuda.Stream(student.device) if cuda else None
+        self.pool = torch.cuda.graph_pool_handle() if cuda else None
 
     def changes(self) -> list[Tensor]:
         "Everything that a step or an evaluation changes and that a trial must leave as it was."
@@ -399,6 +405,14 @@ class Landing:
     state: dict | None  # for a checkpoint, if one is due
     event: object = None  # of CUDA; None on a CPU, where nothing is waited for
 
+    def check(self, names: list[str]) -> None:
+        "Raises `Diverged` at the first term, or for test logits, not finite."
+        wrong = np.argwhere(~np.isfinite(self.trace.numpy()[:, :-1]))
+        if len(wrong):
+            step, term = wrong[0]
+            raise Diverged(self.epoch, int(step) + 1, names[term], float(self.trace[step, term]), self.rates[step])
+        if self.right.isnan(): raise Diverged(self.epoch, len(self.rates), "test logits", float("nan"), self.rates[-1])
+
 # %% ../nbs/72_graphs.ipynb #dd8457ca
 class Reported(Recorded):
     "What is read back: the rows of epochs that have been completed, and checkpoints."
@@ -440,7 +454,7 @@ class Reported(Recorded):
         sizes = np.full(self.steps, self.task.batch_size, np.float32)
         if self.rest: sizes[-1] = self.rest
         terms, right = landing.trace.numpy()[:, :-1], landing.trace.numpy()[:, -1]
-        self.check(landing, terms)
+        landing.check(self.names)
         sums = np.cumsum(terms * sizes[:, None], axis=0, dtype=np.float32)[-1]   # one after the other, as the loop adds them
         row = {"epoch": landing.epoch, "lr": landing.rates[0], "seconds": seconds,
                "train_accuracy": 100 * float(right.sum()) / self.task.crops.n, "test_accuracy": 100 * landing.right.item(),
@@ -450,21 +464,39 @@ class Reported(Recorded):
         if landing.state: self.write(landing.state)
         return row
 
-    def check(self, landing: Landing, terms: np.ndarray) -> None:
-        "Raises `Diverged` at the first term, or for test logits, not finite."
-        wrong = np.argwhere(~np.isfinite(terms))
-        if len(wrong):
-            step, term = wrong[0]
-            raise Diverged(landing.epoch, int(step) + 1, self.names[term], float(terms[step, term]), landing.rates[step])
-        if landing.right.isnan(): raise Diverged(landing.epoch, self.steps, "test logits", float("nan"), landing.rates[-1])
-
     def write(self, state: dict) -> None:
         "Write a checkpoint."
         student = self.student
         save(student.checkpoint, state, student.history, student.note, student.settings, student.legs)
 
 # %% ../nbs/72_graphs.ipynb #989706ac
-class InFlight(Reported):
+class Scheduled(Reported):
+    "Epochs that are begun: their order, crops and learning rates."
+    handed_out = 0  # steps of this epoch
+
+    def begin_epoch(self) -> None:
+        "Fill order, crops and learning rates; record anew where a number of the loss has changed."
+        student, task = self.student, self.task
+        self.epoch, self.handed_out = self.epoch + 1, 0
+        student.begin_epoch(self.epoch, task.epochs, task.seed)
+        drawn = draw(task.seed, self.epoch, task.crops.n, task.crops.views)
+        for numbers, where in zip(drawn, (self.order, self.views)): to_device(numbers, where)
+        self.rates_now = []
+        for _ in range(self.steps):
+            self.rates_now.append(student.optimizer.param_groups[0]["lr"])
+            if student.per_batch: self.step_schedule()
+        to_device(torch.tensor(self.rates_now), self.rates)
+        for counter in (self.k, self.j): counter.zero_()
+        self.record()
+
+    def step_schedule(self) -> None:
+        "Step the schedule, which does not know that steps are taken without the optimiser."
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.student.scheduler.step()
+
+# %% ../nbs/72_graphs.ipynb #032acc14
+class InFlight(Scheduled):
     "A student whose steps are handed out to a stream of its own."
     CHUNK, AHEAD = 32, 4  # steps that are handed out at a time; chunks that may wait on the device
 
@@ -507,27 +539,6 @@ class InFlight(Reported):
                 if not self.student.per_batch: self.step_schedule()
                 self.end_epoch()
             if self.stream: self.chunks.append(self.stream.record_event())
-
-    def begin_epoch(self) -> None:
-        "Fill order, crops and learning rates; record anew where a number of the loss has changed."
-        student, task = self.student, self.task
-        self.epoch, self.handed_out = self.epoch + 1, 0
-        student.begin_epoch(self.epoch, task.epochs, task.seed)
-        drawn = draw(task.seed, self.epoch, task.crops.n, task.crops.views)
-        for numbers, where in zip(drawn, (self.order, self.views)): to_device(numbers, where)
-        self.rates_now = []
-        for _ in range(self.steps):
-            self.rates_now.append(student.optimizer.param_groups[0]["lr"])
-            if student.per_batch: self.step_schedule()
-        to_device(torch.tensor(self.rates_now), self.rates)
-        for counter in (self.k, self.j): counter.zero_()
-        self.record()
-
-    def step_schedule(self) -> None:
-        "Step the schedule, which does not know that steps are taken without the optimiser."
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self.student.scheduler.step()
 
     def wait(self) -> None:
         "Wait until the device has done some of what was handed out."

@@ -9,8 +9,8 @@ __all__ = ['LARGEST', 'MOST', 'SCHEMA', 'ADDED', 'PACKED', 'KEPT', 'PLAIN', 'Pre
            'load_divergence', 'keep_divergence', 'git', 'code_of', 'installed', 'compiled', 'provenance', 'sha256_of',
            'network_in', 'pretrained', 'file_of', 'default_device', 'teacher_for', 'Paused', 'reported', 'record_of',
            'about', 'arrays_whole', 'keep_besides', 'invented', 'keep_from_weights', 'same_pictures', 'lock_of',
-           'last_batch_fits', 'start', 'begin_on', 'company', 'run_together', 'run', 'Hangar', 'Underway', 'Batch',
-           'run_in_flight', 'WrongSetting', 'plainly', 'settings_from', 'configs_from']
+           'last_batch_fits', 'start', 'begin_on', 'company', 'run_together', 'run', 'Hangar', 'Underway', 'Waiting',
+           'Batch', 'run_in_flight', 'WrongSetting', 'plainly', 'settings_from', 'configs_from']
 
 # %% ../nbs/80_runs.ipynb #9f89401a
 import hashlib
@@ -836,8 +836,8 @@ class Underway:
     images: Any
     teacher: TeacherLogits | None
 
-class Batch:
-    "Runs that are carried out side by side; see `run_in_flight`."
+class Waiting:
+    "Runs that are to be carried out side by side, and what they share."
     def __init__(self, runs, profile: str, at_once: int, seconds: float, checkpoint_every: float, say: Callable, after_row: Callable):
         self.profile, self.at_once, self.every, self.say, self.after_row = profile, at_once, checkpoint_every, say, after_row
         self.device, self.deadline = default_device(), time.monotonic() + seconds
@@ -860,6 +860,9 @@ class Batch:
         if config.teacher is None or isinstance(config.teacher, Pretrained): return True
         return KEPT["weights"](name_of(config.teacher), self.profile).exists()
 
+# %% ../nbs/80_runs.ipynb #7f41cafd
+class Batch(Waiting):
+    "Runs that are carried out side by side; see `run_in_flight`."
     def take_off(self) -> None:
         "Fill the free places with runs that can begin, in their order."
         for run in list(self.waiting):
@@ -904,6 +907,7 @@ class Batch:
         self.records[name] = _leave(run.config, run.keep, run.flight.student, self.records[name], self.profile, run.images, dtype,
                                     self.made, len(self.flights), self.say, run.teacher)
 
+# %% ../nbs/80_runs.ipynb #9cf09a70
 def run_in_flight(
     runs: list[tuple[RunConfig, tuple[str, ...]]],  # configurations, teachers before their students, and what to keep of each
     profile: str = "quick",  # where the records go

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RECIPES', 'TOO_LARGE', 'warmup_factor', 'schedule', 'base_lr', 'Crops', 'draw', 'precision_used', 'set_numerics',
            'autocast', 'logits_on', 'logits_of', 'accuracy', 'Batch', 'asked_for', 'loss_of', 'pulls', 'Diverged',
-           'described', 'Student', 'train_together', 'attempt', 'train', 'save', 'read_checkpoint', 'resume',
-           'same_rates', 'epochs_trained']
+           'described', 'Learner', 'Checked', 'Student', 'train_together', 'attempt', 'train', 'save',
+           'read_checkpoint', 'resume', 'same_rates', 'epochs_trained']
 
 # %% ../nbs/70_train.ipynb #6d16fbd7
 import os
@@ -241,8 +241,8 @@ def described(
     try: return f"{type(loss).__name__}({loss.extra_repr()})"
     except AttributeError: return type(loss).__name__
 
-class Student:
-    "One of those that learn together: a network, its loss, and what optimises it."
+class Learner:
+    "A network, its loss, and what optimises it."
     def __init__(self,
         model: nn.Module,  # trained in place
         loss: nn.Module,  # from `ldrld.losses`
@@ -277,6 +277,31 @@ class Student:
         if self.leg and (not self.legs or {k: v for k, v in self.legs[-1].items() if k != "from_epoch"} != self.leg):
             self.legs.append({"from_epoch": len(self.history) + 1, **self.leg})
 
+# %% ../nbs/70_train.ipynb #ee7edadb
+class Checked(Learner):
+    "A learner that notices when it diverges."
+    def finite_answer(self, x: Tensor, **more):
+        "The network's answer. Raises `Diverged`, on a CPU, for logits that a loss would take for a mask."
+        found = self.answer(x, **more)
+        logits = found[0] if isinstance(found, tuple) else found
+        largest = logits.detach().abs().amax() if self.device.type == "cpu" else logits.new_zeros(())
+        if not largest < TOO_LARGE: self.check(largest * torch.inf, {"logits": largest * torch.inf})
+        return found
+
+    def check(self, value: Tensor, terms: dict[str, Tensor]) -> None:
+        "Raises `Diverged` for a loss, or a sum of them, that is not finite."
+        if value.isfinite(): return
+        epoch, lr = len(self.history) + 1, self.optimizer.param_groups[0]["lr"]
+        name = next((name for name, term in terms.items() if not term.isfinite()), "loss")
+        raise Diverged(epoch, self.steps, name, float(terms.get(name, value)), lr)
+
+    def check_logits(self, logits: Tensor) -> None:
+        "Raises `Diverged` for logits on the test images that are not finite: the last step may have been the one too many."
+        if not logits.isfinite().all(): self.check(logits.new_tensor(float("nan")), {"test logits": logits.sum() * float("nan")})
+
+# %% ../nbs/70_train.ipynb #2376b179
+class Student(Checked):
+    "One of those that learn together."
     def begin_epoch(self, epoch: int, epochs: int, seed: int) -> None:
         "Nothing has been seen yet."
         self.model.train()
@@ -303,25 +328,6 @@ class Student:
         self.seen += len(y)
         self.last = z_s.detach().clone(), z_t, y                # a recorded graph writes the next answer to the same place
         self.seconds += time.perf_counter() - started
-
-    def finite_answer(self, x: Tensor, **more):
-        "The network's answer. Raises `Diverged`, on a CPU, for logits that a loss would take for a mask."
-        found = self.answer(x, **more)
-        logits = found[0] if isinstance(found, tuple) else found
-        largest = logits.detach().abs().amax() if self.device.type == "cpu" else logits.new_zeros(())
-        if not largest < TOO_LARGE: self.check(largest * torch.inf, {"logits": largest * torch.inf})
-        return found
-
-    def check(self, value: Tensor, terms: dict[str, Tensor]) -> None:
-        "Raises `Diverged` for a loss, or a sum of them, that is not finite."
-        if value.isfinite(): return
-        epoch, lr = len(self.history) + 1, self.optimizer.param_groups[0]["lr"]
-        name = next((name for name, term in terms.items() if not term.isfinite()), "loss")
-        raise Diverged(epoch, self.steps, name, float(terms.get(name, value)), lr)
-
-    def check_logits(self, logits: Tensor) -> None:
-        "Raises `Diverged` for logits on the test images that are not finite: the last step may have been the one too many."
-        if not logits.isfinite().all(): self.check(logits.new_tensor(float("nan")), {"test logits": logits.sum() * float("nan")})
 
     def end_epoch(self, epoch: int, seconds: float, test_accuracy: float) -> None:
         "Step a schedule that goes by epochs; report; write the checkpoint."
@@ -429,6 +435,7 @@ def read_checkpoint(
     else: reason = "it holds no training"
     raise ValueError(f"{checkpoint} is not a checkpoint that can be read ({reason}); delete it to start this training over")
 
+# %% ../nbs/70_train.ipynb #b7bcdff0
 def resume(
     checkpoint: str | None,  # file, or None
     state: dict,  # objects with `load_state_dict`

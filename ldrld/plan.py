@@ -261,11 +261,14 @@ def verify(
     for (_, old), (_, new) in zip(given.iterrows(), fresh.iterrows()):
         where = f"{path.name}, {new['claim']}: {new['ours']} − {new['theirs']}"
         for column in fresh.columns:
-            a, b = old[column], new[column]
-            same = str(a) == str(b) if isinstance(b, str) else (a == "" if isinstance(b, float) and math.isnan(b) else math.isclose(float(a or "nan"), b, rel_tol=1e-9, abs_tol=1e-9))
-            if not same: wrong.append(f"{where}: {column} is {a!r}, the records give {b!r}")
+            if not _same(old[column], new[column]): wrong.append(f"{where}: {column} is {old[column]!r}, the records give {new[column]!r}")
         wrong += [f"{where}: {line}" for line in _by_hand(new, p)]
     return wrong
+
+def _same(given, expected) -> bool:
+    "Whether a value from the file is what the records give: text to the letter, numbers to rounding, nothing for nothing."
+    if isinstance(expected, str) or given == "": return str(given) == ("" if isinstance(expected, float) and math.isnan(expected) else str(expected))
+    return math.isclose(float(given), expected, rel_tol=1e-9, abs_tol=1e-9)
 
 def _by_hand(line: pd.Series, p: Profile) -> list[str]:
     "A line's difference and verdict, from the accuracies in the files of the runs that it names."

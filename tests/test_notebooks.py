@@ -41,7 +41,7 @@ def test_agreement_can_fail():
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook(path, tmp_path, monkeypatch):
     if path.stem != "index": monkeypatch.setenv("LDRLD_OUT", str(tmp_path))
-    if path.parent.name in ("paper", "guides") or path.stem in ("82_experiments", "92_claims"):
+    if path.parent.name in ("paper", "guides") or path.stem in ("82_experiments", "83_plan", "92_claims"):
         for evidence in ("runs/quick", "bench", "tables/quick-tune"): shutil.copytree(ROOT / "data" / evidence, tmp_path / "data" / evidence)
     stored = json.loads(path.read_text(encoding="utf-8"))
     fresh = nbformat.read(path, as_version=4)

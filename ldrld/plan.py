@@ -263,7 +263,7 @@ def in_words(
         lines = [of(r) for _, r in primary[primary["verdict"] == verdict].iterrows()]
         if lines: said.append(f"{verdict}: {'; '.join(lines)}")
     waiting = int((table["verdict"] == "waiting").sum())
-    begun = ". ".join(text[0].upper() + text[1:] for text in said) or "Nothing is decided yet"
+    begun = ". ".join(text[0].upper() + text[1:] for text in said) or "No primary comparison has all its seeds yet"
     return f"`{p.name}` ({p.data}): {begun}. {waiting} of {len(table)} comparisons wait for their seeds."
 
 def verify(

@@ -484,3 +484,6 @@ def main():
         if hasattr(stream, "reconfigure"): stream.reconfigure(errors="ldrld")
     warnings.filterwarnings("ignore", message="left out: ")     # odd records, which the commands list themselves
     app()
+
+
+if __name__ == "__main__": main()

@@ -101,3 +101,9 @@ def test_a_missing_extra_says_what_to_install(tmp_path):
     got = subprocess.run([sys.executable, "-c", "import ldrld; ldrld.RunConfig"], env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
                          capture_output=True, text=True, cwd=tmp_path)
     assert 'pip install "ldrld[run]"' in got.stderr
+
+
+@pytest.mark.parametrize("module", ["ldrld", "ldrld.cli"])
+def test_the_command_as_a_module(module):
+    got = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert got.returncode == 0 and "reproduce" in got.stdout

@@ -249,6 +249,7 @@ def caption(
             f"computed before. p: paired t test, corrected over the {len(plan.primary)} primary comparisons (Holm). New seeds alone: without "
             f"seeds 0 to {SEEN - 1}, which had been seen when the plan was written.")
 
+# %% ../nbs/83_plan.ipynb #4b2e0545
 VERDICTS = ("supported", "refuted", "equivalent", "inconclusive")
 
 def in_words(
@@ -266,6 +267,7 @@ def in_words(
     begun = ". ".join(text[0].upper() + text[1:] for text in said) or "No primary comparison has all its seeds yet"
     return f"`{p.name}` ({p.data}): {begun}. {waiting} of {len(table)} comparisons wait for their seeds."
 
+# %% ../nbs/83_plan.ipynb #bdd7fc6c
 def verify(
     p: str | Profile = "quick",
 ) -> list[str]:  # one line for each thing wrong; empty if all is well

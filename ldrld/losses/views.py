@@ -11,13 +11,15 @@ from functools import lru_cache
 from math import atan, cos, degrees, inf, radians, sin
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import checks
 from ..loss import LogitLoss
+
+try: import numpy as np
+except ModuleNotFoundError: np = None  # the losses need torch alone; `strong_view` says what it needs
 
 # %% ../../nbs/38_views.ipynb #964bdcff
 RANGES = {"AutoContrast": (0, 0), "Brightness": (0.05, 0.95), "Color": (0.05, 0.95), "Contrast": (0.05, 0.95),
@@ -69,7 +71,7 @@ def affine(
 def value_table(
     name: str,  # of an operation
     v: float,  # its strength
-) -> np.ndarray:  # (256,)
+) -> "np.ndarray":  # (256,)
     "What an operation makes of the values 0 to 255; they stay as they are where that depends on the image."
     values = np.arange(256)
     if name == "Posterize": return values & -(2 ** (8 - int(v)))
@@ -206,10 +208,10 @@ def changed(
 
 # %% ../../nbs/38_views.ipynb #538c5a4f
 def covered(
-    size: np.ndarray,  # (batch,) float32, side of the square as a share of the image's width
-    centre: np.ndarray,  # (batch, 2) float32, of the square, down and across, as shares of height and width
+    size: "np.ndarray",  # (batch,) float32, side of the square as a share of the image's width
+    centre: "np.ndarray",  # (batch, 2) float32, of the square, down and across, as shares of height and width
     height: int, width: int,
-) -> np.ndarray:  # (batch, 1, height, width) bool
+) -> "np.ndarray":  # (batch, 1, height, width) bool
     "Where a square covers each image; it is cut off at the edges. Source: as in MLKD's code."
     side = size * np.float32(width)
     def within(middle, n):
@@ -225,6 +227,7 @@ def strong_view(
     changes: int = 2,  # operations on each image
 ) -> Tensor:  # uint8, like images
     "Each image after operations drawn for it, and a square over up to a quarter of it. Never waits for the device."
+    if np is None: raise ModuleNotFoundError("strong_view needs NumPy: pip install numpy", name="numpy")
     n, _, height, width = images.shape
     which = torch.randint(len(RANGES), (n, changes), generator=generator).tolist()
     strength = torch.rand(n, changes, generator=generator).tolist()

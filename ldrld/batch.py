@@ -24,7 +24,6 @@ from tqdm import tqdm
 
 from ldrld import paths
 from ldrld.experiments import EXPERIMENTS, batch, profile, selected
-from ldrld.plan import planned
 from ldrld.preflight import NotReady, needs_of, notebooks_for
 from ldrld.runs import KEPT, Diverged, Paused, RunConfig, company, finished, load_divergence, load_record, lock_of, name_of, run_in_flight, run_together
 
@@ -151,7 +150,9 @@ def odd(name: str, folder: str) -> str:
 
 def wanted(p, only: tuple[str, ...] = (), plan: bool = False) -> list[tuple[RunConfig, tuple[str, ...]]]:
     """The runs of a profile's experiments, or of its plan; arguments as in `reproduce`."""
-    return planned(p) if plan else batch(p, only)
+    if not plan: return batch(p, only)
+    from ldrld.plan import planned  # here, since it needs what tables are made with
+    return planned(p)
 
 
 def missing(p, only: tuple[str, ...] = (), plan: bool = False) -> list[tuple[RunConfig, tuple[str, ...]]]:

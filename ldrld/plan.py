@@ -18,7 +18,6 @@ import pandas as pd
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from scipy import stats
-from statsmodels.stats.multitest import multipletests
 
 from . import paths
 from .experiments import EXPERIMENTS, Profile, profile
@@ -207,6 +206,8 @@ def decisions(
     p: str | Profile,
 ) -> pd.DataFrame:  # kind, claim, teacher, student, ours, theirs, n, planned, difference, low, high, p_holm, verdict, new seeds, runs
     "Every comparison of a profile's plan; empty for a profile without one."
+    from statsmodels.stats.multitest import multipletests  # here, since a machine that only trains need not have it
+
     p, lines = profile(p), []
     plan = plan_of(p)
     stages = {stage.experiment: stage for stage in plan.stages} if plan else {}

@@ -394,10 +394,11 @@ def reproduce(p: str = "quick", only: tuple[str, ...] = (), jobs: int = 2, secon
     problems += needs_of([config for config, _ in todo], made, folder)
     if problems: raise NotReady(problems)
     if math.isfinite(seconds): os.environ["LDRLD_DEADLINE"] = str(time.time() + 0.9 * seconds)
+    ends = time.monotonic() + seconds
     while todo:
         task = lambda runs: ([name_of(c) for c, _ in runs], execute_runs, [(c.model_dump(), k) for c, k in runs], folder, notebooks)
         needs = {name_of(c): {name_of(c.teacher)} for c, _ in todo if c.teacher}
-        if graphs: outcomes += in_flight(todo, folder, seconds, at_once)
+        if graphs: outcomes += in_flight(todo, folder, ends - time.monotonic(), at_once)
         else: outcomes += in_parallel("runs", [task(runs) for runs in cohorts(todo, together)], jobs, needs)
         tried |= {name_of(c) for c, _ in todo} | not_tried
         todo = [(c, k) for c, k in missing(p, only, plan) if name_of(c) not in tried]  # a search that is finished says what to run next

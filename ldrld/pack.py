@@ -2,11 +2,13 @@
 
 Plain code rather than a notebook: it copies, checks and counts bytes.
 """
+import gzip
 import hashlib
 import io
 import json
 import lzma
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -17,8 +19,9 @@ from pathlib import Path, PurePosixPath
 
 from ldrld import data, paths
 from ldrld.cards import card_path, facts, page, read_card
-from ldrld.runs import (KEPT, PACKED, Pretrained, Record, RunConfig, code_of, divergence_path, file_of, load_record, name_of,
+from ldrld.runs import (KEPT, PACKED, Divergence, Pretrained, Record, RunConfig, code_of, divergence_path, file_of, load_record, name_of,
                         sha256_of, write_whole)
+from ldrld.train import epochs_trained
 
 __all__ = ["MIB", "Limits", "chosen_runs", "pack", "deliveries", "collect", "merge", "Merged"]
 
@@ -265,7 +268,6 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 def _compressed(content: bytes) -> bytes:
-    import gzip
     return gzip.compress(content, compresslevel=6, mtime=0)
 
 
@@ -323,7 +325,6 @@ def _members(content: bytes, where: str) -> dict[str, bytes]:
 
 def _joined(found: dict[str, bytes]) -> dict[str, bytes]:
     """The files of all archives, those that were cut put together."""
-    import re
     whole = {name: content for name, content in found.items() if not re.search(r"\.\d+-of-\d+$", name)}
     cut: dict[str, dict[int, bytes]] = {}
     for name, content in found.items():
@@ -379,7 +380,6 @@ def _take_all(found: dict[str, bytes], expected: dict[str, dict], told: dict, me
 
 def _take_record(kind: str, run: str, content: bytes, expected: dict, told: dict, merged: Merged) -> None:
     """Add a record, or the outcome of a run that diverged, if it is whole, of this batch, and new."""
-    from ldrld.runs import Divergence
     try: record = (Record if kind == "records" else Divergence).model_validate_json(content, strict=False)
     except ValueError as error: return merged.refused.append(f"{run}: is no record ({str(error).splitlines()[0]})")
     if record.name != run or name_of(record.config, record.schema_version) != run: return merged.refused.append(f"{run}: holds the settings of another run")
@@ -438,7 +438,6 @@ def _write_card(record: Record, profile: str, there: dict) -> None:
 
 def _take_checkpoint(run: str, content: bytes, profile: str, merged: Merged) -> None:
     """Keep the checkpoint of an unfinished run, unless the one here is at least as far."""
-    from ldrld.train import epochs_trained
     if load_record(run, profile): return
     path = paths.work(run) / "checkpoint.pt"
     new = path.with_name("checkpoint-merged.pt")

@@ -16,7 +16,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from copy import deepcopy
 from dataclasses import dataclass
 
 import numpy as np
@@ -431,14 +430,15 @@ class Reported(Recorded):
         norms = {name: to_host(norm) for name, norm in pulls(student.loss, *self.last).items()}
         due = self.epoch == self.task.epochs or time.monotonic() - self.saved_at >= self.every
         state = self.snapshot() if due and student.checkpoint else None
-        event = self.stream.record_event() if self.stream else None
-        self.landings.append(Landing(self.epoch, self.rates_now, to_host(self.trace), to_host(right), norms, state, event))
+        landing = Landing(self.epoch, self.rates_now, to_host(self.trace), to_host(right), norms, state)
+        if self.stream: landing.event = self.stream.record_event()      # after every copy that the host will read
+        self.landings.append(landing)
 
     def snapshot(self) -> dict:
         "The state that a checkpoint holds, copied behind the work on the stream."
         self.saved_at = time.monotonic()
         states = {name: obj.state_dict() for name, obj in self.student.state.items()}
-        return deepcopy(tree_map_only(Tensor, to_host, states))
+        return tree_map_only(Tensor, to_host, states)              # new lists and dicts; to copy its tensors here would be too early
 
     def landed(self,
         lap: Callable[[], float],  # seconds since it was last called
@@ -511,6 +511,7 @@ class InFlight(Scheduled):
         if self.stream and first: self.stream = torch.cuda.Stream(student.device, priority=-1)
         student.begin(task.epochs, self.steps, task.batch_size, task.seed)
         self.epoch, self.handed_out, self.chunks = len(student.history), self.steps, []
+        if self.stream: self.stream.wait_stream(torch.cuda.current_stream())   # which made the tensors that the steps read
 
     @property
     def between_epochs(self) -> bool:
@@ -539,6 +540,12 @@ class InFlight(Scheduled):
                 if not self.student.per_batch: self.step_schedule()
                 self.end_epoch()
             if self.stream: self.chunks.append(self.stream.record_event())
+
+    def leave(self) -> None:
+        "Write a checkpoint between two epochs."
+        with torch.cuda.stream(self.stream) if self.stream else nullcontext(): state = self.snapshot()
+        if self.stream: self.stream.synchronize()
+        self.write(state)
 
     def wait(self) -> None:
         "Wait until the device has done some of what was handed out."
@@ -574,7 +581,7 @@ def train_in_flight(
                 busy = True
                 yield flight, row
             stopped = stopping and flight.between_epochs and not flight.landings
-            if stopped and not flight.all_handed_out and not flight.student.diverged: flight.write(flight.snapshot())
+            if stopped and not flight.all_handed_out and not flight.student.diverged: flight.leave()
             if flight.student.diverged or stopped or (flight.all_handed_out and not flight.landings):
                 flights.remove(flight)
                 if flight.student.diverged or not flight.all_handed_out: yield flight, None

@@ -95,8 +95,10 @@ class Home:
             return collect(paths.out(), self.packed["profile"], self.folder, self.limits, self.names, "\n".join(self.said.lines) + "\n")
 
     def now_and_then(self) -> None:
-        """Collect if a minute has passed."""
-        if time.monotonic() - self.at >= EVERY: self.bring()
+        """Collect if a minute has passed, beside the training, which does not wait for it."""
+        if time.monotonic() - self.at < EVERY: return
+        self.at = time.monotonic()
+        threading.Thread(target=self.bring, daemon=True).start()
 
 
 def main(given: list[str] | None = None) -> int:

@@ -1,5 +1,8 @@
 """Checks the engine on a GPU in one go: what the tests show on a CPU, and what only a GPU can show."""
+import tempfile
 import time
+import traceback
+from pathlib import Path
 
 import torch
 
@@ -12,6 +15,7 @@ from ldrld.train import Crops, Student
 __all__ = ["selfcheck", "CHECKS"]
 
 CLASSES, IMAGES, BATCH = 100, 1616, 64  # 25 full batches, and one of 16
+NETWORK = "resnet20"
 
 
 def task_on(device: str, dtype: torch.dtype, teacher=True, epochs: int = 2, seed: int = 0) -> Task:
@@ -26,18 +30,28 @@ def task_on(device: str, dtype: torch.dtype, teacher=True, epochs: int = 2, seed
     return Task(crops, labels.to(device), tests, labels[:600].to(device), answer, epochs, BATCH, seed, dtype)
 
 
-def student_on(device: str, loss: str, network: str = "resnet20", seed: int = 0) -> Student:
-    """A student with its initial weights."""
+def student_on(device: str, loss: str, seed: int = 0, checkpoint: Path | None = None) -> Student:
+    """A student with its initial weights, or as it was left in a checkpoint."""
     torch.manual_seed(seed)
-    return Student(models.build(network, CLASSES).to(device), losses.build(loss).to(device), "crd", 0.05)
+    network = models.build(NETWORK, CLASSES).to(device)
+    return Student(network, losses.build(loss).to(device), "crd", 0.05, checkpoint=checkpoint)
 
 
 def trained(device: str, recorder, loss: str, dtype: torch.dtype, copies: int = 1) -> list[InFlight]:
     """Students after two epochs of 26 steps."""
-    flights = [InFlight(student_on(device, loss, seed=k), task_on(device, dtype, loss != "ce"), recorder) for k in range(copies)]
+    flights = []
+    for k in range(copies):
+        task = task_on(device, dtype, loss != "ce")
+        flights.append(InFlight(student_on(device, loss, seed=k), task, recorder))
     kept = list(flights)
     for _ in train_in_flight(flights): pass
     return kept
+
+
+def reported(student: Student) -> torch.Tensor:
+    """(epochs, 2 + terms) what a training reported: accuracies and the terms of the loss."""
+    rows = [[row["train_accuracy"], row["test_accuracy"], *row["terms"].values()] for row in student.history]
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 def distance(a: Student, b: Student) -> float:
@@ -54,6 +68,7 @@ def recorded_equals_called(device: str) -> str:
             (one,), (other,) = (trained(device, recorder, loss, dtype) for recorder in (captured, called))
             apart = distance(one.student, other.student)
             if apart > 1e-6: raise AssertionError(f"{loss} in {dtype}: recorded and called steps differ by {apart:.2g}")
+            torch.testing.assert_close(reported(one.student), reported(other.student), rtol=1e-5, atol=1e-5)
             said.append(apart == 0)
     return f"{sum(said)} of {len(said)} equal to the last bit"
 
@@ -62,6 +77,22 @@ def repeats(device: str) -> str:
     """The same training twice."""
     (one,), (other,) = (trained(device, captured, "ldrld", torch.bfloat16) for _ in range(2))
     if apart := distance(one.student, other.student): raise AssertionError(f"a second training ends {apart:.2g} elsewhere")
+    return "equal to the last bit"
+
+
+def paused_and_resumed(device: str) -> str:
+    """Two epochs in one go, and with a checkpoint between them that a new student takes up."""
+    (whole,) = trained(device, captured, "ldrld", torch.bfloat16)
+    task = task_on(device, torch.bfloat16)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "checkpoint.pt"
+        paused = InFlight(student_on(device, "ldrld", checkpoint=path), task, captured)
+        for _ in train_in_flight([paused], stop=lambda: paused.epoch == 1): pass
+        flight = InFlight(student_on(device, "ldrld", checkpoint=path), task, captured)
+        if flight.epoch != 1: raise AssertionError(f"a checkpoint after one epoch was expected, and {flight.epoch} epochs found")
+        for _ in train_in_flight([flight]): pass
+    if apart := distance(whole.student, flight.student): raise AssertionError(f"resumed, a student ends {apart:.2g} elsewhere")
+    torch.testing.assert_close(reported(whole.student), reported(flight.student), rtol=0, atol=0)
     return "equal to the last bit"
 
 
@@ -109,7 +140,7 @@ def every_loss(device: str) -> str:
     return f"{len(names)} losses"
 
 
-CHECKS = (recorded_equals_called, losses_and_gradients, repeats, several_streams, every_loss)
+CHECKS = (recorded_equals_called, losses_and_gradients, repeats, paused_and_resumed, several_streams, every_loss)
 
 
 def selfcheck(say=print, seconds: float = 90.0) -> bool:
@@ -128,6 +159,8 @@ def selfcheck(say=print, seconds: float = 90.0) -> bool:
             continue
         started = time.monotonic()
         try: result = check("cuda")
-        except Exception as error: result, passed = f"FAILED, {type(error).__name__}: {error}", False
+        except Exception as error:
+            say(traceback.format_exc())
+            result, passed = f"FAILED, {type(error).__name__}: {error}", False
         say(f"check {check.__name__}: {result} ({time.monotonic() - started:.1f} s)")
     return passed

@@ -75,7 +75,9 @@ def clock(
 ) -> Callable[[], float]:  # each call measures once: seconds a call of `function`
     "A measurement of a function's time, for `alternate`."
     def once(number): return Timer("function()", globals={"function": function}, num_threads=threads).timeit(number).median
-    number = number or max(1, round(seconds / once(1)))
+    if number is None:
+        once(1)                                    # the first call may compile, and takes longer than any other
+        number = max(1, round(seconds / once(1)))
     return lambda: once(number)
 
 # %% ../nbs/86_bench.ipynb #63e4801b

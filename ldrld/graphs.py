@@ -498,7 +498,9 @@ class Scheduled(Reported):
 # %% ../nbs/72_graphs.ipynb #032acc14
 class InFlight(Scheduled):
     "A student whose steps are handed out to a stream of its own."
-    CHUNK, AHEAD = 32, 4  # steps that are handed out at a time; chunks that may wait on the device
+    # A stream takes only so many kernels before the host must wait, and then no other student is handed anything: a few
+    # steps at a time, in turn, keep all streams busy. 128 steps ahead in chunks of 32 made students take turns on a GPU.
+    CHUNK, AHEAD = 2, 3  # steps that are handed out at a time; chunks that may wait on the device
 
     def __init__(self,
         student: Student,
@@ -548,8 +550,8 @@ class InFlight(Scheduled):
         self.write(state)
 
     def wait(self) -> None:
-        "Wait until the device has done some of what was handed out."
-        if self.chunks: self.chunks[0].synchronize()
+        "Let the device do some of what was handed out; a fraction of a step, since another student may need more first."
+        if self.chunks: time.sleep(5e-5)
 
 # %% ../nbs/72_graphs.ipynb #0e40d90f
 class Lap:

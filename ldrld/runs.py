@@ -835,6 +835,8 @@ class Underway:
     flight: InFlight
     images: Any
     teacher: TeacherLogits | None
+    landed_at: float  # when its last epoch was reported, or it took off; of `time.monotonic`
+    lasted: float = 0.0  # seconds that its last epoch took
 
 class Waiting:
     "Runs that are to be carried out side by side, and what they share."
@@ -844,7 +846,7 @@ class Waiting:
         begin_on(self.device)
         self.made = provenance(self.device)
         self.made["machine"] = {**self.made["machine"], "engine": "graph", "in_flight": at_once}
-        self.hangar, self.records, self.underway, self.flights, self.slowest = Hangar(profile, self.device), {}, [], [], 0.0
+        self.hangar, self.records, self.underway, self.flights = Hangar(profile, self.device), {}, [], []
         self.waiting = [(c, keep) for c, keep in runs if not self.finished(c, keep)]
         self.needed = {name_of(c.teacher) for c, _ in self.waiting if c.teacher}
 
@@ -875,11 +877,12 @@ class Batch(Waiting):
             first = name_of(config) in self.needed
             flight = InFlight(student, task, first=first, checkpoint_every=self.every)
             self.flights.append(flight)
-            self.underway.append(Underway(config, keep, flight, images, teacher))
+            self.underway.append(Underway(config, keep, flight, images, teacher, time.monotonic()))
 
     def ends(self) -> bool:
-        "Whether another epoch would not end in time."
-        return time.monotonic() + self.slowest > self.deadline
+        "Whether another epoch would not end in time, if it lasts as long as the last one did."
+        lasted = [run.lasted for run in self.underway if run.flight in self.flights]
+        return time.monotonic() + max(lasted, default=0.0) > self.deadline
 
     def carry_out(self) -> None:
         "Fly until nothing can begin."
@@ -896,7 +899,8 @@ class Batch(Waiting):
 
     def tell(self, run: Underway, row: dict) -> None:
         "A line of progress; remember how long an epoch takes."
-        self.slowest = max(self.slowest, row["seconds"] * len(self.flights))
+        now = time.monotonic()
+        run.lasted, run.landed_at = now - run.landed_at, now
         if row["epoch"] % max(1, run.config.epochs // 20) and row["epoch"] != run.config.epochs: return
         loss, split = sum(row["terms"].values()), "held out" if run.config.holdout else "test"
         self.say(f"{name_of(run.config)}  epoch {row['epoch']}/{run.config.epochs}  loss {loss:.3f}  {split} {row['test_accuracy']:.2f} %")

@@ -498,9 +498,7 @@ class Scheduled(Reported):
 # %% ../nbs/72_graphs.ipynb #032acc14
 class InFlight(Scheduled):
     "A student whose steps are handed out to a stream of its own."
-    # A stream takes only so many kernels before the host must wait, and then no other student is handed anything: a few
-    # steps at a time, in turn, keep all streams busy. 128 steps ahead in chunks of 32 made students take turns on a GPU.
-    CHUNK, AHEAD = 2, 3  # steps that are handed out at a time; chunks that may wait on the device
+    CHUNK, AHEAD = 32, 4  # steps that are handed out at a time; chunks that may wait on the device
 
     def __init__(self,
         student: Student,

@@ -13,6 +13,7 @@ reproduce: $(VENV)/ready  ## every table and figure of the quick profile, from n
 
 test: $(VENV)/ready  ## all tests
 	$(BIN)/ruff check ldrld tests setup.py
+	$(BIN)/lint-imports --no-cache --no-logo
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lab: $(VENV)/ready  ## read and run the notebooks
@@ -23,10 +24,10 @@ readme: $(VENV)/ready  ## README.md from nbs/index.ipynb
 	sed -i -e "s,](\.\./,](,g" -e "s,](\([0-9a-z_/]*\.ipynb\)),](nbs/\1),g" README.md
 	cat -s README.md > README.md.tmp && mv README.md.tmp README.md  # hidden cells leave blank lines by the dozen
 
-HF := nbs/guides/40_hugging_face.ipynb
+HF := nbs/tutorials/hugging_face.ipynb
 notebooks: $(VENV)/ready  ## export, run and clean all library notebooks, their outputs kept
 	$(BIN)/nbdev_export
-	$(BIN)/jupyter nbconvert --to notebook --execute --inplace nbs/*.ipynb nbs/paper/*.ipynb $(filter-out $(HF),$(wildcard nbs/guides/*.ipynb))
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace $(filter-out $(HF) nbs/run/%,$(wildcard nbs/*.ipynb nbs/*/*.ipynb))
 	if $(BIN)/python -c "import transformers, accelerate"; then $(BIN)/jupyter nbconvert --to notebook --execute --inplace $(HF); fi
 	$(BIN)/nbdev_clean
 

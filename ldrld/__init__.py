@@ -4,13 +4,13 @@ __version__ = "0.1.0"
 from importlib import import_module
 
 from ldrld import losses
-from ldrld.adw import adw_weights
-from ldrld.loss import LDRLD
+from ldrld.losses.ldrld.loss import LDRLD
+from ldrld.losses.ldrld.weights import adw_weights
 
 __all__ = ["LDRLD", "adw_weights", "losses", "models", "data", "RunConfig", "Record", "run"]
 
 # Found on first use, so that the loss alone needs torch alone.
-_LATER = {"models": "ldrld.models", "data": "ldrld.data", "RunConfig": "ldrld.runs", "Record": "ldrld.runs", "run": "ldrld.runs"}
+_LATER = {"models": "ldrld.models", "data": "ldrld.data", "RunConfig": "ldrld.experiments.runs", "Record": "ldrld.experiments.runs", "run": "ldrld.experiments.runs"}
 
 
 def __getattr__(name: str):

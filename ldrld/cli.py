@@ -44,9 +44,9 @@ def seconds(text: str) -> float:
 
 def start(profile: str, only: list[str] | None = None, out: Path | None = None) -> tuple[str, ...]:
     """Check the names before anything is started; returns the experiments asked for."""
-    from ldrld.experiments import EXPERIMENTS, selected
-    from ldrld.experiments import profile as profile_of
-    from ldrld.runs import known
+    from ldrld.core.validation import known
+    from ldrld.experiments.catalog import EXPERIMENTS, selected
+    from ldrld.experiments.catalog import profile as profile_of
 
     try:
         selected(profile_of(profile))
@@ -60,7 +60,7 @@ def start(profile: str, only: list[str] | None = None, out: Path | None = None) 
 @contextmanager
 def ready():
     """Say in one place what is missing, and exit with 1, where something cannot be started."""
-    from ldrld.preflight import NotReady
+    from ldrld.batch.preflight import NotReady
 
     try: yield
     except NotReady as error:
@@ -70,15 +70,15 @@ def ready():
 
 def tell_odd(profile: str) -> list[str]:
     """The records of a profile that cannot be believed, one line each."""
-    from ldrld.runs import odd_records
+    from ldrld.experiments.records import odd_records
 
     return [f"odd record, left out: {why}" for why in odd_records(profile).values()]
 
 
 def end(outcomes, profile: str) -> None:
     """Say what became of everything, why something waits, and where it is; exit code 1 if a run failed or a record is odd."""
-    from ldrld import paths
-    from ldrld.experiments import profile as profile_of
+    from ldrld.core import paths
+    from ldrld.experiments.catalog import profile as profile_of
 
     profile = profile_of(profile).name
     count = lambda status: sum(o.status == status for o in outcomes)
@@ -102,7 +102,8 @@ def end(outcomes, profile: str) -> None:
 
 def graphs_wanted(engine: str) -> bool:
     """Whether an engine's name asks for CUDA graphs here."""
-    from ldrld.runs import default_device, known
+    from ldrld.core.provenance import default_device
+    from ldrld.core.validation import known
 
     try: known("--engine", engine, ["auto", "eager", "graph"])
     except ValueError as error: raise typer.BadParameter(str(error)) from None
@@ -120,10 +121,10 @@ def reproduce(profile: Profile = "quick", only: Only = None, jobs: Jobs = 2, out
     """Make every run that is not finished, then all tables and figures."""
     budget = seconds(time_budget) if time_budget else math.inf
     chosen = start(profile, only, out)
-    from ldrld import batch
+    from ldrld.batch import scheduler
 
-    with ready(): outcomes = batch.reproduce(profile, chosen, jobs, budget, notebooks=not direct, together=together, plan=planned, graphs=graphs_wanted(engine), at_once=at_once)
-    if line := batch.compare_with_committed(Path(profile).stem): print(line)
+    with ready(): outcomes = scheduler.reproduce(profile, chosen, jobs, budget, notebooks=not direct, together=together, plan=planned, graphs=graphs_wanted(engine), at_once=at_once)
+    if line := scheduler.compare_with_committed(Path(profile).stem): print(line)
     end(outcomes, profile)
 
 
@@ -131,9 +132,9 @@ def reproduce(profile: Profile = "quick", only: Only = None, jobs: Jobs = 2, out
 def report(profile: Profile = "quick", only: Only = None, jobs: Jobs = 2, out: Out = None):
     """Make tables and figures again from the records; trains nothing."""
     chosen = start(profile, only, out)
-    from ldrld import batch
+    from ldrld.batch import scheduler
 
-    with ready(): outcomes = batch.report(profile, chosen, jobs)
+    with ready(): outcomes = scheduler.report(profile, chosen, jobs)
     end(outcomes, profile)
 
 
@@ -160,13 +161,16 @@ def run(settings: Annotated[list[str], typer.Argument(help="name=value, e.g. mod
     if out is not None: os.environ["LDRLD_OUT"] = str(out.resolve())
     if not re.fullmatch(r"\w[\w.-]*", profile):
         raise typer.BadParameter(f"--profile {profile!r}: expected the name of a folder, of letters, digits, dots and dashes")
-    from ldrld.settings import assigned
+    from ldrld.core.settings import assigned
 
     try: given = assigned(settings)
     except ValueError as error: raise typer.BadParameter(str(error)) from None
-    from ldrld import paths
-    from ldrld.runs import KEPT, Diverged, Paused, RunConfig, divergence_path, explain, known, name_of, pretrained
-    from ldrld.runs import run as carry_out
+    from ldrld.core import paths
+    from ldrld.core.validation import known
+    from ldrld.experiments.config import RunConfig, explain, name_of, pretrained
+    from ldrld.experiments.records import KEPT, divergence_path
+    from ldrld.experiments.runs import Diverged, Paused
+    from ldrld.experiments.runs import run as carry_out
 
     try:
         for k in keep or (): known("--keep", k, list(KEPT))
@@ -211,11 +215,11 @@ def tune(words: Annotated[list[str] | None, typer.Argument(metavar="[SPACE]...",
     import optuna
     from pydantic import ValidationError
 
-    from ldrld import paths
-    from ldrld import tune as searching
-    from ldrld.experiments import ablation_pair
-    from ldrld.experiments import profile as profile_of
-    from ldrld.runs import explain
+    from ldrld.batch import tuning as searching
+    from ldrld.core import paths
+    from ldrld.experiments.catalog import ablation_pair
+    from ldrld.experiments.catalog import profile as profile_of
+    from ldrld.experiments.config import explain
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     p = profile_of(profile)
@@ -251,9 +255,9 @@ def pack(folder: Annotated[Path, typer.Argument(help="A new folder, to be copied
          file: Annotated[int, typer.Option(min=1, help="Largest file that comes back, MiB.")] = 16):
     """Make a folder with all that a bare machine with PyTorch needs to carry out the runs that are missing."""
     chosen = start(profile, only)
-    from ldrld import pack as packing
-    from ldrld.batch import missing
-    from ldrld.experiments import profile as profile_of
+    from ldrld.batch import pack as packing
+    from ldrld.batch.scheduler import missing
+    from ldrld.experiments.catalog import profile as profile_of
 
     pairs = [tuple(text.split(":")) for text in pair or ()]
     for words in pairs:
@@ -273,7 +277,7 @@ def merge(home: Annotated[Path, typer.Argument(help="The folder that came back."
           packed: Annotated[Path, typer.Option(help="The folder that was packed, or its packed.json.")], out: Out = None):
     """Take the results of a packed batch home; what is here stays, what is damaged or foreign is refused."""
     if out is not None: os.environ["LDRLD_OUT"] = str(out.resolve())
-    from ldrld import pack as packing
+    from ldrld.batch import pack as packing
 
     try: merged = packing.merge(home, packed)
     except (ValueError, OSError) as error:
@@ -287,19 +291,19 @@ def status(profile: Profile = "quick", out: Out = None):
     """How far a profile is: for each experiment whether it is run always or by name, or only reads what others run, and the runs planned, finished and missing; then what comes next. For other folders, their records."""
     import pandas as pd
 
-    from ldrld import paths
+    from ldrld.core import paths
 
     if out is not None: os.environ["LDRLD_OUT"] = str(out.resolve())
     if profile not in ("quick", "small", "paper") and paths.records(profile).is_dir():
-        from ldrld.runs import records
+        from ldrld.experiments.records import records
 
         columns = ["record", "last epoch, %", "finished"]
         print(pd.DataFrame([(r.name, round(r.last_accuracy, 2), r.finished) for r in records(profile)], columns=columns).to_string(index=False))
         for line in tell_odd(profile): print(line)
         return
     start(profile)
-    from ldrld.experiments import EXPERIMENTS, selected
-    from ldrld.report import collect
+    from ldrld.experiments.catalog import EXPERIMENTS, selected
+    from ldrld.results.report import collect
 
     lines, usual = [], selected(profile)
     for name, e in EXPERIMENTS.items():
@@ -307,11 +311,12 @@ def status(profile: Profile = "quick", out: Out = None):
         lines.append({"experiment": name, "run": "reads" if e.reads else "always" if name in usual else "by name", "planned": len(runs),
                       "finished": int(runs["last"].notna().sum()), "missing": int(runs["last"].isna().sum()), "about": e.title})
     print(pd.DataFrame(lines).to_string(index=False))
-    from ldrld.batch import missing, taken_up_again
-    from ldrld.experiments import batch as runs_of
-    from ldrld.experiments import profile as profile_of
-    from ldrld.runs import finished, name_of
-    from ldrld.train import epochs_trained
+    from ldrld.batch.scheduler import missing, taken_up_again
+    from ldrld.experiments.catalog import batch as runs_of
+    from ldrld.experiments.catalog import profile as profile_of
+    from ldrld.experiments.config import name_of
+    from ldrld.experiments.records import finished
+    from ldrld.training.loop import epochs_trained
 
     folder, planned, todo = profile_of(profile).name, runs_of(profile), missing(profile)
     waiting = [config for config, _ in todo if not finished(config, folder)]
@@ -330,11 +335,11 @@ def verify(profile: Annotated[list[str] | None, typer.Option(help="Default: quic
     """Compute every number of every table again from its records, and compare the teachers' weights with their cards."""
     for p in profile or (): start(p)
     if out is not None: os.environ["LDRLD_OUT"] = str(out.resolve())
-    from ldrld import paths
-    from ldrld.cards import wrong_teachers
-    from ldrld.experiments import EXPERIMENTS, PROFILES
-    from ldrld.experiments import profile as profile_of
-    from ldrld.report import to_report, verify_table
+    from ldrld.core import paths
+    from ldrld.experiments.catalog import EXPERIMENTS, PROFILES
+    from ldrld.experiments.catalog import profile as profile_of
+    from ldrld.experiments.model_cards import wrong_teachers
+    from ldrld.results.report import to_report, verify_table
 
     wrong, checked, missing = [], 0, []
     for p in map(profile_of, profile or [p for p in PROFILES if paths.tables(p).exists()]):
@@ -371,8 +376,8 @@ def teachers(files: Annotated[list[Path] | None, typer.Argument(metavar="[FILE].
 
 def compare_files(files: list[Path], dataset: str, keep: bool) -> int:
     """Say of each checkpoint what it is and what it reaches; returns how many are wrong."""
-    from ldrld.cards import checkpoint
-    from ldrld.runs import pretrained
+    from ldrld.experiments.config import pretrained
+    from ldrld.experiments.model_cards import checkpoint
 
     wrong = 0
     for file in files:
@@ -395,11 +400,11 @@ def list_teachers(profile: str | None, check: bool, write: bool) -> int:
     """Show the teachers of one profile or of all; returns how many things are wrong."""
     import pandas as pd
 
-    from ldrld import paths
-    from ldrld.cards import listed, write_missing
-    from ldrld.experiments import PROFILES
-    from ldrld.experiments import profile as profile_of
-    from ldrld.runs import known
+    from ldrld.core import paths
+    from ldrld.core.validation import known
+    from ldrld.experiments.catalog import PROFILES
+    from ldrld.experiments.catalog import profile as profile_of
+    from ldrld.experiments.model_cards import listed, write_missing
 
     there = sorted(p.name for p in paths.weights("").glob("*") if p.is_dir())
     try: chosen = there if profile is None else [profile_of(profile).name if profile.endswith((".yaml", ".yml")) else known("--profile", profile, sorted({*there, *PROFILES}))]
@@ -429,13 +434,14 @@ def bench(names: Annotated[list[str] | None, typer.Argument(help="loss-targets, 
     """Measure what the loss, training and every method cost on this machine, then draw all measurements."""
     if small and full: raise typer.BadParameter("--small and --full exclude each other")
     if out is not None: os.environ["LDRLD_OUT"] = str(out.resolve())
-    from ldrld import batch, paths
-    from ldrld.bench import BENCHMARKS, folder_for, measure
-    from ldrld.bench_graphs import graphs  # noqa: F401, registers itself
-    from ldrld.bench_methods import methods  # noqa: F401, likewise
-    from ldrld.bench_training import training  # noqa: F401, likewise
-    from ldrld.preflight import notebooks_for
-    from ldrld.runs import known
+    from ldrld.batch import scheduler
+    from ldrld.batch.preflight import notebooks_for
+    from ldrld.bench.graphs import graphs  # noqa: F401, registers itself
+    from ldrld.bench.methods import methods  # noqa: F401, likewise
+    from ldrld.bench.timing import BENCHMARKS, folder_for, measure
+    from ldrld.bench.training import training  # noqa: F401, likewise
+    from ldrld.core import paths
+    from ldrld.core.validation import known
 
     try: chosen = [BENCHMARKS[known("benchmark", name, list(BENCHMARKS))] for name in names or BENCHMARKS]
     except ValueError as error: raise typer.BadParameter(str(error)) from None
@@ -446,7 +452,7 @@ def bench(names: Annotated[list[str] | None, typer.Argument(help="loss-targets, 
     if problems := notebooks_for(f"paper/{n}.ipynb" for n in notebooks):
         print("\n".join([f"measurements: {paths.shown(paths.measurements(folder))}", "no tables and figures:", *problems]), file=sys.stderr)
         raise typer.Exit(1)
-    outcomes = batch.in_parallel("tables and figures", [([n], batch.execute_one, f"paper/{n}.ipynb", n, {"profile": folder}, folder) for n in notebooks], 1)
+    outcomes = scheduler.in_parallel("tables and figures", [([n], scheduler.execute_one, f"paper/{n}.ipynb", n, {"profile": folder}, folder) for n in notebooks], 1)
     for what, place in {"measurements": paths.measurements(folder), "tables": paths.tables(folder), "figures": paths.figures(folder),
                         "executed notebooks": paths.executed(folder)}.items():
         if place.exists(): print(f"{what}: {paths.shown(place)}")

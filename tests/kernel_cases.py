@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ldrld import LDRLD, adw_weights, kernels
-from ldrld.fast import held_type
-from ldrld.kernels import fused, scale_
-from ldrld.loss import relation_terms
-from ldrld.relations import dway_kl, pair_indices, pair_kl, remaining_kl
+from ldrld import LDRLD, adw_weights
+from ldrld.losses.ldrld import triton_kernel
+from ldrld.losses.ldrld.loss import relation_terms
+from ldrld.losses.relations import dway_kl, held_type, pair_indices, pair_kl, remaining_kl
+from ldrld.losses.ldrld.triton_kernel import fused, scale_
 
 # NumPy warns where a GPU does not: of 2^x that overflows, or of the difference of two such, at selected classes in the
 # second pass, before they are written over; and of NaN in the tests that have some.
@@ -107,11 +107,11 @@ def test_agrees_with_autograd(classes, d, T, dtype, device):
 def test_any_division_into_lanes_and_blocks(lanes, stack, classes, device, monkeypatch):
     """Whole blocks, blocks and a tail, a tail alone, lanes without a class: all with few classes, against plain top-d."""
     def options(*args):
-        groups = kernels.triton.next_power_of_2(-(-classes // lanes))
+        groups = triton_kernel.triton.next_power_of_2(-(-classes // lanes))
         return given(*args) | {"L": lanes, "K": stack, "G": groups, "TAIL": classes % (lanes * stack) != 0}
 
-    given = kernels._options
-    monkeypatch.setattr(kernels, "_options", options)
+    given = triton_kernel._options
+    monkeypatch.setattr(triton_kernel, "_options", options)
     student, teacher, target = sample(2, classes, device=device, seed=classes)
     share, weights = shares(2, device), adw_weights(7, device=device)
     for rank_by in ("student", "teacher"):

@@ -9,7 +9,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ldrld import kernels
+from ldrld.losses.ldrld import triton_kernel
 
 NUMBERS = {"stride_s": "i32", "stride_t": "i32", "classes": "i32", "size": "i64", "target": "*i64"}
 NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
@@ -32,12 +32,12 @@ def usage(kernel, types, constants, aligned, warps, capability):
 
 
 def loss(dtype, classes, depth, capability=90, temperature=4.0, rank_by="student", target=True, grad=True):
-    options = kernels._options(classes, depth, temperature, rank_by, target, grad)
+    options = triton_kernel._options(classes, depth, temperature, rank_by, target, grad)
     warps = options.pop("num_warps")
     pointers = dict.fromkeys(("share", "weights", "terms"), "*fp32") | dict.fromkeys(("student", "teacher", "grad"), f"*{NAMES[dtype]}")
     aligned = ("stride_s", "stride_t", "classes") if classes % 16 == 0 else ()
     return {"dtype": dtype, "classes": classes, "depth": depth, "capability": capability, "warps": warps,
-            **usage(kernels._kernel, pointers, options, aligned, warps, capability)}
+            **usage(triton_kernel._kernel, pointers, options, aligned, warps, capability)}
 
 
 if __name__ == "__main__":
@@ -46,5 +46,5 @@ if __name__ == "__main__":
     found += [loss("bfloat16", 128256, 20), loss("float16", 50257, 7), loss("bfloat16", 131072, 7, capability=80),
               loss("bfloat16", 1000, 20, temperature=3.0, rank_by="teacher", target=False),
               loss("float32", 7, 7, grad=False)]
-    scale = usage(kernels._scale, {"x": "*bf16", "factor": "*fp32"}, {"BLOCK": 4096}, (), 4, 90)
+    scale = usage(triton_kernel._scale, {"x": "*bf16", "factor": "*fp32"}, {"BLOCK": 4096}, (), 4, 90)
     print(json.dumps({"loss": found, "scale": scale}))

@@ -13,8 +13,8 @@ import papermill
 import pytest
 from jupyter_client.connect import LocalPortCache
 
-from ldrld.batch import execute
-from ldrld.runs import RunConfig
+from ldrld.batch.scheduler import execute
+from ldrld.experiments.config import RunConfig
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tests" / "tiny.yaml"
@@ -78,7 +78,7 @@ def test_verify_finds_a_changed_digit(made, tmp_path):
 
 def test_a_failing_run_is_told_and_the_rest_goes_on(tmp_path):
     """A folder lies where one run keeps its checkpoint, so that run must fail."""
-    from ldrld.experiments import EXPERIMENTS
+    from ldrld.experiments.catalog import EXPERIMENTS
     plan = EXPERIMENTS["same_architecture"].plan(str(TINY))
     bad = plan["name"].iloc[0]
     (tmp_path / "runs" / bad / "checkpoint.pt").mkdir(parents=True)

@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch.optim.optimizer import _global_optimizer_pre_hooks as hooks
 
-from ldrld import LDRLD, bench, bench_graphs, bench_methods, bench_training, data
-from ldrld.graphs import InFlight
-from ldrld.train import Crops, Student, train_together
+from ldrld import LDRLD, data
+from ldrld.bench import graphs, methods, timing, training
+from ldrld.data.augmentation import Crops
+from ldrld.training.graphs import InFlight
+from ldrld.training.loop import Student, train_together
 
 ROOT = Path(__file__).parent.parent
 COMMITTED = sorted((ROOT / "data" / "bench").glob("*/*.json"))
@@ -36,9 +38,9 @@ def made(tmp_path_factory):
 def test_small_benchmarks_leave_files_tables_and_figures(made):
     out, got = made
     files = list((out / "data" / "bench-small").glob("*/*.json"))
-    assert {f.stem for f in files} == set(bench.BENCHMARKS) and not (out / "data" / "bench").exists()
+    assert {f.stem for f in files} == set(timing.BENCHMARKS) and not (out / "data" / "bench").exists()
     for file in files:
-        m = bench.load_measurement(file)
+        m = timing.load_measurement(file)
         assert m.scale == "small" and m.points and m.libraries["torch"] == torch.__version__
         assert all(p.q1 <= p.median <= p.q3 and min(p.values) > 0 for p in m.points if p.unit != "B")
     assert {"loss_targets.csv", "loss_memory.csv", "training_speed.csv", "method_cost.csv", "graphs.csv"} <= {p.name for p in (out / "data" / "tables" / "bench-small").iterdir()}
@@ -68,7 +70,7 @@ def test_the_reference_is_the_loss(depth, labels):
     z_s, z_t = (3 * torch.randn(16, 30, dtype=torch.float64, generator=generator) for _ in range(2))
     y = torch.randint(30, (16,), generator=generator) if labels else None
     z_s.requires_grad_()
-    values = [loss(z_s, z_t, y) for loss in (LDRLD(depth=depth), partial(bench.reference_ldrld, depth=depth))]
+    values = [loss(z_s, z_t, y) for loss in (LDRLD(depth=depth), partial(timing.reference_ldrld, depth=depth))]
     gradients = [torch.autograd.grad(v, z_s)[0] for v in values]
     # the reference multiplies by weights in single precision
     torch.testing.assert_close(*values, rtol=1e-6, atol=1e-8)
@@ -81,7 +83,7 @@ def test_bytes_agree_with_what_the_system_sees(contender):
     """In a process of its own, where the C library gives freed memory back at once, the peak of the resident set says the same."""
     code = f"""
 import gc
-from ldrld.bench import peak_bytes, task
+from ldrld.bench.timing import peak_bytes, task
 def status(key): return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
 run = task({contender!r}, 64, 65536)
 counted = peak_bytes(run)
@@ -98,7 +100,7 @@ print(counted, status("VmHWM") - before)
 
 
 def test_the_stopwatch_leaves_nothing_behind():
-    before, watch = len(hooks), bench_training.Stopwatch()
+    before, watch = len(hooks), training.Stopwatch()
     with pytest.raises(KeyError), watch.running(): raise KeyError
     assert len(hooks) == before and watch.last is None
 
@@ -106,12 +108,12 @@ def test_the_stopwatch_leaves_nothing_behind():
 @pytest.mark.parametrize("name", ["CE", "KD", "CTKD", "LDRLD", "USKD", "FitNet", "CRD", "FCFD", "KD, two heads", "MLKD", "partial mixup"])
 def test_a_lesson_is_a_step_of_training(name, monkeypatch):
     """The terms that `train_together` reports for an epoch of one batch are those of the step that is timed."""
-    monkeypatch.setattr(bench_methods, "EPOCHS", 1)
-    s = bench_training.Setting(bench_methods.random_pictures(16, 16, 10), "resnet14", "resnet8", batch_size=16)
-    teacher, method = bench_methods.teacher_of(s, "float32"), bench_methods.CONTENDERS[name]
-    lesson = bench_methods.lesson(method, s, teacher)
+    monkeypatch.setattr(methods, "EPOCHS", 1)
+    s = training.Setting(methods.random_pictures(16, 16, 10), "resnet14", "resnet8", batch_size=16)
+    teacher, method = methods.teacher_of(s, "float32"), methods.CONTENDERS[name]
+    lesson = methods.lesson(method, s, teacher)
     lesson.step_live()
-    (network, _), loss = s.networks(), bench_methods.losses.build(method.loss, **method.args)
+    (network, _), loss = s.networks(), methods.losses.build(method.loss, **method.args)
     member = Student(network, loss.prepare(network, teacher.teacher, lesson.batch.x[:1], s.images), lr=0.0)
     (row,), = train_together([member], s.images, teacher, epochs=1, batch_size=16)
     assert {term: total.item() / 16 for term, total in lesson.student.sums.items()} == row["terms"]
@@ -120,9 +122,9 @@ def test_a_lesson_is_a_step_of_training(name, monkeypatch):
 def test_small_methods_are_all_there_and_add_up(made):
     out, _ = made
     file, = (out / "data" / "bench-small").glob("*/methods.json")
-    points = bench.frame(bench.load_measurement(file))
-    table = bench_methods.costs(points).set_index("method")
-    assert set(table.index) == set(bench_methods.CONTENDERS)
+    points = timing.frame(timing.load_measurement(file))
+    table = methods.costs(points).set_index("method")
+    assert set(table.index) == set(methods.CONTENDERS)
     assert (table.loc[["KD", "LDRLD", "RLD", "USKD"], "whole_times median"] == table.loc[["KD", "LDRLD", "RLD", "USKD"], "times median"]).all()
     assert (table.loc[table["asks"] == "live", "whole median"] > table.loc[table["asks"] == "live", "step median"]).all()
     assert table.loc["MLKD", "kind"] == "pictures" and set(points.loc[points["contender"] == "MLKD", "asked"]) == {32}
@@ -131,33 +133,33 @@ def test_small_methods_are_all_there_and_add_up(made):
 
 @pytest.fixture
 def setting():
-    return bench_training.Setting(data.load("digits"), "resnet8", "resnet8", loss="kd", batch_size=16, steps=3, rounds=2, cores=1)
+    return training.Setting(data.load("digits"), "resnet8", "resnet8", loss="kd", batch_size=16, steps=3, rounds=2, cores=1)
 
 
 def test_a_table_in_memory_answers_like_one_in_a_file(setting, tmp_path):
     """What training on a GPU reads: made before the slices, nothing asked or written in them."""
     s, (_, teacher) = setting, setting.networks()
-    images = bench_training.shortened(s.images, s.steps * s.batch_size)
+    images = training.shortened(s.images, s.steps * s.batch_size)
     crops = Crops(images.train_images, images.mean, images.std, images.padding, images.flip)
-    held, filed = (bench_training.answers(s, teacher, crops, torch.float32, str(tmp_path), resident) for resident in (True, False))
-    for table in (held, filed): bench_training.ask_ahead(table, 2, s.batch_size)
+    held, filed = (training.answers(s, teacher, crops, torch.float32, str(tmp_path), resident) for resident in (True, False))
+    for table in (held, filed): training.ask_ahead(table, 2, s.batch_size)
     asked = held.computed
     assert held.rows is None and filed.held is None and asked > 0
-    index, view = bench_training.draw(0, 2, crops.n, crops.views)
+    index, view = training.draw(0, 2, crops.n, crops.views)
     torch.testing.assert_close(held(index, view), filed(index, view), rtol=1e-3, atol=1e-3)
     assert held.computed == asked
 
 
 def test_ours_measures_training_with_a_table_in_memory(setting, monkeypatch):
     """As on a GPU: the slices of `ours` neither compute answers nor touch a file."""
-    tables, answers = [], bench_training.answers
+    tables, answers = [], training.answers
 
     def resident(*arguments, resident):
         tables.append(answers(*arguments, resident=True))
         return tables[-1]
 
-    monkeypatch.setattr(bench_training, "answers", resident)
-    measure = bench_training.ours(setting, "a folder that is not there")
+    monkeypatch.setattr(training, "answers", resident)
+    measure = training.ours(setting, "a folder that is not there")
     asked = tables[0].computed
     assert measure() > 0 and tables[0].computed == asked
 
@@ -168,24 +170,24 @@ def test_numerics_are_put_back(deterministic, monkeypatch):
     flags = lambda: (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32,
                      torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark)
     before = flags()
-    with pytest.raises(KeyError), bench_training.numerics("cuda", deterministic):
+    with pytest.raises(KeyError), training.numerics("cuda", deterministic):
         assert flags() == (False, False, deterministic, not deterministic)
         raise KeyError
     assert flags() == before
-    with bench_training.numerics("cpu"): assert flags() == before
+    with training.numerics("cpu"): assert flags() == before
 
 
 def test_what_is_measured_in_flight_is_training(setting):
     """After the same number of epochs, the rows are those of the loop."""
-    s, task = setting, bench_graphs.task_of(setting)
-    flights = [InFlight(Student(s.networks()[0], bench_training.losses.build(s.loss)), task) for _ in range(3)]
+    s, task = setting, graphs.task_of(setting)
+    flights = [InFlight(Student(s.networks()[0], training.losses.build(s.loss)), task) for _ in range(3)]
     students = [flight.student for flight in flights]
     for epoch in (1, 2):
-        bench_graphs.one_epoch(flights)
+        graphs.one_epoch(flights)
         assert all(f.epoch == epoch and f.between_epochs and not f.landings for f in flights)
         assert [len(student.history) for student in students] == [epoch] * 3
-    images = bench_training.shortened(s.images, s.steps * s.batch_size)
-    loop = Student(s.networks()[0], bench_training.losses.build(s.loss))
+    images = training.shortened(s.images, s.steps * s.batch_size)
+    loop = Student(s.networks()[0], training.losses.build(s.loss))
     rows = train_together([loop], images, task.teacher, task.epochs, s.batch_size, dtype=task.dtype)
     (first,), (second,) = next(rows), next(rows)
     for student in students: assert [row["terms"] for row in student.history] == [first["terms"], second["terms"]]
@@ -198,45 +200,45 @@ def test_operands_are_counted_once_each():
              "a list in place": (lambda: torch._foreach_add_([x, y], 1), 4), "nothing": (lambda: x[:0] + y[:0], 0),
              "a list": (lambda: torch._foreach_add([x, y], [y, x]), 6), "fewer rows": (lambda: x[:4] + y[:4], 1.5)}
     for name, (function, matrices) in cases.items():
-        with bench_graphs.Operands() as counted: function()
+        with graphs.Operands() as counted: function()
         assert counted.bytes == matrices * 4 * 32, name
 
 
 def test_the_work_of_a_step_is_of_the_network_alone(setting):
     """Twice the batch is twice the arithmetic; a deeper network works more; the teacher is not counted."""
-    task = bench_graphs.task_of(setting)
-    one = bench_graphs.work_of_a_step(setting, task)
-    half = bench_graphs.work_of_a_step(bench_training.replace(setting, batch_size=8), task)
-    deeper = bench_graphs.work_of_a_step(bench_training.replace(setting, student="resnet14"), task)
-    taught = bench_graphs.work_of_a_step(bench_training.replace(setting, teacher="resnet56"), task)
+    task = graphs.task_of(setting)
+    one = graphs.work_of_a_step(setting, task)
+    half = graphs.work_of_a_step(training.replace(setting, batch_size=8), task)
+    deeper = graphs.work_of_a_step(training.replace(setting, student="resnet14"), task)
+    taught = graphs.work_of_a_step(training.replace(setting, teacher="resnet56"), task)
     assert one.flops == 2 * half.flops and one == taught
     assert deeper.flops > 1.5 * one.flops and deeper.operations > one.operations and deeper.bytes > one.bytes
 
 
 def test_runs_per_hour():
-    assert bench_graphs.runs_an_hour(3600 / 187_680) == pytest.approx(1)
-    lines = {("usual loop", 1): (4.0, 8.0), ("in flight", 2): (1.0, 1.0), (bench_graphs.FLOOR[0], 1): (0.5, 0.5),
-             (bench_graphs.FLOOR[1], 1): (0.25, 0.25)}
+    assert graphs.runs_an_hour(3600 / 187_680) == pytest.approx(1)
+    lines = {("usual loop", 1): (4.0, 8.0), ("in flight", 2): (1.0, 1.0), (graphs.FLOOR[0], 1): (0.5, 0.5),
+             (graphs.FLOOR[1], 1): (0.25, 0.25)}
     pair = {"teacher": "a", "student": "b", "unit": "s/step"}
-    table = bench_graphs.compared_runs(pd.DataFrame([{"contender": c, "students": n, "values": v, **pair} for (c, n), v in lines.items()]))
+    table = graphs.compared_runs(pd.DataFrame([{"contender": c, "students": n, "values": v, **pair} for (c, n), v in lines.items()]))
     assert table["times median"].tolist() == [1, 6, 12, 24] and table["share"].tolist() == [pytest.approx(1 / 12), 0.5, 1, 2]
     assert table["runs median"].iloc[1] == pytest.approx(3600 / 187_680)
 
 
 @pytest.mark.parametrize("file", COMMITTED, ids=lambda f: f"{f.parent.name}-{f.stem}")
 def test_committed_measurements_are_sound(file):
-    m = bench.load_measurement(file)
-    assert m.name == file.stem and file.parent.name == bench.machine_key(m.machine) and m.scale != "small" and m.name in bench.BENCHMARKS
+    m = timing.load_measurement(file)
+    assert m.name == file.stem and file.parent.name == timing.machine_key(m.machine) and m.scale != "small" and m.name in timing.BENCHMARKS
 
 
 def test_tables_and_figures_follow_from_the_measurements(tmp_path, monkeypatch):
     """Made again from the committed files alone, in the same words and digits."""
     if not COMMITTED: pytest.skip("nothing measured yet")
-    from ldrld import batch
+    from ldrld.batch import scheduler
 
     shutil.copytree(ROOT / "data" / "bench", tmp_path / "data" / "bench")
     monkeypatch.setenv("LDRLD_OUT", str(tmp_path))
-    outcomes = [batch.execute(f"paper/{n}.ipynb", n, {"profile": "bench"}, "bench") for n in dict.fromkeys(b.notebook for b in bench.BENCHMARKS.values())]
+    outcomes = [scheduler.execute(f"paper/{n}.ipynb", n, {"profile": "bench"}, "bench") for n in dict.fromkeys(b.notebook for b in timing.BENCHMARKS.values())]
     assert [o.status for o in outcomes] == ["done"] * len(outcomes), outcomes
     for folder in (Path("data/tables/bench"), Path("figures/bench")):
         assert sorted(p.name for p in (tmp_path / folder).iterdir()) == sorted(p.name for p in (ROOT / folder).iterdir())
@@ -247,8 +249,8 @@ def test_tables_and_figures_follow_from_the_measurements(tmp_path, monkeypatch):
 def test_ratios_of_a_table_follow_from_the_values():
     for file in COMMITTED:
         if file.stem != "loss-targets": continue
-        points = bench.frame(bench.load_measurement(file))
-        theirs = bench.compared(points, "KD").set_index(["contender", "batch", "threads", "labels"])["median"]
+        points = timing.frame(timing.load_measurement(file))
+        theirs = timing.compared(points, "KD").set_index(["contender", "batch", "threads", "labels"])["median"]
         for p in points[points["contender"] == "LDRLD"].to_dict("records"):
             kd = points[(points["contender"] == "KD") & (points[["batch", "threads", "labels"]] == pd.Series({k: p[k] for k in ("batch", "threads", "labels")})).all(axis=1)]
             expected = pd.Series(p["values"]) / pd.Series(kd["values"].iloc[0])

@@ -12,8 +12,12 @@ import torch
 import yaml
 from pydantic import ValidationError
 
-from ldrld import cards, data, models, paths, runs
-from ldrld.runs import KEPT, Pretrained, RunConfig, name_of
+from ldrld import data, models
+from ldrld.core import paths
+from ldrld.core.files import sha256_of
+from ldrld.experiments import model_cards, records, runs
+from ldrld.experiments.config import Pretrained, RunConfig, file_of, name_of, pretrained
+from ldrld.experiments.records import KEPT
 
 ROOT = Path(__file__).parent.parent
 SHORT = {"dataset": "digits", "recipe": "onecycle", "lr": 0.1, "epochs": 2, "precision": "float32"}
@@ -48,7 +52,7 @@ def ldrld(*words, out=None, **env):
 
 
 def wrong(profile="t", check=False):
-    return sum(cards.listed(profile, check)["wrong"], [])
+    return sum(model_cards.listed(profile, check)["wrong"], [])
 
 
 # ---- what is committed ------------------------------------------------------------------------------------------
@@ -59,20 +63,20 @@ PROFILES = [p for p in ("quick", "small", "paper") if (ROOT / "data" / "teachers
 @pytest.mark.parametrize("profile", PROFILES)
 def test_committed_teachers_are_what_their_cards_say(profile, monkeypatch):
     monkeypatch.setenv("LDRLD_OUT", str(ROOT))
-    assert len(cards.listed(profile)) and not wrong(profile)
+    assert len(model_cards.listed(profile)) and not wrong(profile)
 
 
 def test_committed_glyph_teachers_still_reach_what_their_records_say(monkeypatch):
     monkeypatch.setenv("LDRLD_OUT", str(ROOT))
-    table = cards.listed("quick", check=True)
+    table = model_cards.listed("quick", check=True)
     assert table["measured, %"].notna().all() and not sum(table["wrong"], [])
-    assert (table["measured, %"] - table["last epoch, %"]).abs().max() < cards.HALF
+    assert (table["measured, %"] - table["last epoch, %"]).abs().max() < model_cards.HALF
 
 
 def test_no_committed_file_is_larger_than_the_cards_say():
     listed = subprocess.run(["git", "-C", ROOT, "ls-files", "-z", "-co", "--exclude-standard"], capture_output=True, text=True).stdout.split("\0")
-    large = [name for name in listed if name and (ROOT / name).is_file() and (ROOT / name).stat().st_size > cards.LARGEST]
-    assert not large, f"larger than {cards.LARGEST // 10**6} MB, not to be committed; name them in .gitignore: {large}"
+    large = [name for name in listed if name and (ROOT / name).is_file() and (ROOT / name).stat().st_size > model_cards.LARGEST]
+    assert not large, f"larger than {model_cards.LARGEST // 10**6} MB, not to be committed; name them in .gitignore: {large}"
 
 
 def test_gitignore_names_the_networks_whose_weights_are_too_large():
@@ -83,16 +87,16 @@ def test_gitignore_names_the_networks_whose_weights_are_too_large():
         name = name_of(RunConfig(dataset="cifar100", model=network))
         ignored = subprocess.run(["git", "-C", ROOT, "check-ignore", "-q", f"data/teachers/paper/{name}.safetensors"]).returncode == 0
         card = subprocess.run(["git", "-C", ROOT, "check-ignore", "-q", f"data/teachers/paper/{name}.md"]).returncode == 0
-        assert ignored == (size > cards.LARGEST) and not card, f"{network}: {size:,} bytes in half precision"
+        assert ignored == (size > model_cards.LARGEST) and not card, f"{network}: {size:,} bytes in half precision"
 
 
 # ---- cards ------------------------------------------------------------------------------------------------------
 
 def test_a_run_that_keeps_weights_leaves_a_card(teacher):
-    place = cards.card_path(teacher.name, "t")
-    text, card = place.read_text(encoding="utf-8"), cards.read_card(place)
+    place = model_cards.card_path(teacher.name, "t")
+    text, card = place.read_text(encoding="utf-8"), model_cards.read_card(place)
     weights = KEPT["weights"](teacher.name, "t")
-    assert card["sha256"] == runs.sha256_of(weights) and card["bytes"] == weights.stat().st_size and card["committed"] and card["loads"]
+    assert card["sha256"] == sha256_of(weights) and card["bytes"] == weights.stat().st_size and card["committed"] and card["loads"]
     assert card["accuracy_last_epoch"] == round(teacher.last_accuracy, 2) and card["accuracy_best_epoch"] == round(teacher.best_accuracy, 2)
     assert abs(card["accuracy_stored_file"] - teacher.last_accuracy) <= 0.5 and card["published"] is None
     assert (place.parent / f"../../runs/t/{teacher.name}.json").resolve().exists() and f"(../../runs/t/{teacher.name}.json)" in text
@@ -100,7 +104,7 @@ def test_a_run_that_keeps_weights_leaves_a_card(teacher):
 
 
 def test_the_line_that_loads_it_works(teacher):
-    code = cards.card_path(teacher.name, "t").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    code = model_cards.card_path(teacher.name, "t").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
     scope = {}
     exec(code, scope)
     stored = models.load_weights(models.build("resnet8", 10), KEPT["weights"](teacher.name, "t")).state_dict()
@@ -108,22 +112,22 @@ def test_the_line_that_loads_it_works(teacher):
 
 
 def test_a_card_without_the_pictures_says_not_measured(teacher, monkeypatch):
-    place = cards.card_path(teacher.name, "t")
+    place = model_cards.card_path(teacher.name, "t")
     place.unlink()
     monkeypatch.setattr(data, "load", lambda *_, **__: (_ for _ in ()).throw(FileNotFoundError("not here")))
-    assert cards.write_missing("t") == [place]
-    assert cards.read_card(place)["accuracy_stored_file"] is None and "| accuracy of this file | not measured |" in place.read_text(encoding="utf-8")
-    assert not wrong(check=True) and cards.listed("t", check=True)["measured, %"].isna().all()
+    assert model_cards.write_missing("t") == [place]
+    assert model_cards.read_card(place)["accuracy_stored_file"] is None and "| accuracy of this file | not measured |" in place.read_text(encoding="utf-8")
+    assert not wrong(check=True) and model_cards.listed("t", check=True)["measured, %"].isna().all()
 
 
 def test_a_card_that_is_there_is_left_alone(teacher):
-    place = cards.card_path(teacher.name, "t")
+    place = model_cards.card_path(teacher.name, "t")
     place.write_text(place.read_text(encoding="utf-8") + "\na remark of mine\n", encoding="utf-8")
-    assert cards.write_missing("t") == [] and "a remark of mine" in place.read_text(encoding="utf-8") and not wrong()
+    assert model_cards.write_missing("t") == [] and "a remark of mine" in place.read_text(encoding="utf-8") and not wrong()
 
 
 def test_weights_made_again_get_their_card_again(teacher):
-    place = cards.card_path(teacher.name, "t")
+    place = model_cards.card_path(teacher.name, "t")
     before = place.read_bytes()
     KEPT["weights"](teacher.name, "t").unlink()
     assert "is missing" in wrong()[0]
@@ -133,7 +137,7 @@ def test_weights_made_again_get_their_card_again(teacher):
 
 
 def test_what_is_wrong_is_told(teacher):
-    place, weights = cards.card_path(teacher.name, "t"), KEPT["weights"](teacher.name, "t")
+    place, weights = model_cards.card_path(teacher.name, "t"), KEPT["weights"](teacher.name, "t")
     text, good = place.read_text(encoding="utf-8"), weights.read_bytes()
     place.write_text(text.replace(f"accuracy_last_epoch: {teacher.last_accuracy:.2f}", "accuracy_last_epoch: 99.0"), encoding="utf-8")
     assert "accuracy_last_epoch: 99.0" in wrong()[0]
@@ -143,9 +147,9 @@ def test_what_is_wrong_is_told(teacher):
     place.unlink()
     assert "--write" in wrong()[0]
     weights.write_bytes(good[:-2])
-    assert cards.write_missing("t") == [] and wrong()
+    assert model_cards.write_missing("t") == [] and wrong()
     place.write_text(text, encoding="utf-8")
-    assert "SHA-256" in wrong()[0] and cards.listed("t")["card"].item() == "other bytes"
+    assert "SHA-256" in wrong()[0] and model_cards.listed("t")["card"].item() == "other bytes"
     weights.write_bytes(good)
     (paths.records("t") / f"{teacher.name}.json").unlink()
     assert not wrong(check=True), "the card alone says what is needed"
@@ -156,11 +160,11 @@ def test_what_is_wrong_is_told(teacher):
 def test_other_weights_under_a_card_of_their_own_are_found_by_their_accuracy(teacher):
     """What a checksum cannot see: the card fits the file, but the file is not what the record tells of."""
     untrained(teacher)
-    cards.card_path(teacher.name, "t").unlink()
-    assert cards.write_missing("t") and "more than half precision explains" in wrong()[0]
-    with pytest.raises(ValueError, match="more than half precision explains; fetch it again"): cards.checked_weights(teacher.name, "t")
-    place = cards.card_path(teacher.name, "t")
-    card = cards.read_card(place)
+    model_cards.card_path(teacher.name, "t").unlink()
+    assert model_cards.write_missing("t") and "more than half precision explains" in wrong()[0]
+    with pytest.raises(ValueError, match="more than half precision explains; fetch it again"): model_cards.checked_weights(teacher.name, "t")
+    place = model_cards.card_path(teacher.name, "t")
+    card = model_cards.read_card(place)
     stored = f"accuracy_stored_file: {card['accuracy_stored_file']}"
     assert stored in (text := place.read_text(encoding="utf-8"))
     place.write_text(text.replace(stored, "accuracy_stored_file: null"), encoding="utf-8")
@@ -200,29 +204,29 @@ STUDENT = RunConfig(model="resnet8", loss="kd", teacher=TEACHER, seed=1, **SHORT
 @pytest.mark.parametrize("damage", [flip_a_bit, exchange_4_kb, untrained, cut, empty, another_epoch])
 def test_no_student_learns_from_other_weights_than_the_cards(damage, teacher, out):
     weights, good = KEPT["weights"](teacher.name, "t"), KEPT["weights"](teacher.name, "t").read_bytes()
-    before = runs.sha256_of(weights)
+    before = sha256_of(weights)
     damage(teacher)
-    told = f"{weights.name}: its SHA-256 is {runs.sha256_of(weights)[:10]}…, its card says {before[:10]}….*fetch it again"
+    told = f"{weights.name}: its SHA-256 is {sha256_of(weights)[:10]}…, its card says {before[:10]}….*fetch it again"
     with pytest.raises(ValueError, match=told): runs.run(STUDENT, "t", report=None)
     with pytest.raises(ValueError, match=told): runs.run(TEACHER, "t", keep=("logits",), report=None)
     assert len(list(paths.records("t").glob("*.json"))) == 1 and not KEPT["logits"](teacher.name, "t").exists(), "nothing came of it"
-    assert cards.wrong_teachers("t") and ldrld("teachers", "--profile", "t", out=out)[0] == 1
+    assert model_cards.wrong_teachers("t") and ldrld("teachers", "--profile", "t", out=out)[0] == 1
     weights.write_bytes(good)
-    assert runs.run(STUDENT, "t", report=None).teacher == teacher.name and not cards.wrong_teachers("t")
+    assert runs.run(STUDENT, "t", report=None).teacher == teacher.name and not model_cards.wrong_teachers("t")
 
 
 def test_what_the_refusal_says_to_do_helps(teacher):
     flip_a_bit(teacher)
-    for path in (KEPT["weights"](teacher.name, "t"), cards.card_path(teacher.name, "t")): path.unlink()
+    for path in (KEPT["weights"](teacher.name, "t"), model_cards.card_path(teacher.name, "t")): path.unlink()
     assert runs.run(STUDENT, "t", report=None).teacher == teacher.name and not wrong(check=True)
 
 
 def test_weights_without_a_card_are_measured_before_they_teach(teacher):
     """From before there were cards, or after somebody has deleted one."""
-    place = cards.card_path(teacher.name, "t")
+    place = model_cards.card_path(teacher.name, "t")
     text = place.read_text(encoding="utf-8")
     place.unlink()
-    assert cards.checked_weights(teacher.name, "t") == KEPT["weights"](teacher.name, "t") and place.read_text(encoding="utf-8") == text
+    assert model_cards.checked_weights(teacher.name, "t") == KEPT["weights"](teacher.name, "t") and place.read_text(encoding="utf-8") == text
     place.unlink()
     untrained(teacher)
     with pytest.raises(ValueError, match="has no card, and reaches .*damaged or exchanged; move .* away"): runs.run(STUDENT, "t", report=None)
@@ -230,19 +234,19 @@ def test_weights_without_a_card_are_measured_before_they_teach(teacher):
 
 
 def test_weights_that_nobody_can_vouch_for_are_refused(teacher, monkeypatch):
-    weights, place = KEPT["weights"](teacher.name, "t"), cards.card_path(teacher.name, "t")
-    with pytest.raises(FileNotFoundError, match="no such file; run glyphs-x again"): cards.checked_weights("glyphs-x", "t")
+    weights, place = KEPT["weights"](teacher.name, "t"), model_cards.card_path(teacher.name, "t")
+    with pytest.raises(FileNotFoundError, match="no such file; run glyphs-x again"): model_cards.checked_weights("glyphs-x", "t")
     text = place.read_text(encoding="utf-8")
     place.write_text("---\nsha256: 0\n---\n", encoding="utf-8")
     with pytest.raises(ValueError, match="is not a card, or was damaged"): runs.run(STUDENT, "t", report=None)
     place.unlink()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cards, "pictures", lambda *_: data.load("glyphs-10"))
-        with pytest.raises(ValueError, match="the images of digits have changed since"): cards.checked_weights(teacher.name, "t")
+        patch.setattr(model_cards, "pictures", lambda *_: data.load("glyphs-10"))
+        with pytest.raises(ValueError, match="the images of digits have changed since"): model_cards.checked_weights(teacher.name, "t")
     (paths.records("t") / f"{teacher.name}.json").unlink()
-    with pytest.raises(ValueError, match="neither card nor record"): cards.checked_weights(teacher.name, "t")
+    with pytest.raises(ValueError, match="neither card nor record"): model_cards.checked_weights(teacher.name, "t")
     place.write_text(text, encoding="utf-8")
-    assert cards.checked_weights(teacher.name, "t") == weights, "the card alone says what is needed"
+    assert model_cards.checked_weights(teacher.name, "t") == weights, "the card alone says what is needed"
 
 
 def test_verify_checks_the_teachers(out):
@@ -263,27 +267,27 @@ def test_verify_checks_the_teachers(out):
 def test_a_run_whose_file_is_no_network_of_ours_leaves_a_card_too(out):
     """SimKD leaves the student with the teacher's head behind."""
     record = runs.run(RunConfig(model="resnet8", loss="simkd", teacher=TEACHER, **SHORT), "t", keep=("weights",), report=None)
-    place = cards.card_path(record.name, "t")
-    card = cards.read_card(place)
+    place = model_cards.card_path(record.name, "t")
+    card = model_cards.read_card(place)
     assert not card["loads"] and card["accuracy_stored_file"] is None and "knows no network that these weights fit" in place.read_text(encoding="utf-8")
     assert card["parameters"] == record.measures["used_parameters"] and not wrong(check=True)
 
 
 def test_a_training_that_diverged_leaves_record_and_card(out):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cards, "measured", lambda *_: (_ for _ in ()).throw(models.WeightsError("infinite or missing numbers")))
+        patch.setattr(model_cards, "measured", lambda *_: (_ for _ in ()).throw(models.WeightsError("infinite or missing numbers")))
         record = runs.run(TEACHER, "t", keep=("weights",), report=None)
-    assert cards.read_card(cards.card_path(record.name, "t"))["accuracy_stored_file"] is None
+    assert model_cards.read_card(model_cards.card_path(record.name, "t"))["accuracy_stored_file"] is None
 
 
 def test_large_weights_are_not_missed_where_they_are_not(teacher, monkeypatch):
-    place, weights = cards.card_path(teacher.name, "t"), KEPT["weights"](teacher.name, "t")
-    monkeypatch.setattr(cards, "LARGEST", 1_000_000 // 100)
+    place, weights = model_cards.card_path(teacher.name, "t"), KEPT["weights"](teacher.name, "t")
+    monkeypatch.setattr(model_cards, "LARGEST", 1_000_000 // 100)
     place.unlink()
-    cards.write_missing("t")
+    model_cards.write_missing("t")
     assert "not committed: larger than" in place.read_text(encoding="utf-8")
     weights.unlink()
-    assert not wrong(check=True) and cards.listed("t")["card"].item() == "no file"
+    assert not wrong(check=True) and model_cards.listed("t")["card"].item() == "no file"
 
 
 def test_published_numbers_stand_on_cards_of_the_paper_profile_only(teacher):
@@ -291,53 +295,53 @@ def test_published_numbers_stand_on_cards_of_the_paper_profile_only(teacher):
     for profile, expected in (("paper", {"value": 72.34, "source": "CRD README"}), ("small", None)):
         file = KEPT["weights"](record.name, profile)
         models.save_weights(models.build("resnet56").half(), file)
-        card = cards.facts(record, profile)
+        card = model_cards.facts(record, profile)
         assert card["published"] == expected and card["loads"]
-        cards.write_card(record, profile)
-        assert ("72.34 % (CRD README)" in cards.card_path(record.name, profile).read_text(encoding="utf-8")) == (expected is not None)
-        assert yaml.safe_load(cards.card_path(record.name, profile).read_text(encoding="utf-8").split("---\n")[1])["published"] == expected
+        model_cards.write_card(record, profile)
+        assert ("72.34 % (CRD README)" in model_cards.card_path(record.name, profile).read_text(encoding="utf-8")) == (expected is not None)
+        assert yaml.safe_load(model_cards.card_path(record.name, profile).read_text(encoding="utf-8").split("---\n")[1])["published"] == expected
 
 
 # ---- teachers that are files --------------------------------------------------------------------------------------
 
 def test_a_checkpoint_beside_what_is_published(tmp_path):
     file = checkpoint_at(tmp_path / "ckpt.pth")
-    found = cards.checkpoint(file, "digits")
-    assert (found["network"], found["classes"], found["sha256"]) == ("resnet8", 10, runs.sha256_of(file)) and not found["disagrees"]
-    with pytest.raises(ValueError, match="for 100 classes, and digits has 10"): cards.checkpoint(checkpoint_at(tmp_path / "c.pth", classes=100), "digits")
-    theirs = cards.published_accuracy("resnet56")
-    assert theirs["value"] == 72.34 and cards.verdict(72.44, theirs)[1] is False and cards.verdict(72.45, theirs)[1] is True
-    assert "CRD README" in cards.verdict(None, theirs)[0] and cards.verdict(1.0, None)[1] is False
+    found = model_cards.checkpoint(file, "digits")
+    assert (found["network"], found["classes"], found["sha256"]) == ("resnet8", 10, sha256_of(file)) and not found["disagrees"]
+    with pytest.raises(ValueError, match="for 100 classes, and digits has 10"): model_cards.checkpoint(checkpoint_at(tmp_path / "c.pth", classes=100), "digits")
+    theirs = model_cards.published_accuracy("resnet56")
+    assert theirs["value"] == 72.34 and model_cards.verdict(72.44, theirs)[1] is False and model_cards.verdict(72.45, theirs)[1] is True
+    assert "CRD README" in model_cards.verdict(None, theirs)[0] and model_cards.verdict(1.0, None)[1] is False
 
 
 def test_a_student_learns_from_a_file(out, tmp_path):
-    given = runs.pretrained(checkpoint_at(tmp_path / "ckpt.pth"))
-    assert given.sha256 == runs.sha256_of(tmp_path / "ckpt.pth") and runs.pretrained(tmp_path / "ckpt.pth") == given
-    other = runs.pretrained(checkpoint_at(tmp_path / "other.pth", seed=1))
+    given = pretrained(checkpoint_at(tmp_path / "ckpt.pth"))
+    assert given.sha256 == sha256_of(tmp_path / "ckpt.pth") and pretrained(tmp_path / "ckpt.pth") == given
+    other = pretrained(checkpoint_at(tmp_path / "other.pth", seed=1))
     config = RunConfig(model="resnet8", loss="kd", teacher=given, **SHORT)
     names = {name_of(config), name_of(config.model_copy(update={"teacher": other})), name_of(config.model_copy(update={"teacher": TEACHER}))}
     assert len(names) == 3 and RunConfig(**config.model_dump()) == config
     (tmp_path / "ckpt.pth").unlink()                       # runs keep a copy
     record, another = runs.run(config, "t", report=None), runs.run(config.model_copy(update={"teacher": other}), "t", report=None)
-    assert record.config.teacher == given and record.teacher == name_of(given) and runs.load_record(record.name, "t") == record
+    assert record.config.teacher == given and record.teacher == name_of(given) and records.load_record(record.name, "t") == record
     assert record.history != another.history and "agreement" in record.measures
     assert [p.stem for p in paths.records("t").glob("*.json")] and not (paths.records("t") / f"{name_of(given)}.json").exists()
 
 
 def test_a_file_teaches_what_the_same_weights_teach_as_a_trained_teacher(teacher):
     """To the last bit: only the way to the weights differs."""
-    given = runs.pretrained(KEPT["weights"](teacher.name, "t"))
+    given = pretrained(KEPT["weights"](teacher.name, "t"))
     students = [runs.run(RunConfig(model="resnet8", loss="ldrld", loss_args={"depth": 4}, teacher=t, seed=1, **SHORT), "t", report=None) for t in (TEACHER, given)]
     scores = [[(row["terms"], row["test_accuracy"]) for row in record.history] for record in students]
     assert scores[0] == scores[1] and students[0].name != students[1].name
 
 
 def test_a_missing_or_exchanged_file_is_told_and_nothing_is_trained(out, tmp_path):
-    given = runs.pretrained(checkpoint_at(tmp_path / "ckpt.pth"))
-    config, place = RunConfig(model="resnet8", loss="kd", teacher=given, **SHORT), runs.file_of(given)
+    given = pretrained(checkpoint_at(tmp_path / "ckpt.pth"))
+    config, place = RunConfig(model="resnet8", loss="kd", teacher=given, **SHORT), file_of(given)
     checkpoint_at(place, seed=1)
     with pytest.raises(ValueError, match="has changed since.*--keep"): runs.run(config, "t", report=None)
-    assert runs.pretrained(tmp_path / "ckpt.pth") == given and runs.file_of(given) == place
+    assert pretrained(tmp_path / "ckpt.pth") == given and file_of(given) == place
     place.unlink()
     with pytest.raises(FileNotFoundError, match="is not there; hand the checkpoint over once more: ldrld teachers FILE --keep"): runs.run(config, "t", report=None)
     assert not paths.records("t").exists()
@@ -357,7 +361,7 @@ def test_a_file_is_no_run(out):
 
 
 def test_a_file_for_other_classes_is_refused(out, tmp_path):
-    given = runs.pretrained(checkpoint_at(tmp_path / "ckpt.pth", classes=100))
+    given = pretrained(checkpoint_at(tmp_path / "ckpt.pth", classes=100))
     with pytest.raises(ValueError, match="resnet8 for 100 classes"): runs.run(RunConfig(model="resnet8", loss="kd", teacher=given, **SHORT), "t", report=None)
 
 
@@ -368,7 +372,7 @@ def test_the_command_lists_and_checks(teacher, out):
     KEPT["weights"](teacher.name, "t").write_bytes(b"\0" * 100)
     code, said = ldrld("teachers", "--profile", "t", "--check", out=out)
     assert code == 1 and "SHA-256" in said and ldrld("teachers", out=out)[0] == 1
-    cards.card_path(teacher.name, "t").write_text("not mine", encoding="utf-8")
+    model_cards.card_path(teacher.name, "t").write_text("not mine", encoding="utf-8")
     code, said = ldrld("teachers", "--check", out=out)
     assert code == 1 and "is not a card" in said and "1 not measured" in said
     code, said = ldrld("teachers", "--profile", "nobody", out=out)
@@ -376,9 +380,9 @@ def test_the_command_lists_and_checks(teacher, out):
 
 
 def test_the_command_writes_missing_cards(teacher, out):
-    cards.card_path(teacher.name, "t").unlink()
+    model_cards.card_path(teacher.name, "t").unlink()
     code, said = ldrld("teachers", "--write", "--check", out=out)
-    assert code == 0 and "written:" in said and cards.card_path(teacher.name, "t").exists()
+    assert code == 0 and "written:" in said and model_cards.card_path(teacher.name, "t").exists()
 
 
 def test_the_command_without_teachers(tmp_path):
@@ -390,7 +394,7 @@ def test_the_command_on_files(out, tmp_path):
     file = checkpoint_at(tmp_path / "ckpt_epoch_240.pth")
     code, said = ldrld("teachers", file, "--data", "digits", "--keep", out=out)
     assert code == 0 and "resnet8, 10 classes" in said and "nothing published" in said and '"sha256": "' in said
-    assert runs.file_of(Pretrained(model="resnet8", sha256=runs.sha256_of(file))).exists()
+    assert file_of(Pretrained(model="resnet8", sha256=sha256_of(file))).exists()
     (tmp_path / "junk.pth").write_bytes(b"junk")
     for wrong_file, why in (("junk.pth", "not a PyTorch checkpoint"), ("nowhere.pth", "no such file")):
         code, said = ldrld("teachers", tmp_path / wrong_file, out=out)
@@ -401,8 +405,8 @@ def test_the_command_on_files(out, tmp_path):
 @pytest.mark.parametrize("reached, code", [(72.40, 0), (71.0, 1)])
 def test_a_checkpoint_that_is_not_the_published_one_is_told(reached, code, tmp_path, monkeypatch, capsys):
     from ldrld.cli import compare_files
-    monkeypatch.setattr(cards, "pictures", lambda *_: data.ImageData(*["stands for CIFAR-100", *[None] * 4, range(100), *[None] * 7]))
-    monkeypatch.setattr(cards, "measured", lambda *_: reached)
+    monkeypatch.setattr(model_cards, "pictures", lambda *_: data.ImageData(*["stands for CIFAR-100", *[None] * 4, range(100), *[None] * 7]))
+    monkeypatch.setattr(model_cards, "measured", lambda *_: reached)
     assert compare_files([checkpoint_at(tmp_path / "ckpt.pth", "resnet56", 100)], "cifar100", keep=False) == code
     assert ("does not agree" if code else ": agrees") in capsys.readouterr().out
 
@@ -417,8 +421,8 @@ def test_a_run_from_a_file_on_the_command_line(out, tmp_path):
     words = ("run", "dataset=digits", "model=resnet8", "loss=ldrld", "loss_args.depth=4", f"teacher={file}", "recipe=onecycle", "lr=0.1", "epochs=1")
     code, said = ldrld(*words, out=out)
     assert code == 0 and "after the last epoch" in said
-    record, = runs.records("try")
-    assert record.config.teacher.sha256 == runs.sha256_of(file)
+    record, = records.records("try")
+    assert record.config.teacher.sha256 == sha256_of(file)
     code, said = ldrld(*(w.replace(str(file), str(tmp_path / "nowhere.pth")) for w in words), out=out)
     assert code == 2 and "no such file" in said
 
@@ -431,7 +435,7 @@ def test_a_teacher_s_file_may_have_any_name(name, out, tmp_path):
     suggested = shlex.split(said.split("a student learns from it with: ldrld ")[1].splitlines()[0])
     assert code == 0 and suggested[-1] == f"teacher={file}"
     code, said = ldrld(*suggested, "loss_args.depth=10", "recipe=onecycle", "lr=0.1", "epochs=1", out=out)
-    assert code == 0 and runs.records("try")[0].config.teacher.sha256 == runs.sha256_of(file), said
+    assert code == 0 and records.records("try")[0].config.teacher.sha256 == sha256_of(file), said
 
 
 def test_what_is_meant_by_a_teacher(tmp_path, monkeypatch):

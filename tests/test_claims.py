@@ -10,10 +10,13 @@ import pandas as pd
 import pytest
 from nbclient import NotebookClient
 
-from ldrld import claims, paths, report
-from ldrld.batch import with_kernel
-from ldrld.experiments import EXPERIMENTS, batch, profile, selected
-from ldrld.runs import invented, name_of, write_whole
+from ldrld.batch.scheduler import with_kernel
+from ldrld.core import paths
+from ldrld.core.files import write_whole
+from ldrld.experiments.catalog import EXPERIMENTS, batch, profile, selected
+from ldrld.experiments.config import name_of
+from ldrld.experiments.runs import invented
+from ldrld.results import claims, report
 
 ROOT = Path(__file__).parent.parent
 MACHINE = {"gpu": "A GPU", "processor": "CPU", "threads": 1}

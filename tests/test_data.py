@@ -17,11 +17,25 @@ import pytest
 import torch
 from PIL import Image
 
-from ldrld.data import CLASSES, LOADERS, ImageData, cifar100, fingerprint, folder, image_data, load, some_of, tiny_imagenet, with_groups
+from ldrld.core.paths import data_root
+from ldrld.data import (
+    CLASSES,
+    LOADERS,
+    ImageData,
+    cifar100,
+    fingerprint,
+    folder,
+    image_data,
+    load,
+    some_of,
+    tiny_imagenet,
+    with_groups,
+)
 from ldrld.data.glyphs import CHARACTERS, Recipe, glyphs, make
-from ldrld.paths import data_root
-from ldrld.report import superclasses
-from ldrld.runs import RunConfig, records, run
+from ldrld.experiments.config import RunConfig
+from ldrld.experiments.records import records
+from ldrld.experiments.runs import run
+from ldrld.results.report import superclasses
 
 FEW = Recipe(train=200, test=100)
 
@@ -163,7 +177,7 @@ def test_processes_that_start_together_agree(tmp_path):
 @pytest.fixture
 def tiny_cifar(tmp_path):
     "Files in CIFAR-100's layout, 2 training and 1 test picture a class, and a torchvision class that knows their MD5."
-    from ldrld.vision import torchvision
+    from ldrld.core.torchvision import torchvision
 
     rng, folder = np.random.default_rng(0), tmp_path / "cifar-100-python"
     folder.mkdir()
@@ -608,8 +622,8 @@ def test_the_list_of_superclasses_is_that_of_the_data():
 
 def test_the_official_files_without_torchvision():
     """A machine that only trains knows the same names and MD5 sums."""
+    from ldrld.core.torchvision import torchvision
     from ldrld.data import _Cifar100Files
-    from ldrld.vision import torchvision
     official = torchvision.datasets.CIFAR100
     for name in ("base_folder", "train_list", "test_list"): assert getattr(_Cifar100Files, name) == getattr(official, name)
     assert {k: official.meta[k] for k in _Cifar100Files.meta} == _Cifar100Files.meta

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 
 from ldrld import losses
-from ldrld.losses.distributions import correlation, power_transform
-from ldrld.relations import dway_kl
+from ldrld.losses.relations import dway_kl
+from ldrld.losses.logits.distributions import correlation, power_transform
 
 
 def sample(batch=16, classes=20, dtype=torch.float64, seed=0):

@@ -6,13 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ldrld import LDRLD, fast, losses
-from ldrld.linear import linear_loss
-from ldrld.loss import LogitLoss
-from ldrld.losses.distributions import correlation
-from ldrld.losses.memory import margins_of
-from ldrld.losses.reuse import regional_logits
-from ldrld.losses.teacherless import zipf_labels
+from ldrld import LDRLD, losses
+from ldrld.losses.base import LogitLoss
+from ldrld.losses.features.classifier_reuse import regional_logits
+from ldrld.losses.features.memory import margins_of
+from ldrld.losses.ldrld import analytic
+from ldrld.losses.ldrld.linear import linear_loss
+from ldrld.losses.logits.distributions import correlation
+from ldrld.losses.logits.teacher_free import zipf_labels
 from ldrld.losses.wrappers import standardized
 
 INF, NAN, IGNORED = torch.inf, torch.nan, -100
@@ -436,9 +437,9 @@ def test_linear_loss_in_float16_keeps_small_gradients(autocast):
 
 
 def test_the_gradient_of_bfloat16_waits_in_bfloat16():
-    assert fast.held_type(torch.bfloat16) == torch.bfloat16 and fast.held_type(torch.float16) == torch.float32
+    assert analytic.held_type(torch.bfloat16) == torch.bfloat16 and analytic.held_type(torch.float16) == torch.float32
     z_s, z_t, target = sample(dtype=torch.bfloat16)
-    _, gradient = fast.analytic(z_s, z_t, target, None, torch.ones(7, 7), 4.0, LDRLD().factors)
+    _, gradient = analytic.analytic(z_s, z_t, target, None, torch.ones(7, 7), 4.0, LDRLD().factors)
     assert gradient.dtype == torch.bfloat16
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from ldrld.experiments import EXPERIMENTS, PROFILES, batch
-from ldrld.report import to_report, verify_table
-from ldrld.runs import load_record, records
+from ldrld.experiments.catalog import EXPERIMENTS, PROFILES, batch
+from ldrld.experiments.records import load_record, records
+from ldrld.results.report import to_report, verify_table
 
 ROOT = Path(__file__).parent.parent
 COMMITTED = [p for p in PROFILES if (ROOT / "data" / "tables" / p).exists()]

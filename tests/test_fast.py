@@ -3,9 +3,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ldrld import LDRLD, fast, losses
-from ldrld.linear import linear_loss
-from ldrld.loss import rows_of
+from ldrld import LDRLD, losses
+from ldrld.losses.base import rows_of
+from ldrld.losses.ldrld import analytic
+from ldrld.losses.ldrld.linear import linear_loss
 
 OF_BATCHES = {"dist"}  # compare samples with each other, so they are no mean over samples
 
@@ -50,7 +51,7 @@ def test_every_switch(options):
 def test_a_few_rows_at_a_time(monkeypatch):
     z_s, z_t, target = sample(rows=17)
     for rows_at_once in (1, 5, 16, 17, 30):
-        monkeypatch.setitem(fast.AT_ONCE, "cpu", 98 * rows_at_once)  # 2·d² where that is more than the classes
+        monkeypatch.setitem(analytic.AT_ONCE, "cpu", 98 * rows_at_once)  # 2·d² where that is more than the classes
         same(z_s, z_t, target)
         target[3] = -100
         same(z_s, z_t, target)
@@ -86,13 +87,13 @@ def test_logits_that_are_not_contiguous():
 def test_largest_is_topk(classes, d):
     z = torch.stack([torch.randperm(classes, generator=torch.Generator().manual_seed(k)) for k in range(8)]).float()
     for rows in (z, -z.sort().values, z.sort().values, z.sort(descending=True).values):
-        assert torch.equal(fast.largest(rows, d), rows.topk(d).indices)
+        assert torch.equal(analytic.largest(rows, d), rows.topk(d).indices)
 
 
 def test_largest_of_equal_ones_are_different_classes():
     z = torch.zeros(4, 1000)
     z[1, 500:] = 1.0
-    pi = fast.largest(z, 7)
+    pi = analytic.largest(z, 7)
     assert all(len(set(row.tolist())) == 7 for row in pi) and (z.gather(1, pi)[1] == 1).all()
 
 

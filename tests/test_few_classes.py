@@ -7,14 +7,15 @@ import pandas as pd
 import pytest
 import torch
 
-from ldrld import LDRLD, checks, losses
+from ldrld import LDRLD, losses
+from ldrld.core import validation
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
 def not_yet_said():
-    checks._few_remain.cache_clear()
+    validation._few_remain.cache_clear()
     torch.manual_seed(0)
 
 

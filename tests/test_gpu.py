@@ -2,12 +2,14 @@
 import pytest
 import torch
 
-from ldrld import LDRLD, data, losses, models, runs
-from ldrld.experiments import METHODS, VARIANTS, Profile, method_config
-from ldrld.fast import choose, kernel
-from ldrld.runs import RunConfig
-from ldrld.teacher import TeacherLogits
-from ldrld.train import Crops, Student, train_together
+from ldrld import LDRLD, data, losses, models
+from ldrld.data.augmentation import Crops
+from ldrld.experiments import runs
+from ldrld.experiments.catalog import METHODS, VARIANTS, Profile, method_config
+from ldrld.experiments.config import RunConfig
+from ldrld.losses.ldrld.analytic import choose, kernel
+from ldrld.training.loop import Student, train_together
+from ldrld.training.teacher import TeacherLogits
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 

@@ -2,13 +2,27 @@
 import pytest
 import torch
 
-from ldrld import data, losses, models, selfcheck
-from ldrld.checks import values_unseen
-from ldrld.experiments import METHODS, VARIANTS
-from ldrld.graphs import (EAGER, Address, CaptureError, Imitation, InFlight, Produced, Task, called, imitated, train_in_flight,
-                          why_eager)
-from ldrld.teacher import TeacherLogits
-from ldrld.train import Crops, Diverged, Student, draw, precision_used, train_together
+from ldrld import data, losses, models
+from ldrld.core.validation import values_unseen
+from ldrld.data.augmentation import Crops, draw
+from ldrld.experiments.catalog import METHODS, VARIANTS
+from ldrld.models.evaluation import precision_used
+from ldrld.training import selfcheck
+from ldrld.training.graphs import (
+    EAGER,
+    Address,
+    CaptureError,
+    Imitation,
+    InFlight,
+    Produced,
+    Task,
+    called,
+    imitated,
+    train_in_flight,
+    why_eager,
+)
+from ldrld.training.loop import Diverged, Student, train_together
+from ldrld.training.teacher import TeacherLogits
 
 ALL = {**METHODS, **{f"LDRLD, {name}": method for name, method in VARIANTS.items()}}
 CAPTURED = [name for name, m in ALL.items() if not why_eager(m.loss, m.args) and m.teacher == "plain"]
@@ -201,7 +215,7 @@ def test_a_check_that_fails_is_told(monkeypatch):
     monkeypatch.setattr(selfcheck, "IMAGES", 80)
     monkeypatch.setattr(selfcheck, "NETWORK", "resnet8")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(selfcheck, "begin_on", lambda device: None)
+    monkeypatch.setattr(selfcheck, "set_numerics", lambda device: None)
     monkeypatch.setattr(selfcheck, "captured", lambda function, *more: lambda: None)
     wrong = lambda device: selfcheck.recorded_equals_called("cpu")
     wrong.__name__ = "recorded_equals_called"

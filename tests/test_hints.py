@@ -1,15 +1,21 @@
 """Losses on features: every published pair, mixed precision, extremes, literal formulas, and pairs that do not fit."""
+import math
 from functools import lru_cache
 from types import SimpleNamespace
-
-import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from ldrld import losses, models
-from ldrld.losses.hints import FitNet, attention, distances_and_angles, jump_log_probabilities, normal_nll, similarities
+from ldrld.losses.features.hints import (
+    FitNet,
+    attention,
+    distances_and_angles,
+    jump_log_probabilities,
+    normal_nll,
+    similarities,
+)
 from ldrld.models import Features
 
 NAMES = ("fitnet", "at", "sp", "pkt", "rkd", "vid", "crd", "ofd", "reviewkd")

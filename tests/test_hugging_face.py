@@ -10,7 +10,7 @@ from ldrld import losses
 
 missing = [name for name in ("transformers", "accelerate") if importlib.util.find_spec(name) is None]
 pytestmark = pytest.mark.skipif(bool(missing), reason=f"{' and '.join(missing)} not installed")
-GUIDE = Path(__file__).parent.parent / "nbs" / "guides" / "40_hugging_face.ipynb"
+GUIDE = Path(__file__).parent.parent / "nbs" / "tutorials" / "hugging_face.ipynb"
 DEFINITIONS = ("import tempfile", "def llama", "torch.manual_seed(0)\ndata =", "class DistillationTrainer",
                "folder = ", "class ObviousTrainer", "class Plain")
 
@@ -18,7 +18,7 @@ DEFINITIONS = ("import tempfile", "def llama", "torch.manual_seed(0)\ndata =", "
 @pytest.fixture(scope="module")
 def guide():
     "What the guide defines, from its own cells."
-    import ldrld.vision  # noqa: F401, lets transformers import a torchvision whose build does not match torch's
+    import ldrld.core.torchvision  # noqa: F401, lets transformers import a torchvision whose build does not match torch's
     made = {}
     threads = torch.get_num_threads()
     for cell in json.loads(GUIDE.read_text(encoding="utf-8"))["cells"]:

@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 
 import ldrld
-from ldrld import LDRLD, adw_weights, checks, losses, paths
-from ldrld.loss import LogitLoss, relation_terms
-from ldrld.relations import dway_kl, pair_indices, pair_kl, remaining_kl, top_d, two_way_kl
+from ldrld import LDRLD, adw_weights, losses
+from ldrld.core import paths, validation
+from ldrld.losses.base import LogitLoss
+from ldrld.losses.ldrld.loss import relation_terms
+from ldrld.losses.relations import dway_kl, pair_indices, pair_kl, remaining_kl, top_d, two_way_kl
 
 VECTORS = json.loads((paths.published() / "ldrld_test_vectors.json").read_text(encoding="utf-8"))
 TERMS = ("ce", "pairs", "llki", "rntk")
@@ -348,7 +350,7 @@ def test_a_new_loss_is_one_decorator():
         class MSE(LogitLoss):
             def __init__(self, weight: float = 2.0):
                 super().__init__()
-                self.weight = checks.number("weight", weight, at_least=0.0)
+                self.weight = validation.number("weight", weight, at_least=0.0)
 
             def terms(self, student_logits, teacher_logits, target=None):
                 return {"mse": self.weight * F.mse_loss(student_logits, teacher_logits.detach())}

@@ -9,8 +9,18 @@ import torch.nn.functional as F
 from torch import nn
 
 from ldrld import losses, models
-from ldrld.losses.memory import (AttentionFusion, Memory, by_class, draw_others, generator_on, hierarchical_context,
-                                 margins_of, nce, norms_before_activation, partial_square)
+from ldrld.losses.features.memory import (
+    AttentionFusion,
+    Memory,
+    by_class,
+    draw_others,
+    generator_on,
+    hierarchical_context,
+    margins_of,
+    nce,
+    norms_before_activation,
+    partial_square,
+)
 from ldrld.models import Features
 
 LABELS = torch.tensor([3, 0, 0, 1, 3, 1, 0, 0, 2, 0, 3, 1])

@@ -2,9 +2,11 @@
 import pytest
 import torch
 
-from ldrld import losses, runs
-from ldrld.experiments import METHODS, VARIANTS, Profile, method_config
-from ldrld.runs import load_record, name_of
+from ldrld import losses
+from ldrld.experiments import runs
+from ldrld.experiments.catalog import METHODS, VARIANTS, Profile, method_config
+from ldrld.experiments.config import name_of
+from ldrld.experiments.records import load_record
 
 SHORT = dict(recipe="onecycle", epochs=2, lr=0.02)
 P = Profile(name="t", data="digits", dataset="digits", pairs=(("resnet14", "resnet8"),), teacher=dict(SHORT, epochs=3), student=SHORT)

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from golden_networks import fill, pictures, summary
 
-from ldrld import models, paths
+from ldrld import models
+from ldrld.core import paths
 
 golden = json.loads((Path(__file__).parent / "golden" / "networks.json").read_text())
 with open(paths.published() / "architectures.csv", newline="") as file:

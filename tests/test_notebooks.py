@@ -11,13 +11,19 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from ldrld.batch import with_kernel
+from ldrld.batch.scheduler import with_kernel
 
 ROOT = Path(__file__).parent.parent
 NBS = ROOT / "nbs"
-NOTEBOOKS = sorted([*NBS.glob("*.ipynb"), *(NBS / "guides").glob("*.ipynb"), *(NBS / "run").glob("*.ipynb"), *(NBS / "paper").glob("*.ipynb")])
-OPTIONAL = {"40_hugging_face": ("transformers", "accelerate")}  # without these its cells are skipped
+NOTEBOOKS = sorted(p for p in NBS.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+OPTIONAL = {"hugging_face": ("transformers", "accelerate")}  # without these its cells are skipped
+READ_RECORDS = ("lesson/02_weights", "experiments/catalog", "experiments/plan", "results/claims")
 NUMBER = re.compile(r"(?<![\w.])[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
+
+
+def name_of(path):
+    """A notebook's place under nbs/, such as "lesson/03_loss"."""
+    return str(path.relative_to(NBS).with_suffix(""))
 
 
 def texts(cell):
@@ -40,10 +46,10 @@ def test_agreement_can_fail():
     assert not agree("loss 1.00", "gain 1.00", numbers=False)
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
 def test_notebook(path, tmp_path, monkeypatch):
     if path.stem != "index": monkeypatch.setenv("LDRLD_OUT", str(tmp_path))
-    if path.parent.name in ("paper", "guides") or path.stem in ("82_experiments", "83_plan", "92_claims"):
+    if path.parent.name in ("paper", "tutorials") or name_of(path) in READ_RECORDS:
         for evidence in ("runs/quick", "bench", "tables/quick-tune"): shutil.copytree(ROOT / "data" / evidence, tmp_path / "data" / evidence)
     stored = json.loads(path.read_text(encoding="utf-8"))
     fresh = nbformat.read(path, as_version=4)

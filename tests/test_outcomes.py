@@ -8,10 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldrld import losses, models, runs
-from ldrld.report import collect, save_table, shown, summarise, verify_table
-from ldrld.runs import Divergence, RunConfig, code_of, divergence_path, load_divergence, load_record, name_of, odd_records
-from ldrld.train import Diverged, Student, set_numerics, train_together
+from ldrld import losses, models
+from ldrld.core.files import sha256_of
+from ldrld.core.provenance import code_of
+from ldrld.experiments import runs
+from ldrld.experiments.config import RunConfig, name_of
+from ldrld.experiments.records import Divergence, divergence_path, load_divergence, load_record, odd_records
+from ldrld.models.evaluation import set_numerics
+from ldrld.results.report import collect, save_table, shown, summarise, verify_table
+from ldrld.training.loop import Diverged, Student, train_together
 
 ROOT = Path(__file__).parent.parent
 GOOD = RunConfig(dataset="digits", model="resnet8", recipe="onecycle", epochs=2, lr=0.1)
@@ -153,7 +158,7 @@ def test_a_packed_folder_knows_whether_it_is_what_was_packed(tmp_path, monkeypat
     monkeypatch.setenv("LDRLD_ROOT", str(tmp_path))
     (tmp_path / "ldrld").mkdir()
     (tmp_path / "ldrld" / "a.py").write_text("x = 1\n")
-    files = {"ldrld/a.py": runs.sha256_of(tmp_path / "ldrld" / "a.py")}
+    files = {"ldrld/a.py": sha256_of(tmp_path / "ldrld" / "a.py")}
     (tmp_path / "packed.json").write_text(json.dumps({"version": "1", "commit": "c", "changed": False, "files": files}))
     assert code_of() == {"version": "1", "commit": "c", "changed": False, "as_packed": True}
     (tmp_path / "ldrld" / "a.py").write_text("x = 2\n")

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from ldrld import runs
-from ldrld.pack import MIB, PACKED, Limits, collect, deliveries, in_pieces, merge, pack
-from ldrld.runs import KEPT, RunConfig, load_record, name_of
-from ldrld.schedule import Cost, fitting, kind_of
+from ldrld.batch.pack import MIB, PACKED, Limits, collect, deliveries, in_pieces, merge, pack
+from ldrld.batch.priority import Cost, fitting, kind_of
+from ldrld.experiments import runs
+from ldrld.experiments.config import RunConfig, name_of
+from ldrld.experiments.records import KEPT, load_record
 
 TEACHER = {"model": "resnet14", "recipe": "onecycle", "epochs": 2, "lr": 0.1}
 
@@ -96,7 +97,8 @@ HIDDEN = {"torchvision", "pandas", "matplotlib", "statsmodels", "PIL", "papermil
 def test_nothing_but_torch_and_the_wheels_is_needed(there):
     """With every other package hidden, all runs are carried out, weights and model card included."""
     import re
-    from ldrld.pack import NEEDED
+
+    from ldrld.batch.pack import NEEDED
     assert {re.sub("-", "_", n).replace("pyyaml", "yaml") for n in NEEDED} == WHEELS
     bare = BARE.format(hidden=HIDDEN)
     env = {k: v for k, v in os.environ.items() if not k.startswith("LDRLD_") and k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
@@ -110,7 +112,7 @@ def test_changed_code_is_seen(there):
     (there / "ldrld" / "loss.py").write_text((there / "ldrld" / "loss.py").read_text() + "\n")
     process = carry_out(there)
     said, _ = process.communicate(timeout=60)
-    assert process.returncode == 1 and "ldrld/loss.py is damaged: deliver it again" in said
+    assert process.returncode == 1 and "ldrld/losses/ldrld/loss.py is damaged: deliver it again" in said
 
 
 def test_an_undelivered_file_is_named(there):
@@ -200,7 +202,7 @@ def test_limits_of_what_comes_back(tmp_path):
     left = collect(out, "t", home, Limits(files=6, file=16 * MIB), [f"run{k}" for k in range(4)])
     assert left == ["weights/run3.safetensors: 40.0 MiB"]
     assert len(list(home.iterdir())) <= 6 and all(p.stat().st_size <= 16 * MIB for p in home.iterdir())
-    from ldrld.pack import _joined, _members
+    from ldrld.batch.pack import _joined, _members
     found = {n: c for p in home.glob("part-*.tar") for n, c in _members(p.read_bytes(), p.name).items()}
     whole = _joined(found)
     assert all(whole[f"weights/run{k}.safetensors"] == (place / f"run{k}.safetensors").read_bytes() for k in range(3))

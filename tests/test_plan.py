@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ldrld import plan
-from ldrld.experiments import EXPERIMENTS, profile
-from ldrld.runs import load_record, name_of
+from ldrld.experiments import plan
+from ldrld.experiments.catalog import EXPERIMENTS, profile
+from ldrld.experiments.config import name_of
+from ldrld.experiments.records import load_record
 
 ROOT = Path(__file__).parent.parent
 PLANNED = ("quick", "small")

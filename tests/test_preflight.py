@@ -11,11 +11,17 @@ import nbformat
 import pytest
 import torch
 
-from ldrld import batch, data, models, paths, preflight, runs
-from ldrld.experiments import batch as runs_of
-from ldrld.experiments import profile
-from ldrld.report import what_waits
-from ldrld.runs import KEPT, RunConfig, invented, name_of, write_whole
+from ldrld import data, models
+from ldrld.batch import preflight, scheduler
+from ldrld.core import paths
+from ldrld.core.files import write_whole
+from ldrld.experiments import records, runs
+from ldrld.experiments.catalog import batch as runs_of
+from ldrld.experiments.catalog import profile
+from ldrld.experiments.config import RunConfig, name_of
+from ldrld.experiments.records import KEPT
+from ldrld.experiments.runs import invented
+from ldrld.results.report import what_waits
 
 ROOT = Path(__file__).parent.parent
 YAML = """data: handwritten digits
@@ -114,7 +120,7 @@ def test_other_images_and_an_odd_teacher_are_told(mine, tmp_path):
     (paths.records("mine") / f"{student}.json").unlink()
     path = paths.records("mine") / f"{next(n for n in names if n not in (teacher, student))}.json"
     path.write_text(path.read_text().replace(data.load("digits").fingerprint, "0" * 64))
-    with pytest.raises(preflight.NotReady, match="its pictures have changed") as error: batch.reproduce(mine, notebooks=False)
+    with pytest.raises(preflight.NotReady, match="its pictures have changed") as error: scheduler.reproduce(mine, notebooks=False)
     assert str(error.value).count("\n") == 1
     path.write_text(path.read_text().replace("0" * 64, data.load("digits").fingerprint))
     own = next(config for config, _ in runs_of(mine) if name_of(config) == student)
@@ -147,23 +153,23 @@ def test_one_number_for_what_is_finished(mine):
 
 def test_a_fresh_clone_runs_nothing_again_for_weights_that_nobody_needs(mine):
     names = pretend(mine, without=("weights",))
-    assert batch.missing(mine) == []
+    assert scheduler.missing(mine) == []
     student = next(n for n in names if "-kd-" in n)
     (paths.records("mine") / f"{student}.json").unlink()
-    todo = batch.missing(mine)
+    todo = scheduler.missing(mine)
     assert [name_of(c) for c, _ in todo] == [student, names[names.index(name_of(todo[0][0].teacher))]] and todo[1][1] == ("weights",)
-    assert batch.taken_up_again(todo, "mine").endswith(f"weights of {name_of(todo[0][0].teacher)}")
+    assert scheduler.taken_up_again(todo, "mine").endswith(f"weights of {name_of(todo[0][0].teacher)}")
     write_whole(KEPT["weights"](name_of(todo[0][0].teacher), "mine"), "pretended")
-    assert [name_of(c) for c, _ in batch.missing(mine)] == [student]
+    assert [name_of(c) for c, _ in scheduler.missing(mine)] == [student]
 
 
 def test_the_committed_profiles_count_alike():
     for p in ("quick", "small"):
-        planned, todo = runs_of(p), batch.missing(p)
-        finished = sum(runs.finished(config, p) for config, _ in planned)
+        planned, todo = runs_of(p), scheduler.missing(p)
+        finished = sum(records.finished(config, p) for config, _ in planned)
         assert f"{finished} of the {len(planned)} runs" in what_waits(p)
-        assert len([c for c, _ in todo if not runs.finished(c, p)]) == len(planned) - finished
-        assert batch.taken_up_again(todo, p).count("insight of") == (p == "small")
+        assert len([c for c, _ in todo if not records.finished(c, p)]) == len(planned) - finished
+        assert scheduler.taken_up_again(todo, p).count("insight of") == (p == "small")
 
 
 # ---- leftovers ------------------------------------------------------------------------------------------------------
@@ -181,7 +187,7 @@ def test_what_a_killed_process_left_is_swept(mine):
         os.utime(path, (old, old))
     young = paths.tables("mine") / f"u.md.{gone.pid}.tmp"       # perhaps another machine's, at it now
     write_whole(young, "half")
-    assert sorted(batch.sweep(mine)) == sorted(places)
+    assert sorted(scheduler.sweep(mine)) == sorted(places)
     assert all(path.exists() for path in (*kept, young)) and not any(path.exists() for path in places) and (paths.records("mine") / f"{names[0]}.json").exists()
     ignored = subprocess.run(["git", "check-ignore", f"data/runs/quick/a.json.{gone.pid}.tmp", f"figures/quick/f.md.{gone.pid}.tmp", f"data/teachers/quick/.w.safetensors.{gone.pid}.part"], cwd=ROOT, capture_output=True, text=True)
     assert len(ignored.stdout.splitlines()) == 3
@@ -192,10 +198,10 @@ def test_a_checkpoint_that_is_in_use_or_needed_stays(mine):
     checkpoint = paths.work(names[0]) / "checkpoint.pt"
     write_whole(checkpoint, "half")
     with runs.lock_of(names[0]):
-        busy = subprocess.run([sys.executable, "-c", f"from ldrld import batch; print(batch.sweep({mine!r}))"], capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        busy = subprocess.run([sys.executable, "-c", f"from ldrld import batch; print(scheduler.sweep({mine!r}))"], capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert busy.stdout.strip() == "[]", busy.stderr
     (paths.records("mine") / f"{names[0]}.json").unlink()
-    assert batch.sweep(mine) == [] and checkpoint.exists()
+    assert scheduler.sweep(mine) == [] and checkpoint.exists()
 
 
 # ---- terminals, kernels, folders ------------------------------------------------------------------------------------
@@ -225,7 +231,7 @@ def test_a_broken_kernelspec_of_ones_own_does_not_matter(tmp_path, monkeypatch):
     monkeypatch.setenv("LDRLD_OUT", str(tmp_path))
     (tmp_path / "nbs").mkdir()
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("import sys; print(sys.executable)")]), tmp_path / "nbs" / "one.ipynb")
-    assert batch.execute("one.ipynb", "once", {}, "try").status == "done"
+    assert scheduler.execute("one.ipynb", "once", {}, "try").status == "done"
     assert sys.executable in (tmp_path / "runs/executed/try/once.ipynb").read_text()
 
 

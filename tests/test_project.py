@@ -55,7 +55,7 @@ def test_run_and_paper_notebooks_have_one_parameters_cell(notebook):
     assert not any(re.search(r"^#\|\s*export", "".join(c["source"]), re.M) for c in cells(notebook))
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda n: n.stem)
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda n: f"{n.parent.name}/{n.stem}")
 def test_notebooks_are_readable(notebook):
     for c in cells(notebook):
         source = "".join(c["source"])

@@ -4,8 +4,9 @@ import math
 import pandas as pd
 import pytest
 
-from ldrld import models, paths
-from ldrld.published import beside, disagreements, load, lookup, sources
+from ldrld import models
+from ldrld.core import paths
+from ldrld.experiments.published import beside, disagreements, load, lookup, sources
 
 
 def test_files_are_whole():

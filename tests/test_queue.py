@@ -10,9 +10,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from ldrld import batch, paths
-from ldrld.experiments import EXPERIMENTS, GRID, batch as runs_of, chosen, method_of, profile
-from ldrld.runs import Paused, load_record, name_of, run
+from ldrld.batch import scheduler
+from ldrld.core import paths
+from ldrld.experiments.catalog import EXPERIMENTS, GRID, chosen, method_of, profile
+from ldrld.experiments.catalog import batch as runs_of
+from ldrld.experiments.config import name_of
+from ldrld.experiments.records import load_record
+from ldrld.experiments.runs import Paused, run
 
 ROOT = Path(__file__).parent.parent
 SEARCHING = """
@@ -62,7 +66,7 @@ def test_the_paper_profile_begins_with_what_is_worth_most():
 
 def test_cohorts_keep_the_order_and_leave_teachers_alone():
     runs = runs_of("small")
-    packed = batch.cohorts(runs, 5)
+    packed = scheduler.cohorts(runs, 5)
     assert sorted(name_of(c) for cohort in packed for c, _ in cohort) == sorted(name_of(c) for c, _ in runs)
     place = {name_of(c): i for i, (c, _) in enumerate(runs)}
     starts = [place[name_of(cohort[0][0])] for cohort in packed]
@@ -83,7 +87,7 @@ def task(folder: Path, name: str, status: str = "done"):
     status = status.removesuffix("killed once") or "done"
     time.sleep(0.2)
     (folder / f"{name} ended").write_text(str(time.time()))
-    return [batch.Outcome(name, status)]
+    return [scheduler.Outcome(name, status)]
 
 
 def test_what_needs_another_waits_for_it_and_nothing_else_does(tmp_path, monkeypatch):
@@ -91,7 +95,7 @@ def test_what_needs_another_waits_for_it_and_nothing_else_does(tmp_path, monkeyp
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     names, needs = ["teacher", "student", "alone", "bad teacher", "its student"], {"student": {"teacher"}, "its student": {"bad teacher"}}
     tasks = [([name], task, tmp_path, name, "failed" if name == "bad teacher" else "done") for name in names]
-    outcomes = {o.name: o.status for o in batch.in_parallel("tasks", tasks, 2, needs)}
+    outcomes = {o.name: o.status for o in scheduler.in_parallel("tasks", tasks, 2, needs)}
     assert outcomes == {"teacher": "done", "student": "done", "alone": "done", "bad teacher": "failed", "its student": "paused"}
     when = {name: float((tmp_path / name).read_text()) for name in names if (tmp_path / name).exists()}
     assert "its student" not in when and when["student"] >= float((tmp_path / "teacher ended").read_text()) > when["alone"]
@@ -104,7 +108,7 @@ def test_a_killed_process_costs_only_its_own_task(tmp_path, monkeypatch):
     kinds = (("first", "done"), ("second", "killed"), ("third", "done"), ("fourth", "killed once"), ("fifth", "done"))
     tasks = [([name], task, tmp_path, name, status) for name, status in kinds]
     for jobs in (1, 2):
-        outcomes = {o.name: o for o in batch.in_parallel("tasks", tasks, jobs)}
+        outcomes = {o.name: o for o in scheduler.in_parallel("tasks", tasks, jobs)}
         assert {name: o.status for name, o in outcomes.items()} == {name: "failed" if name == "second" else "done" for name, _ in kinds}
         assert "killed twice" in outcomes["second"].detail
         (tmp_path / "fourth was killed").unlink()
@@ -114,7 +118,7 @@ def test_what_needs_a_task_that_was_killed_once_still_comes_after_it(tmp_path, m
     monkeypatch.setenv("LDRLD_OUT", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     tasks = [(["teacher"], task, tmp_path, "teacher", "killed once"), (["student"], task, tmp_path, "student", "done")]
-    assert [o.status for o in batch.in_parallel("tasks", tasks, 2, {"student": {"teacher"}})] == ["done", "done"]
+    assert [o.status for o in scheduler.in_parallel("tasks", tasks, 2, {"student": {"teacher"}})] == ["done", "done"]
     assert float((tmp_path / "student").read_text()) > float((tmp_path / "teacher ended").read_text())
 
 
@@ -123,7 +127,7 @@ import sys
 from pathlib import Path
 from ldrld import batch
 from tests.test_queue import sleeper
-if __name__ == "__main__": batch.in_parallel("tasks", [([n], sleeper, Path(sys.argv[1]), n) for n in ("a", "b")], 2)
+if __name__ == "__main__": scheduler.in_parallel("tasks", [([n], sleeper, Path(sys.argv[1]), n) for n in ("a", "b")], 2)
 """
 
 
@@ -132,7 +136,7 @@ def sleeper(folder: Path, name: str):
     (folder / f"{name}.part").write_text(str(os.getpid()))
     (folder / f"{name}.part").rename(folder / f"{name}.pid")
     time.sleep(600)
-    return [batch.Outcome(name, "done")]
+    return [scheduler.Outcome(name, "done")]
 
 
 def alive(number: int) -> bool:

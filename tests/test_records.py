@@ -10,9 +10,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from ldrld import claims, paths, report, runs
-from ldrld.experiments import EXPERIMENTS, Profile
-from ldrld.runs import invented, load_record, name_of, odd_records, records, write_whole
+from ldrld.core import paths
+from ldrld.core.files import write_whole
+from ldrld.experiments.catalog import EXPERIMENTS, Profile
+from ldrld.experiments.config import name_of
+from ldrld.experiments.records import OddRecord, load_record, odd_records, records
+from ldrld.experiments.runs import invented
+from ldrld.results import claims, report
 
 ROOT = Path(__file__).parent.parent
 SCHEDULE = dict(recipe="onecycle", epochs=2, lr=0.1)
@@ -101,9 +105,9 @@ def test_an_edited_record_is_named_and_the_rest_goes_on(made, edit):
     said = str(error.value)
     assert said.startswith(str(path)) and "\n" not in said and len(said) < 1500, said
     assert list(odd_records("toy")) == [name]
-    with pytest.warns(runs.OddRecord, match=name): assert len(records("toy")) == len(made) - 1
+    with pytest.warns(OddRecord, match=name): assert len(records("toy")) == len(made) - 1
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", runs.OddRecord)
+        warnings.simplefilter("ignore", OddRecord)
         table = report.summarise(report.collect("same_architecture", TOY), "same_architecture").set_index("method")
         assert table["n"].to_dict() == {"CE": 3, "KD": 2, "LDRLD": 3} and table.loc["LDRLD", "pairs"] == 2
         wrong = report.verify_table("same_architecture", TOY)

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ldrld import losses, models
-from ldrld.losses.reuse import bridge, class_maps, drawn, finish, handed_on, regional_logits
+from ldrld.losses.features.classifier_reuse import bridge, class_maps, drawn, finish, handed_on, regional_logits
+from ldrld.losses.relations import dway_kl
 from ldrld.models.parts import classify
-from ldrld.relations import dway_kl
 
 PAIRS = [("resnet56", "resnet20"), ("resnet32x4", "resnet8x4"), ("wrn_40_2", "wrn_16_2"), ("vgg13", "vgg8"),
          ("resnet32x4", "ShuffleV1"), ("resnet32x4", "ShuffleV2"), ("vgg13", "MobileNetV2"), ("ResNet50", "vgg8")]

@@ -9,8 +9,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from ldrld import losses, models, paths, runs
-from ldrld.runs import RunConfig, name_of
+from ldrld import losses, models
+from ldrld.core import paths
+from ldrld.experiments import records, runs
+from ldrld.experiments.config import RunConfig, name_of
 
 ROOT = Path(__file__).parent.parent
 SHORT = {"dataset": "digits", "recipe": "onecycle", "lr": 0.1, "epochs": 2}
@@ -63,9 +65,9 @@ def test_a_run_leaves_a_record_and_is_not_done_twice(out):
     said = []
     assert runs.run(STUDENT, "t", report=said.append) == record and "finished before" in said[0]
     assert not list(out.rglob("*.tmp")) and not list(out.rglob("checkpoint.pt"))
-    weights = runs.KEPT["weights"](record.name, "t")
+    weights = records.KEPT["weights"](record.name, "t")
     z = runs.logits_of(models.load_weights(models.build("resnet8", 10), weights), *[getattr(runs.data.load("digits"), f) for f in ("test_images", "mean", "std")])
-    kept = __import__("numpy").load(runs.KEPT["logits"](record.name, "t"))["logits"]
+    kept = __import__("numpy").load(records.KEPT["logits"](record.name, "t"))["logits"]
     assert (z.argmax(1).numpy() == kept.argmax(1)).mean() > 0.98  # weights in half precision, logits from the full ones
 
 
@@ -74,7 +76,7 @@ def test_measures_say_more_than_accuracy(out):
     assert {"agreement", "overlap", "kendall"} & teacher.measures.keys() == set() and student.measures["kendall"] <= 1
     assert student.measures["parameters"] == student.measures["used_parameters"] and student.measures["extra_parameters"] == 0
     assert 0 <= student.measures["ece"] <= 100 and student.measures["top5"] >= student.last_accuracy
-    kept = __import__("numpy").load(runs.KEPT["insight"](student.name, "t"))
+    kept = __import__("numpy").load(records.KEPT["insight"](student.name, "t"))
     assert kept["maps"].shape[0] == kept["pictures"].shape[0] == 8 and kept["pooled"].shape[1] == 64
 
 
@@ -91,7 +93,7 @@ def test_a_run_on_altered_data(out, settings):
 
 def test_a_lost_file_is_made_again_and_the_record_stays(out):
     record = runs.run(TEACHER, "t", keep=("weights",), report=None)
-    before, weights = (paths.records("t") / f"{record.name}.json").read_bytes(), runs.KEPT["weights"](record.name, "t")
+    before, weights = (paths.records("t") / f"{record.name}.json").read_bytes(), records.KEPT["weights"](record.name, "t")
     first = weights.read_bytes()
     weights.unlink()
     runs.run(TEACHER, "t", keep=("weights",), report=None)
@@ -104,7 +106,7 @@ def test_an_edited_or_damaged_record_is_refused(out):
     text = file.read_text()
     for damage in (text[:100], text.replace('"epochs": 2', '"epochs": 3'), "", "[]"):
         file.write_text(damage)
-        with pytest.raises(ValueError, match="run again"): runs.load_record(record.name, "t")
+        with pytest.raises(ValueError, match="run again"): records.load_record(record.name, "t")
 
 
 SCRIPT = """
@@ -141,7 +143,7 @@ def test_killed_paused_or_undisturbed_the_weights_are_the_same(tmp_path):
 
 def test_two_processes_make_one_teacher(tmp_path):
     configs = [STUDENT.model_copy(update={"seed": s}) for s in (3, 4)]
-    code = ("import sys, torch; torch.set_num_threads(1); from ldrld.runs import RunConfig, run; "
+    code = ("import sys, torch; torch.set_num_threads(1); from ldrld.experiments.runs import RunConfig, run; "
             "run(RunConfig.model_validate_json(sys.argv[1], strict=False), 't', report=print)")
     env = {**os.environ, "LDRLD_OUT": str(tmp_path), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     both = [subprocess.Popen([sys.executable, "-c", code, c.model_dump_json()], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for c in configs]
@@ -173,7 +175,7 @@ def test_together_each_learns_what_it_learns_alone(out, monkeypatch):
     together = runs.run_together([(CE, ()), (STUDENT, ("logits",)), (LDRLD, ("weights",))], "together", report=None)
     assert [without_times(r) for r in together] == [without_times(r) for r in alone]
     assert [r.together for r in alone] == [1, 1, 1] and [r.together for r in together] == [3, 3, 3]
-    assert runs.KEPT["logits"](name_of(STUDENT), "together").exists() and runs.KEPT["weights"](name_of(LDRLD), "together").exists()
+    assert records.KEPT["logits"](name_of(STUDENT), "together").exists() and records.KEPT["weights"](name_of(LDRLD), "together").exists()
     assert not list(out.rglob("checkpoint.pt"))
 
 
@@ -208,7 +210,7 @@ def test_runs_that_see_other_pictures_are_not_trained_together(out, other):
 
 
 def test_cohorts_are_packed_in_order_and_evenly():
-    from ldrld.batch import cohorts
+    from ldrld.batch.scheduler import cohorts
     make = lambda loss, seed, **args: (RunConfig(model="resnet8", loss=loss, loss_args=args, teacher=None if loss == "ce" else TEACHER, seed=seed, **SHORT), ())
     todo = [make("ldrld", seed, depth=d) for d in (2, 3, 4, 5, 6, 7) for seed in (0, 1)] + [make("ce", 0)]
     packed = cohorts(todo, 5)
@@ -219,7 +221,7 @@ def test_cohorts_are_packed_in_order_and_evenly():
 
 def test_a_compiled_network_learns_the_same_to_rounding(out, monkeypatch):
     from ldrld.data import load
-    from ldrld.train import Student, train_together
+    from ldrld.training.loop import Student, train_together
     monkeypatch.setattr(torch, "compile", lambda model, **how: torch._dynamo.optimize("aot_eager")(model))  # inductor needs a C++ compiler
     digits, results = load("digits"), []
     for compiled in (False, True):
@@ -235,7 +237,7 @@ def test_a_compiled_network_learns_the_same_to_rounding(out, monkeypatch):
 @pytest.mark.parametrize("recipe", ["crd", "crd-warmup", "ldrld-released", "onecycle"])
 def test_training_follows_the_schedule_of_its_recipe(out, recipe):
     from ldrld.data import load
-    from ldrld.train import schedule, train
+    from ldrld.training.loop import schedule, train
     digits, epochs = load("digits"), 8
     rows = list(train(models.build("resnet8", 10), losses.build("ce"), digits, recipe=recipe, epochs=epochs, lr=0.1, batch_size=600))
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.1, momentum=0.9)

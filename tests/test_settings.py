@@ -4,9 +4,9 @@ import time
 import pytest
 from pydantic import ValidationError
 
-from ldrld.experiments import profile
-from ldrld.runs import RunConfig, explain
-from ldrld.settings import assigned, read
+from ldrld.core.settings import assigned, read
+from ldrld.experiments.catalog import profile
+from ldrld.experiments.config import RunConfig, explain
 
 GOOD = """
 data: handwritten digits

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from ldrld import losses
-from ldrld.losses.targets import kl_within, log_odds, swapped
-from ldrld.losses.views import TwoViews, operations, strong_view
-from ldrld.relations import dway_kl
+from ldrld.losses.relations import dway_kl
+from ldrld.losses.logits.multi_view import TwoViews, operations, strong_view
+from ldrld.losses.logits.targets import kl_within, log_odds, swapped
 
 WITH_VIEWS = [name for name in losses.available("pictures") if issubclass(losses.registry._losses[name], TwoViews)]
 DATA = SimpleNamespace(mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))

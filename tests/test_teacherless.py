@@ -9,8 +9,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from ldrld import losses, models
-from ldrld.losses.teacherless import class_centroids, divergence_from_centroids, log_mixture, log_odds, zipf_labels
-from ldrld.train import logits_of
+from ldrld.losses.logits.teacher_free import (
+    class_centroids,
+    divergence_from_centroids,
+    log_mixture,
+    log_odds,
+    zipf_labels,
+)
+from ldrld.models.evaluation import logits_of
 
 
 @pytest.fixture(autouse=True)

@@ -11,17 +11,17 @@ def python(code, *folders):
 
 
 def test_what_the_project_uses_works():
-    got = python("from ldrld.vision import torchvision as t; t.transforms.RandomCrop(4); t.datasets.CIFAR100; t.utils.make_grid; print(t.__version__)")
+    got = python("from ldrld.core.torchvision import torchvision as t; t.transforms.RandomCrop(4); t.datasets.CIFAR100; t.utils.make_grid; print(t.__version__)")
     assert got.returncode == 0, got.stderr
 
 
 def test_another_error_passes_through(tmp_path):
     (tmp_path / "torchvision.py").write_text("raise RuntimeError('something else is wrong')")
-    got = python("import ldrld.vision", tmp_path)
+    got = python("import ldrld.core.torchvision", tmp_path)
     assert "something else is wrong" in got.stderr
 
 
 def test_a_matching_torchvision_is_left_alone(tmp_path):
     (tmp_path / "torchvision.py").write_text("__version__ = 'stand-in'")
-    got = python("import ldrld.vision as v; assert v.torchvision.__version__ == 'stand-in' and v._schemas is None", tmp_path)
+    got = python("import ldrld.core.torchvision as v; assert v.torchvision.__version__ == 'stand-in' and v._schemas is None", tmp_path)
     assert got.returncode == 0, got.stderr

@@ -4,8 +4,9 @@ import json
 import pytest
 import torch
 
-from ldrld import fast, losses
-from ldrld.losses.targets import swapped
+from ldrld import losses
+from ldrld.losses.ldrld import analytic
+from ldrld.losses.logits.targets import swapped
 from ldrld.losses.wrappers import Standardized, standardized
 
 WRAPPED = sorted(set(losses.available("logits")) - {"ce", "standardized", "corrected"})
@@ -104,8 +105,8 @@ def test_swapping_is_a_corrected_teacher_and_commutes_with_standardising():
 @pytest.mark.parametrize("name", ["standardized", "corrected"])
 def test_ldrld_goes_the_fast_way(name, monkeypatch):
     z_s, z_t, y = sample()
-    calls, analytic = [], fast.analytic
-    monkeypatch.setattr(fast, "analytic", lambda *a, **k: calls.append(1) or analytic(*a, **k))
+    calls, before = [], analytic.analytic
+    monkeypatch.setattr(analytic, "analytic", lambda *a, **k: calls.append(1) or before(*a, **k))
     loss, z = losses.build(name, loss="ldrld"), z_s.requires_grad_()
     quick = torch.autograd.grad(loss(z, z_t, y), z)[0]
     assert calls
@@ -133,7 +134,7 @@ def test_published_settings_build():
 
 
 def test_published_settings_go_with_the_wrapped_loss():
-    from ldrld.experiments import METHODS, VARIANTS, method_config, profile
+    from ldrld.experiments.catalog import METHODS, VARIANTS, method_config, profile
     given = lambda method, *pair: method_config(profile("paper"), pair, method).loss_args
     kd, dkd = (given(METHODS[name], "vgg13", "vgg8") for name in ("KD+LS", "DKD+LS"))
     assert (kd["loss_args"]["temperature"], kd["distill_weight"]) == (3.0, 9.0)
@@ -159,7 +160,7 @@ def test_refusals(name, arguments, parts):
 
 
 def test_a_loss_on_features_is_refused():
-    from ldrld.losses.features import FeatureLoss
+    from ldrld.losses.features.base import FeatureLoss
     try:
         losses.register("test-features")(type("TestFeatures", (FeatureLoss,), {}))
         with pytest.raises(ValueError, match="loss must be one on the logits.*'test-features' looks at features"): losses.build("standardized", loss="test-features")

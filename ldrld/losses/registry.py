@@ -3,7 +3,7 @@ import inspect
 
 from torch import nn
 
-from ldrld.checks import unknown_name
+from ldrld.core.validation import unknown_name
 
 __all__ = ["register", "available", "build", "needs_teacher", "published_settings"]
 

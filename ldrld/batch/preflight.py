@@ -1,0 +1,111 @@
+"""What a batch needs, looked at in seconds before anything is started: notebooks, data, teachers, room on the disk.
+
+Each thing that is missing is said once, with what to do, in place of one traceback a run.
+"""
+import shutil
+import tempfile
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
+
+from ldrld import data, losses
+from ldrld.core import paths
+from ldrld.experiments.config import Pretrained, RunConfig, name_of
+from ldrld.experiments.records import KEPT, load_record
+from ldrld.experiments.runs import same_pictures
+
+__all__ = ["NotReady", "notebooks_for", "needs_of"]
+
+SPARE = 200e6  # bytes for records, checkpoints, tables and figures
+
+
+class NotReady(RuntimeError):
+    """Something that a batch needs is not there; the message says what, and what to do."""
+
+    def __init__(self, problems: list[str]):
+        lines = "\n".join(problems).splitlines()
+        super().__init__("\n  ".join(["not started, since something is missing:", *lines]))
+
+
+def notebooks_for(names: Iterable[str]) -> list[str]:
+    """What stands in the way of executing notebooks; empty if nothing does.
+
+    names: paths under `nbs/`, such as "run/train.ipynb".
+    """
+    absent = [name for name in names if not (paths.notebooks() / name).is_file()]
+    if absent:
+        more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+        return [f"notebooks: {absent[0]}{more} not under {paths.notebooks()}; work in a checkout of ldrld, "
+                "or set LDRLD_ROOT to one"]
+    if find_spec("papermill"): return []
+    return ['notebooks: papermill is not installed; pip install "ldrld[run]", or train with --direct']
+
+
+def _images(names: Iterable[str]) -> tuple[dict, list[str]]:
+    """The data sets by name, and what is wrong with the others; of Tiny-ImageNet, minutes to read, only whether it is there."""
+    images, problems = {}, []
+    for name in sorted(names):
+        large = name == "tiny-imagenet"
+        if large and any((paths.data_root() / folder).is_dir() for folder in (name, f"{name}-200")): continue
+        try: images[name] = data.load(name)
+        except (OSError, ValueError) as error: problems.append(f"data: {name}: {error}")
+    return images, problems
+
+
+def _teacher(config: RunConfig, folder: str) -> list[str]:
+    """What is wrong with a teacher's record and weights, as far as they are there; what is not there is made."""
+    from ldrld.experiments.model_cards import (  # here, because that module is needed for nothing else
+        card_path,
+        complaints,
+    )
+
+    name = name_of(config)
+    try:
+        load_record(name, folder)
+        if not (KEPT["weights"](name, folder).exists() and card_path(name, folder).exists()): return []
+        return [f"teacher: {name}: {what}" for what in complaints(name, folder)]
+    except ValueError as error: return [f"teacher: {error}"]
+
+
+def _table_bytes(config: RunConfig, images) -> dict[Path, int]:
+    """Where a teacher's logits for a run lie, and how much is to be written of them; empty for a run that reads none."""
+    loss = losses.build(config.loss, **config.loss_args)
+    if config.teacher is None or loss.needs_features or loss.alters_pictures: return {}
+    folder = paths.work(name_of(config.teacher))
+    views = (2 * images.padding + 1) ** 2 * (2 if images.flip else 1)
+    size = len(images.train_labels) * views * (len(images.classes) + 1) * 2
+    there = any(path.stat().st_size >= 0.5 * size for path in folder.glob("logits-*.bin"))
+    return {} if there else {folder: size}
+
+
+def _disk(needed: float) -> list[str]:
+    """Whether results can be written, and whether there is room for so many bytes."""
+    try:
+        paths.out().mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=paths.out()).close()
+    except OSError as error:
+        return [f"disk: {paths.out()} cannot be written to ({error.strerror}); choose another folder with --out"]
+    free = shutil.disk_usage(paths.out()).free
+    if free >= needed: return []
+    return [f"disk: {paths.out()} has {free / 1e9:.1f} GB left, about {needed / 1e9:.1f} GB are needed for the teachers' "
+            "logits and the results; make room, or choose another folder with --out"]
+
+
+def needs_of(todo: list[RunConfig], finished: list[RunConfig], folder: str) -> list[str]:
+    """What stands in the way of runs; empty if nothing does.
+
+    todo: the runs.  finished: others of the profile, whose images new runs must share.  folder: of the records.
+    """
+    if not todo: return []
+    images, problems = _images({config.dataset for config in todo})
+    for config in finished:
+        if config.dataset not in images or config.dataset == "cifar100": continue    # its files are checked by loading
+        try: same_pictures(load_record(name_of(config), folder), images[config.dataset])
+        except ValueError as error: problems.append(f"data: {error}")
+    teachers = {name_of(config.teacher): config.teacher for config in todo if config.teacher}
+    for teacher in teachers.values():
+        if not isinstance(teacher, Pretrained): problems += _teacher(teacher, folder)
+    tables: dict[Path, int] = {}
+    for config in todo:
+        if config.dataset in images: tables |= _table_bytes(config, images[config.dataset])
+    return list(dict.fromkeys([*problems, *_disk(SPARE + sum(tables.values()))]))

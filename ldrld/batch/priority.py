@@ -1,0 +1,158 @@
+"""What of a batch can be finished in a given time: measured on the machine itself, in the order of worth."""
+import time
+from dataclasses import dataclass
+
+import torch
+
+from ldrld import models
+from ldrld.batch.pack import MIB, Limits
+from ldrld.core import paths
+from ldrld.core.provenance import default_device
+from ldrld.experiments.config import RunConfig, name_of
+from ldrld.experiments.runs import Hangar, begin_on, start
+from ldrld.models.evaluation import precision_used
+from ldrld.training.graphs import InFlight, why_eager
+from ldrld.training.loop import epochs_trained
+from ldrld.training.teacher import TeacherLogits
+
+__all__ = ["Cost", "measured_costs", "plan_by_worth", "fitting"]
+
+MEASURING = 20.0  # seconds for all networks together
+SAFETY = 1.15  # a run may take so much longer than it was measured to
+CHECKPOINT = 2.2  # bytes of a checkpoint for each byte of float32 parameters: weights, momentum and history
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run of a kind costs here.
+
+    begin: seconds before its first step.  epoch: seconds an epoch, with as many in flight as planned.
+    table: seconds for its teacher's logits, which the first of the teacher's students waits for.
+    """
+    begin: float
+    epoch: float
+    table: float = 0.0
+
+
+def kind_of(config: RunConfig) -> tuple:
+    """What decides a run's cost: network, teacher, data, batch, and whether the loss looks inside the networks."""
+    return config.model, config.teacher and name_of(config.teacher), config.dataset, config.batch_size, config.loss if why_eager(config.loss, config.loss_args) else ""
+
+
+def measured_costs(runs: list[tuple[RunConfig, tuple[str, ...]]], profile: str, at_once: int, seconds: float = MEASURING) -> dict[tuple, Cost]:
+    """The cost of every kind of run, from some steps of its students side by side, trained on cross-entropy alone.
+
+    runs: configurations and what is kept.  at_once: students in flight.  seconds: for all kinds together.
+    The loss is a small part of a step, and a teacher's table is computed once: a student without its teacher tells enough.
+    """
+    device, costs, tables = default_device(), {}, {}
+    begin_on(device)
+    hangar, kinds = Hangar(profile, device), {}
+    for config, _ in runs: kinds.setdefault((config.model, config.dataset, config.batch_size), config)
+    for key, config in kinds.items():
+        costs[key] = _measured(config, hangar, at_once if device == "cuda" else 1, seconds / len(kinds))
+    for config, _ in runs:
+        if config.teacher and name_of(config.teacher) not in tables: tables[name_of(config.teacher)] = _table_seconds(config, hangar)
+    of = lambda c: costs[c.model, c.dataset, c.batch_size]
+    return {kind_of(c): Cost(of(c).begin, of(c).epoch, tables[name_of(c.teacher)] if c.teacher else 0.0) for c, _ in runs}
+
+
+def _measured(config: RunConfig, hangar: Hangar, at_once: int, seconds: float) -> Cost:
+    """The cost of one network's runs, from steps of some students side by side."""
+    device, began = hangar.device, time.perf_counter()
+    alone = RunConfig(**{**config.model_dump(), "loss": "ce", "loss_args": {}, "teacher": None})
+    task, images, _ = hangar.task_for(alone)
+    flights = []
+    for _ in range(at_once):
+        student = start(alone, images, device)
+        student.checkpoint = None                               # a trial, which leaves nothing behind
+        flights.append(InFlight(student, task))
+    for flight in flights: flight.advance()
+    _settle(device)
+    begin, handed_out, started = time.perf_counter() - began, 0, time.perf_counter()
+    while time.perf_counter() - started < seconds and not flights[0].between_epochs:
+        for flight in flights: flight.advance()
+        handed_out += InFlight.CHUNK
+        _settle(device)
+    taken = time.perf_counter() - started if handed_out else begin
+    step = taken / max(handed_out, InFlight.CHUNK) / at_once
+    return Cost(begin / at_once, step * flights[0].steps)
+
+
+def _table_seconds(config: RunConfig, hangar: Hangar) -> float:
+    """How long a teacher's logits for every crop would take, from some of them; 0 where they are computed as they are needed."""
+    if hangar.device != "cuda": return 0.0
+    task, images, _ = hangar.task_for(RunConfig(**{**config.model_dump(), "loss": "ce", "loss_args": {}, "teacher": None}))
+    network = models.build(config.teacher.model, len(images.classes)).to(hangar.device)
+    table = TeacherLogits(network, task.crops, len(images.classes), None, precision_used(config.precision, hangar.device), 4096)
+    index = torch.arange(16384, device=hangar.device) % task.crops.n
+    table.compute(index[:4096], torch.zeros_like(index[:4096]))     # libraries choose their algorithms
+    _settle(hangar.device)
+    started = time.perf_counter()
+    table.compute(index, torch.zeros_like(index))
+    _settle(hangar.device)
+    return (time.perf_counter() - started) / len(index) * task.crops.n * task.crops.views
+
+
+def _settle(device: str) -> None:
+    if device == "cuda": torch.cuda.synchronize()
+
+
+def checkpoint_bytes(config: RunConfig) -> float:
+    """About how large a run's checkpoint is."""
+    with torch.device("meta"): size = sum(p.numel() for p in models.build(config.model, 100).parameters())
+    return 4 * size * CHECKPOINT
+
+
+def fitting(runs: list[tuple[RunConfig, tuple[str, ...]]], seconds: float, costs: dict[tuple, Cost], done: dict[str, int],
+            largest: float) -> tuple[list, list[str]]:
+    """The runs to begin, in their order, and why each of the others is not begun.
+
+    runs: in the order of worth, teachers before their students.  seconds: that are left.  costs: by kind of run.
+    done: epochs that each run has behind it.  largest: bytes of the largest checkpoint that can be brought home.
+    A run that can be finished is begun. One that cannot is begun only if nothing else is, and its checkpoint can be brought home.
+    """
+    chosen, reasons, left, names = [], [], seconds, {name_of(c) for c, _ in runs}
+    finished: set[str] = set()
+    tables: set[str] = set()
+    for run in runs:
+        config, name = run[0], name_of(run[0])
+        if config.teacher and name_of(config.teacher) in names - finished:
+            reasons.append(f"{name}: its teacher will not be finished")
+            continue
+        cost = costs[kind_of(config)]
+        table = cost.table if config.teacher and name_of(config.teacher) not in tables else 0.0
+        need = SAFETY * (cost.begin + table + cost.epoch * (config.epochs - done.get(name, 0)))
+        if need <= left:
+            chosen.append(run)
+            finished.add(name)
+            if config.teacher: tables.add(name_of(config.teacher))
+            left -= need
+            continue
+        home = checkpoint_bytes(config) <= largest
+        if home and left > table + 10 * cost.epoch and not why_eager(config.loss, config.loss_args):
+            chosen.append(run)                                    # what is left of the time makes a checkpoint
+            reasons.append(f"{name}: needs {need:.0f} s, {max(left, 0):.0f} s are left; its checkpoint comes home")
+            left = 0.0
+        else:
+            why = "" if home else f", and its checkpoint, {checkpoint_bytes(config) / MIB:.0f} MiB, is too large to be brought home"
+            reasons.append(f"{name}: needs {need:.0f} s, {max(left, 0):.0f} s are left{why}")
+    return chosen, reasons
+
+
+def plan_by_worth(runs: list[tuple[RunConfig, tuple[str, ...]]], profile: str, seconds: float, at_once: int, limits: Limits, say) -> list:
+    """The runs that are begun in the time that is left; says which are not, and why.
+
+    runs: in the order of worth.  seconds: that are left, measuring included.  at_once: students in flight.
+    limits: of what can be brought home.  say: called with each line.
+    """
+    if seconds == float("inf"): return runs
+    began = time.monotonic()
+    costs = measured_costs(runs, profile, at_once, min(MEASURING, seconds / 10))
+    for network, epoch in {(kind[0], cost.epoch): None for kind, cost in costs.items()}: say(f"measured: {network}, {epoch:.2f} s an epoch")
+    done = {name_of(c): epochs_trained(paths.work(name_of(c)) / "checkpoint.pt") for c, _ in runs}
+    room = limits.file * max(limits.files - 3, 1)
+    chosen, reasons = fitting(runs, seconds - (time.monotonic() - began), costs, done, room)
+    say(f"{len(chosen)} of {len(runs)} runs are begun")
+    for reason in reasons: say(f"not finished here: {reason}")
+    return chosen

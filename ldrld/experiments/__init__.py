@@ -1,0 +1,1 @@
+"""Runs and their records, methods and profiles, the evidence plan, tuning, batches."""

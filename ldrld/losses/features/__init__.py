@@ -1,0 +1,1 @@
+"""Losses on features inside the networks."""

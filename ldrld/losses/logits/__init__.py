@@ -1,0 +1,1 @@
+"""Losses on logits, and those that need no teacher."""

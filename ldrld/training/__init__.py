@@ -1,0 +1,1 @@
+"""The training loop, the engine of CUDA graphs, the teacher's logits, metrics."""

@@ -17,7 +17,7 @@ test: $(VENV)/ready  ## all tests
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lab: $(VENV)/ready  ## read and run the notebooks
-	$(BIN)/jupyter lab nbs $(if $(filter 0,$(shell id -u)),--allow-root)
+	$(BIN)/jupyter lab nbs/index.ipynb $(if $(filter 0,$(shell id -u)),--allow-root)
 
 readme: $(VENV)/ready  ## README.md from nbs/index.ipynb
 	$(BIN)/jupyter nbconvert --log-level=ERROR --to markdown --no-input --output-dir . --output README nbs/index.ipynb

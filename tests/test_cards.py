@@ -404,7 +404,7 @@ def test_the_command_on_files(out, tmp_path):
 
 @pytest.mark.parametrize("reached, code", [(72.40, 0), (71.0, 1)])
 def test_a_checkpoint_that_is_not_the_published_one_is_told(reached, code, tmp_path, monkeypatch, capsys):
-    from ldrld.cli import compare_files
+    from ldrld.cli.teachers import compare_files
     monkeypatch.setattr(model_cards, "pictures", lambda *_: data.ImageData(*["stands for CIFAR-100", *[None] * 4, range(100), *[None] * 7]))
     monkeypatch.setattr(model_cards, "measured", lambda *_: reached)
     assert compare_files([checkpoint_at(tmp_path / "ckpt.pth", "resnet56", 100)], "cifar100", keep=False) == code
@@ -439,7 +439,7 @@ def test_a_teacher_s_file_may_have_any_name(name, out, tmp_path):
 
 
 def test_what_is_meant_by_a_teacher(tmp_path, monkeypatch):
-    from ldrld.cli import is_file
+    from ldrld.cli.run import is_file
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("resnet14", "ResNet-14", "resnt14", "WRN_16_1"): assert not is_file(name)

@@ -109,7 +109,8 @@ def test_nothing_but_torch_and_the_wheels_is_needed(there):
 
 def test_changed_code_is_seen(there):
     """A file that is not what was packed stops everything; a record could not say what made it."""
-    (there / "ldrld" / "loss.py").write_text((there / "ldrld" / "loss.py").read_text() + "\n")
+    loss = there / "ldrld" / "losses" / "ldrld" / "loss.py"
+    loss.write_text(loss.read_text() + "\n")
     process = carry_out(there)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 1 and "ldrld/losses/ldrld/loss.py is damaged: deliver it again" in said

@@ -198,7 +198,7 @@ def test_a_checkpoint_that_is_in_use_or_needed_stays(mine):
     checkpoint = paths.work(names[0]) / "checkpoint.pt"
     write_whole(checkpoint, "half")
     with runs.lock_of(names[0]):
-        busy = subprocess.run([sys.executable, "-c", f"from ldrld import batch; print(scheduler.sweep({mine!r}))"], capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        busy = subprocess.run([sys.executable, "-c", f"from ldrld.batch import scheduler; print(scheduler.sweep({mine!r}))"], capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert busy.stdout.strip() == "[]", busy.stderr
     (paths.records("mine") / f"{names[0]}.json").unlink()
     assert scheduler.sweep(mine) == [] and checkpoint.exists()

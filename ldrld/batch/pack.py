@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path, PurePosixPath
 
+import ldrld
 from ldrld import data
 from ldrld.core import paths
 from ldrld.core.files import sha256_of, write_whole
@@ -168,7 +169,8 @@ def _copy(source: Path, target: Path) -> None:
 
 def _copy_code(folder: Path) -> None:
     """Copy what training needs of the project."""
-    for path in sorted(Path(__file__).parent.rglob("*.py")): _copy(path, folder / "ldrld" / path.relative_to(Path(__file__).parent))
+    package = Path(ldrld.__file__).parent
+    for path in sorted(package.rglob("*.py")): _copy(path, folder / "ldrld" / path.relative_to(package))
     _copy(paths.root() / "settings.ini", folder / "settings.ini")
     for path in sorted(paths.published().glob("*")): _copy(path, folder / "data" / "published" / path.name)
 

@@ -1,0 +1,44 @@
+"""The command line: `ldrld --help`. Each command has a file of its own."""
+
+import codecs
+import sys
+import warnings
+
+# in the order of --help
+from ldrld.cli import reproduce, run, status, verify, tune, pack, teachers, bench, data  # noqa: F401
+from ldrld.cli.app import app
+
+__all__ = ["app", "main"]
+
+ASCII = {
+    "→": "->",
+    "±": "+-",
+    "×": "x",
+    "−": "-",
+    "–": "-",
+    "…": "...",
+    "≥": ">=",
+    "≤": "<=",
+    "α": "alpha",
+    "β": "beta",
+    "“": '"',
+    "”": '"',
+    "·": ".",
+}
+
+
+def in_ascii(error: UnicodeError) -> tuple[str, int]:
+    """What a terminal shows of a character that it does not have."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(ASCII.get(c, "?") for c in error.object[error.start : error.end]), error.end
+
+
+def main():
+    """Entry point of the `ldrld` command."""
+    codecs.register_error("ldrld", in_ascii)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="ldrld")
+    warnings.filterwarnings("ignore", message="left out: ")  # odd records, which the commands list themselves
+    app()

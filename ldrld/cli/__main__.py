@@ -1,0 +1,5 @@
+"""`python -m ldrld.cli`."""
+
+from ldrld.cli import main
+
+main()

@@ -1,0 +1,151 @@
+"""What the commands share: the application, its options, and how a batch begins and ends."""
+
+import os
+import re
+import sys
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+try:
+    import typer
+except ModuleNotFoundError:
+    sys.exit('the ldrld command needs more than the loss does: pip install "ldrld[run]"')
+
+
+class Commands(typer.core.TyperGroup):
+    """The commands; one that is interrupted, by Ctrl-C or SIGTERM, says what that means."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            print(
+                "\nstopped; what is finished is kept, and the epochs trained of what is not: call again to go on",
+                file=sys.stderr,
+            )
+            ctx.exit(143 if type(stop).__name__ == "Terminated" else 130)
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Reproduce LDRLD: run experiments, make tables and figures, check every number.",
+)
+
+
+def tell_version(wanted: bool) -> None:
+    """Print the version and end."""
+    if not wanted:
+        return
+    from ldrld import __version__
+
+    print(f"ldrld {__version__}")
+    raise typer.Exit()
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=tell_version, is_eager=True, help="Print the version.")
+    ] = False,
+):
+    """Reproduce LDRLD: run experiments, make tables and figures, check every number."""
+
+
+Profile = Annotated[str, typer.Option(help="quick, small, paper, or a YAML file with a profile of your own.")]
+
+
+Only = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="An experiment's name, see `ldrld status`; may be repeated. Default: those that the profile selects."
+    ),
+]
+
+
+Jobs = Annotated[int, typer.Option(min=1, help="Processes at a time, of one thread each.")]
+
+
+Out = Annotated[Path | None, typer.Option(help="Folder for records, tables and figures. Default: the project itself.")]
+
+
+def seconds(text: str) -> float:
+    """A time such as `90`, `90s`, `9m` or `1.5h`, in seconds."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh]?)\s*", text)
+    if not found:
+        raise typer.BadParameter(f"{text!r} is not a time; expected something like 90s, 9m or 1.5h")
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
+
+
+def start(profile: str, only: list[str] | None = None, out: Path | None = None) -> tuple[str, ...]:
+    """Check the names before anything is started; returns the experiments asked for."""
+    from ldrld.core.validation import known
+    from ldrld.experiments.catalog import EXPERIMENTS, selected
+    from ldrld.experiments.catalog import profile as profile_of
+
+    try:
+        selected(profile_of(profile))
+        chosen = tuple(known("--only", name, list(EXPERIMENTS)) for name in only or ())
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from None
+    if out is not None:
+        os.environ["LDRLD_OUT"] = str(out.resolve())
+    return chosen
+
+
+@contextmanager
+def ready():
+    """Say in one place what is missing, and exit with 1, where something cannot be started."""
+    from ldrld.batch.preflight import NotReady
+
+    try:
+        yield
+    except NotReady as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
+def tell_odd(profile: str) -> list[str]:
+    """The records of a profile that cannot be believed, one line each."""
+    from ldrld.experiments.records import odd_records
+
+    return [f"odd record, left out: {why}" for why in odd_records(profile).values()]
+
+
+def end(outcomes, profile: str) -> None:
+    """Print what became of each run and where the results are; exit code 1 if one failed or a record is odd."""
+    from ldrld.core import paths
+    from ldrld.experiments.catalog import profile as profile_of
+
+    profile = profile_of(profile).name
+    count = lambda status: sum(o.status == status for o in outcomes)
+    lost = f", {count('diverged')} diverged" if count("diverged") else ""
+    print(f"{count('done')} done, {count('paused')} paused, {count('failed')} failed{lost}")
+    for o in outcomes:
+        if o.status == "diverged":
+            print(f"  {o.detail.splitlines()[0]}")
+    for o in outcomes:
+        if o.status == "failed":
+            print(f"  failed: {o.name}: {o.detail.splitlines()[0]}")
+    reasons = Counter(re.sub(r"^.*: (?=paused after)", "", o.detail) for o in outcomes if o.status == "paused")
+    for why, n in reasons.items():
+        print(f"  {n} paused: {why}")
+    if count("paused"):
+        print("  call again to go on with what is paused")
+    named = {o.name for o in outcomes if o.status == "failed"}
+    odd = [line for line in tell_odd(profile) if not any(name in line for name in named)]
+    for line in odd:
+        print(f"  {line}")
+    for what, folder in {
+        "records": paths.records(profile),
+        "tables": paths.tables(profile),
+        "figures": paths.figures(profile),
+        "executed notebooks": paths.executed(profile),
+    }.items():
+        if folder.exists():
+            print(f"  {what}: {paths.shown(folder)}")
+    if count("failed") or odd:
+        raise typer.Exit(1)

@@ -1,0 +1,74 @@
+"""`ldrld bench`: what things cost on this machine."""
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from ldrld.cli.app import Out, app
+
+
+@app.command()
+def bench(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Names of benchmarks; an unknown one lists them. Default: all."
+        ),
+    ] = None,
+    small: Annotated[
+        bool, typer.Option("--small", help="Small sizes, a few seconds each: shows that all works, and is kept apart.")
+    ] = False,
+    full: Annotated[bool, typer.Option("--full", help="Also what needs some ten gigabytes of memory.")] = False,
+    again: Annotated[
+        bool, typer.Option("--again", help="Measure anew what was measured on this machine before.")
+    ] = False,
+    out: Out = None,
+):
+    """Measure what the loss, training and every method cost on this machine, then draw all measurements."""
+    if small and full:
+        raise typer.BadParameter("--small and --full exclude each other")
+    if out is not None:
+        os.environ["LDRLD_OUT"] = str(out.resolve())
+    from ldrld.batch import scheduler
+    from ldrld.batch.preflight import notebooks_for
+    from ldrld.bench.graphs import graphs  # noqa: F401, registers itself
+    from ldrld.bench.methods import methods  # noqa: F401, likewise
+    from ldrld.bench.timing import BENCHMARKS, folder_for, measure
+    from ldrld.bench.training import training  # noqa: F401, likewise
+    from ldrld.core import paths
+    from ldrld.core.validation import known
+
+    try:
+        chosen = [BENCHMARKS[known("benchmark", name, list(BENCHMARKS))] for name in names or BENCHMARKS]
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    scale = "small" if small else "full" if full else "usual"
+    for b in chosen:
+        measure(b.name, scale, again)
+    folder = folder_for(scale)
+    notebooks = dict.fromkeys(b.notebook for b in chosen)
+    if problems := notebooks_for(f"paper/{n}.ipynb" for n in notebooks):
+        print(
+            "\n".join(
+                [f"measurements: {paths.shown(paths.measurements(folder))}", "no tables and figures:", *problems]
+            ),
+            file=sys.stderr,
+        )
+        raise typer.Exit(1)
+    outcomes = scheduler.in_parallel(
+        "tables and figures",
+        [([n], scheduler.execute_one, f"paper/{n}.ipynb", n, {"profile": folder}, folder) for n in notebooks],
+        1,
+    )
+    for what, place in {
+        "measurements": paths.measurements(folder),
+        "tables": paths.tables(folder),
+        "figures": paths.figures(folder),
+        "executed notebooks": paths.executed(folder),
+    }.items():
+        if place.exists():
+            print(f"{what}: {paths.shown(place)}")
+    if any(o.status == "failed" for o in outcomes):
+        raise typer.Exit(1)

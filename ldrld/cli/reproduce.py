@@ -1,0 +1,97 @@
+"""`ldrld reproduce` and `ldrld report`: runs, then tables and figures."""
+
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ldrld.cli.app import Jobs, Only, Out, Profile, app, end, ready, seconds, start
+
+
+def graphs_wanted(engine: str) -> bool:
+    """Whether an engine's name asks for CUDA graphs here."""
+    from ldrld.core.provenance import default_device
+    from ldrld.core.validation import known
+
+    try:
+        known("--engine", engine, ["auto", "eager", "graph"])
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    return engine == "graph" or (engine == "auto" and default_device().startswith("cuda"))
+
+
+@app.command()
+def reproduce(
+    profile: Profile = "quick",
+    only: Only = None,
+    jobs: Jobs = 2,
+    out: Out = None,
+    time_budget: Annotated[
+        str | None, typer.Option(help="Stop after about this long, e.g. 9m; call again to go on.")
+    ] = None,
+    cohort_size: Annotated[
+        int,
+        typer.Option(
+            "--cohort-size",
+            min=1,
+            help="Students at most that share a pass over the images; more are quicker, fewer leave their records "
+                 "sooner.",
+        ),
+    ] = 5,
+    together: Annotated[int | None, typer.Option(min=1, hidden=True, help="Earlier name of --cohort-size.")] = None,
+    planned: Annotated[
+        bool,
+        typer.Option(
+            "--planned",
+            help="The runs of the profile's plan, data/plan/PROFILE.yaml, in place of those of its experiments.",
+        ),
+    ] = False,
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="eager: the usual loop; graph: CUDA graphs, which a CPU imitates; auto: graph where there is a GPU."
+        ),
+    ] = "auto",
+    at_once: Annotated[int, typer.Option(min=1, help="Students in flight with CUDA graphs.")] = 8,
+    direct: Annotated[bool, typer.Option("--direct", hidden=True, help="Earlier name of --no-notebooks.")] = False,
+    no_notebooks: Annotated[
+        bool,
+        typer.Option(
+            "--no-notebooks",
+            help="Train without notebooks: needs neither papermill nor Jupyter; without papermill the tables and "
+                 "figures wait for `ldrld report`.",
+        ),
+    ] = False,
+):
+    """Make every run that is not finished, then all tables and figures."""
+    budget = seconds(time_budget) if time_budget else math.inf
+    chosen = start(profile, only, out)
+    from ldrld.batch import scheduler
+
+    with ready():
+        outcomes = scheduler.reproduce(
+            profile,
+            chosen,
+            jobs,
+            budget,
+            notebooks=not (direct or no_notebooks),
+            together=together or cohort_size,
+            plan=planned,
+            graphs=graphs_wanted(engine),
+            at_once=at_once,
+        )
+    if line := scheduler.compare_with_committed(Path(profile).stem):
+        print(line)
+    end(outcomes, profile)
+
+
+@app.command()
+def report(profile: Profile = "quick", only: Only = None, jobs: Jobs = 2, out: Out = None):
+    """Make tables and figures again from the records; trains nothing."""
+    chosen = start(profile, only, out)
+    from ldrld.batch import scheduler
+
+    with ready():
+        outcomes = scheduler.report(profile, chosen, jobs)
+    end(outcomes, profile)

@@ -1,0 +1,93 @@
+"""`ldrld run`: one run."""
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ldrld.cli.app import Out, app
+
+
+def is_file(teacher: str) -> bool:
+    """Whether a teacher is meant as a file. ValueError for a name that is a file and a network."""
+    from ldrld import models
+
+    path = Path(teacher).expanduser()
+    plain = teacher == path.name  # without a folder
+    try:
+        known = plain and bool(models.canonical(teacher))
+    except ValueError:
+        known = False
+    if known and path.exists():
+        raise ValueError(f"teacher={teacher!r} is a network and also a file here; for the file say teacher=./{teacher}")
+    return not known and (path.exists() or not plain or path.suffix != "")
+
+
+@app.command()
+def run(
+    settings: Annotated[
+        list[str],
+        typer.Argument(
+            help="name=value, e.g. model=resnet8 loss=ldrld loss_args.depth=5 teacher=resnet14 (or a file of weights)"
+        ),
+    ],
+    profile: Annotated[str, typer.Option(help="Folder of records under data/runs.")] = "try",
+    out: Out = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(help="weights, logits or insight (features and Grad-CAM maps), kept besides the record."),
+    ] = None,
+):
+    """Carry out one run; its record is the result."""
+    from pydantic import ValidationError
+
+    if out is not None:
+        os.environ["LDRLD_OUT"] = str(out.resolve())
+    if not re.fullmatch(r"\w[\w.-]*", profile):
+        raise typer.BadParameter(
+            f"--profile {profile!r}: expected the name of a folder, of letters, digits, dots and dashes"
+        )
+    from ldrld.core.settings import assigned
+
+    try:
+        given = assigned(settings)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    from ldrld.core import paths
+    from ldrld.core.validation import known
+    from ldrld.experiments.config import RunConfig, explain, name_of, pretrained
+    from ldrld.experiments.records import KEPT, divergence_path
+    from ldrld.experiments.runs import Diverged, Paused
+    from ldrld.experiments.runs import run as carry_out
+
+    try:
+        for k in keep or ():
+            known("--keep", k, list(KEPT))
+        teacher = given.get("teacher")
+        if isinstance(teacher, str) and is_file(teacher):
+            given["teacher"] = pretrained(Path(teacher).expanduser())
+        config = RunConfig(**given)
+    except ValidationError as error:
+        raise typer.BadParameter(explain(error)) from None
+    except (ValueError, FileNotFoundError) as error:
+        raise typer.BadParameter(str(error)) from None
+    try:
+        record = carry_out(config, profile, tuple(keep or ()))
+    except Diverged as diverged:
+        print(f"{diverged}\n(kept as {paths.shown(divergence_path(name_of(config), profile))}; delete it to try again)")
+        raise typer.Exit(1) from None
+    except Paused as pause:
+        print(pause)
+        raise typer.Exit(0) from None
+    except (
+        ValueError,
+        FileNotFoundError,
+    ) as error:  # such as a pair of networks that a loss on feature maps cannot join, or data that are not there
+        raise typer.BadParameter(str(error)) from None
+    print(
+        f"{record.last_accuracy:.2f} % after the last epoch, {record.best_accuracy:.2f} % at best (epoch "
+        f"{record.best_epoch}, chosen on {'held-out' if config.holdout else 'test'} data)"
+    )
+    print(f"record: {paths.shown(paths.records(profile) / record.name)}.json")

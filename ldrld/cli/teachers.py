@@ -1,0 +1,138 @@
+"""`ldrld teachers`: weights of teachers, and checkpoints of others."""
+
+import json
+import os
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ldrld.cli.app import Out, app
+
+
+def compare_files(files: list[Path], dataset: str, keep: bool) -> int:
+    """Say of each checkpoint what it is and what it reaches; returns how many are wrong."""
+    from ldrld.experiments.config import pretrained
+    from ldrld.experiments.model_cards import checkpoint
+
+    wrong = 0
+    for file in files:
+        try:
+            found = checkpoint(file, dataset)
+        except (ValueError, OSError) as error:
+            print(error)
+            wrong += 1
+            continue
+        wrong += found["disagrees"]
+        print(
+            f"{file}: {found['network']}, {found['classes']} classes, {found['bytes'] / 1e6:.1f} MB\n  SHA-256 "
+            f"{found['sha256']}"
+        )
+        print(
+            f"  accuracy on {dataset}: "
+            + (
+                f"{found['accuracy']:.2f} % (in float32, on pictures normalised by the data's own mean and deviation)"
+                if found["reason"] is None
+                else f"not measured: {found['reason']}"
+            )
+        )
+        print(f"  {found['verdict']}")
+        if keep:
+            print(f"  kept; as a teacher in a configuration: {json.dumps(pretrained(file).model_dump())}")
+        words = shlex.join([f"dataset={dataset}", "model=resnet8", "loss=ldrld", f"teacher={file}"])
+        print(f"  a student learns from it with: ldrld run {words}")
+    return wrong
+
+
+def list_teachers(profile: str | None, check: bool, write: bool) -> int:
+    """Show the teachers of one profile or of all; returns how many things are wrong."""
+    import pandas as pd
+
+    from ldrld.core import paths
+    from ldrld.core.validation import known
+    from ldrld.experiments.catalog import PROFILES
+    from ldrld.experiments.catalog import profile as profile_of
+    from ldrld.experiments.model_cards import listed, write_missing
+
+    there = sorted(p.name for p in paths.weights("").glob("*") if p.is_dir())
+    try:
+        chosen = (
+            there
+            if profile is None
+            else [
+                profile_of(profile).name
+                if profile.endswith((".yaml", ".yml"))
+                else known("--profile", profile, sorted({*there, *PROFILES}))
+            ]
+        )
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from None
+    wrong, tables = [], []
+    for name in chosen:
+        for path in write_missing(name) if write else ():
+            print(f"written: {paths.shown(path)}")
+        if (table := listed(name, check)).empty:
+            continue
+        wrong += [
+            f"{name}/{record}: {what}" for record, said in zip(table["record"], table.pop("wrong")) for what in said
+        ]
+        tables.append(table.assign(profile=name))
+    if not tables:
+        print(
+            f"no teacher under {paths.shown(paths.weights(chosen[0] if profile else ''))}; `ldrld reproduce` trains "
+            "some, --out says where they are"
+        )
+        return 0
+    table = pd.concat(tables).set_index("profile").reset_index()
+    shown = {
+        column: lambda value: "-" if pd.isna(value) else value if isinstance(value, str) else f"{value:.2f}"
+        for column in table
+    }
+    print(table.to_string(index=False, formatters=shown))
+    print("\n".join([*wrong, f"{len(table)} teachers, {len(wrong)} things wrong"]))
+    if check and (blind := int(table["measured, %"].isna().sum())):
+        print(f"{blind} not measured: the data are not at hand, the weights are not here, or something above is wrong")
+    return len(wrong)
+
+
+@app.command()
+def teachers(
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[FILE]...",
+            help="Checkpoints of others, whatever their suffix (what torch.save writes, or safetensors): each is "
+                 "identified, measured, and set beside what is published for its network.",
+        ),
+    ] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="Whose teachers to list. Default: of every profile that has some.")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Also load each and measure it where its data are at hand.")
+    ] = False,
+    write: Annotated[
+        bool, typer.Option("--write", help="Write the cards that are missing; those that are there are left alone.")
+    ] = False,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Keep a copy of each FILE where runs find it, as a teacher.")
+    ] = False,
+    dataset: Annotated[str, typer.Option("--data", help="The data set that the FILEs were trained on.")] = "cifar100",
+    out: Out = None,
+):
+    """List and check the teachers' weights, or compare checkpoints with published accuracies.
+
+    Exit code 1 if anything is wrong.
+    """
+    if files and (check or write or profile):
+        raise typer.BadParameter(
+            "--profile, --check and --write are about the project's own teachers; leave them or the FILEs out"
+        )
+    if keep and not files:
+        raise typer.BadParameter("--keep needs a FILE")
+    if out is not None:
+        os.environ["LDRLD_OUT"] = str(out.resolve())
+    wrong = compare_files(files, dataset, keep) if files else list_teachers(profile, check, write)
+    if wrong:
+        raise typer.Exit(1)

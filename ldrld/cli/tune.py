@@ -1,0 +1,91 @@
+"""`ldrld tune`: a search of hyper-parameters."""
+
+import math
+import os
+from typing import Annotated
+
+import typer
+
+from ldrld.cli.app import Out, Profile, app, seconds, start
+
+
+@app.command()
+def tune(
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="[SPACE]...", help="More of the space, after --space.")
+    ] = None,
+    profile: Profile = "quick",
+    loss: Annotated[str, typer.Option(help="The loss whose hyper-parameters are searched.")] = "ldrld",
+    teacher: Annotated[str | None, typer.Option(help="Default: of the profile's ablation pair.")] = None,
+    student: Annotated[str | None, typer.Option(help="Default: of the profile's ablation pair.")] = None,
+    space: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What to try, e.g. --space alpha=0.1..30:log depth=2..20 weighting=adw,none. Default: the loss's own."
+        ),
+    ] = None,
+    trials: Annotated[
+        int, typer.Option(min=1, help="In all, those of earlier calls included; the first one has the loss's defaults.")
+    ] = 30,
+    time_budget: Annotated[
+        str | None, typer.Option(help="Stop after about this long, e.g. 30m; call again to go on.")
+    ] = None,
+    holdout: Annotated[
+        float,
+        typer.Option(
+            help="Share of the training pictures of each class to compare on; the test set is never looked at."
+        ),
+    ] = 0.1,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Of a trial. Default: the profile's.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of a trial, whose mean counts.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Of the suggestions.")] = 0,
+    name: Annotated[
+        str | None,
+        typer.Option(help="Of the search. Default: from loss and pair; the same name goes on with the same search."),
+    ] = None,
+    out: Out = None,
+):
+    """Search a loss's hyper-parameters for a pair, on training pictures held out for it, never on the test set."""
+    import time
+
+    budget = seconds(time_budget) if time_budget else math.inf
+    start(profile, out=out)
+    import optuna
+    from pydantic import ValidationError
+
+    from ldrld.batch import tuning as searching
+    from ldrld.core import paths
+    from ldrld.experiments.catalog import ablation_pair
+    from ldrld.experiments.catalog import profile as profile_of
+    from ldrld.experiments.config import explain
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    p = profile_of(profile)
+    pair = (teacher or ablation_pair(p)[0], student or ablation_pair(p)[1])
+    if math.isfinite(budget):
+        os.environ["LDRLD_DEADLINE"] = str(time.time() + budget)
+    try:
+        chosen = searching.space_from([*(space or ()), *(words or ())]) or None
+        search = searching.search_for(p, loss, pair, chosen, holdout, epochs, name, seeds=seeds, seed=seed)
+    except ValidationError as error:
+        raise typer.BadParameter(explain(error)) from None
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from None
+    try:
+        table = searching.tune(search, trials)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    if table.empty:
+        print("no trial is finished yet; call again to go on")
+        return
+    searching.keep(search, table, p)
+    print(f"\n{searching.shown(search, table).head(10).to_string(index=False)}\n\n{searching.caption(search, table)}\n")
+    if (done := int(table["trial"].notna().sum())) < trials:
+        print(f"{done} of {trials} trials are finished; call again to go on")
+    print(f"best settings, on all training pictures and then tested:\n  {searching.next_step(search, table, p)}")
+    for what, place in {
+        "trials": paths.records(search.folder),
+        "table": paths.tables(search.folder) / f"{search.name}.csv",
+        "figure": paths.figures(search.folder) / f"{search.name}.svg",
+    }.items():
+        print(f"{what}: {paths.shown(place)}")

@@ -343,14 +343,14 @@ def test_a_missing_or_exchanged_file_is_told_and_nothing_is_trained(out, tmp_pat
     with pytest.raises(ValueError, match="has changed since.*--keep"): runs.run(config, "t", report=None)
     assert pretrained(tmp_path / "ckpt.pth") == given and file_of(given) == place
     place.unlink()
-    with pytest.raises(FileNotFoundError, match="is not there; hand the checkpoint over once more: ldrld teachers FILE --keep"): runs.run(config, "t", report=None)
+    with pytest.raises(FileNotFoundError, match="is missing; add the checkpoint again: ldrld teachers FILE --keep"): runs.run(config, "t", report=None)
     assert not paths.records("t").exists()
 
 
 @pytest.mark.parametrize("settings, said", [
     ({"teacher": {"model": "resnet8", "sha256": "0" * 63}}, "sha256"), ({"teacher": {"sha256": "0" * 64}}, "model"),
     ({"teacher": {"model": "resnet9", "sha256": "0" * 64}}, "no such network"), ({"teacher": {"model": "resnet8", "sha256": "0" * 64, "epochs": 3}}, "trained already"),
-    ({"teacher": {"model": "resnet8", "sha256": "0" * 64}, "holdout": 0.1}, "held-out"), ({"teacher": {"model": "resnet8", "sha256": "0" * 64}, "loss": "ce"}, "asks none"),
+    ({"teacher": {"model": "resnet8", "sha256": "0" * 64}, "holdout": 0.1}, "held-out"), ({"teacher": {"model": "resnet8", "sha256": "0" * 64}, "loss": "ce"}, "needs none"),
 ])
 def test_a_wrong_setting_of_a_file_is_refused(settings, said):
     with pytest.raises(ValidationError, match=said): RunConfig(**{"model": "resnet8", "loss": "kd", **SHORT, **settings})

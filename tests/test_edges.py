@@ -145,7 +145,7 @@ def test_a_loss_of_ones_own_gets_everything_right():
 def test_a_loss_that_writes_terms_as_before():
     z_s, z_t, _ = sample()
     torch.testing.assert_close(OldSquares()(z_s, z_t), F.mse_loss(z_s, z_t))
-    with pytest.raises(ValueError, match="loss must write row_terms"):
+    with pytest.raises(ValueError, match="loss must define row_terms"):
         linear_loss(OldSquares(), z_s, torch.zeros(20, 20), z_t, None)
 
 
@@ -515,14 +515,14 @@ def test_linear_loss_of_micro_batches(name, given):
 def test_linear_loss_refuses_what_compares_over_the_batch(name, given):
     h_s, h_t, W_s, W_t, target = hidden()
     loss = losses.build(name, **given)
-    with pytest.raises(ValueError, match=f"loss must compare row by row, but {type(loss).__name__} "):
+    with pytest.raises(ValueError, match=f"loss must be row-wise, but {type(loss).__name__} "):
         linear_loss(loss, h_s, W_s, h_t, W_t, target)
 
 
 @pytest.mark.parametrize("other", [losses.build("at"), nn.MSELoss(), "kd"], ids=["features", "module", "name"])
 def test_linear_loss_refuses_what_is_no_loss_on_logits(other):
     h_s, h_t, W_s, W_t, target = hidden()
-    with pytest.raises(ValueError, match="loss must be one on logits"): linear_loss(other, h_s, W_s, h_t, W_t, target)
+    with pytest.raises(ValueError, match="loss must be a loss on logits"): linear_loss(other, h_s, W_s, h_t, W_t, target)
 
 
 @pytest.mark.parametrize("at_once", [40, 200, 10**6])

@@ -278,7 +278,7 @@ def test_a_last_batch_of_one_image_is_told_before_training(model, batch_size, re
     if not refused:
         runs.start(config, one_left, "cpu")
         return
-    with pytest.raises(ValueError, match=rf"batch_size={batch_size}: of 641 training images one is left.*would do") as error: runs.start(config, one_left, "cpu")
+    with pytest.raises(ValueError, match=rf"batch_size={batch_size}: of 641 training images one is left.*would work") as error: runs.start(config, one_left, "cpu")
     fits = int(str(error.value).split("; ")[1].split()[0])
     assert images % fits != 1
     runs.start(config.model_copy(update={"batch_size": fits}), one_left, "cpu")

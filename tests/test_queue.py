@@ -125,7 +125,7 @@ def test_what_needs_a_task_that_was_killed_once_still_comes_after_it(tmp_path, m
 PARENT = """
 import sys
 from pathlib import Path
-from ldrld import batch
+from ldrld.batch import scheduler
 from tests.test_queue import sleeper
 if __name__ == "__main__": scheduler.in_parallel("tasks", [([n], sleeper, Path(sys.argv[1]), n) for n in ("a", "b")], 2)
 """

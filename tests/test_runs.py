@@ -112,7 +112,7 @@ def test_an_edited_or_damaged_record_is_refused(out):
 SCRIPT = """
 import os, sys, torch
 torch.set_num_threads(1)
-from ldrld import runs
+from ldrld.experiments import runs
 from tests.test_runs import STUDENT
 lines = []
 def report(line):

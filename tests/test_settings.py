@@ -43,7 +43,7 @@ def test_scalars_are_those_of_yaml_1_2(text, value):
     ("seeds: [0, 1", "line 1"), ("a: {b: 3", "line 1"), ("a: @x", "'@'"), ("\ta: 1", "line 1"),
     ("a: 1\na: 2", "'a' is given twice (line 1"), ("a: {b: 1, b: 2}", "'b' is given twice"),
     ("a: !!python/object:os.system x", "could not determine a constructor"), ("a: *nowhere", "undefined alias"),
-    ("a: &a [*a]", "within what it stands for"),
+    ("a: &a [*a]", "an alias contains itself"),
     ("[" * 3000 + "]" * 3000, "too deeply nested"), ("? {a: 1}\n: 2", "unhashable"), ("a: 1\n---\nb: 2", "expected"),
     ("\x00", "expected"), ("!!int x", "expected"),
     ("9" * 5000, "expected"), ("!!timestamp 2026-99-99", "expected"), ("<<: 3", "expected"),
@@ -61,7 +61,7 @@ def test_a_merge_is_no_key_given_twice():
 def test_an_anchor_bomb_is_refused_before_it_is_expanded():
     started = time.perf_counter()
     with pytest.raises(ValueError) as error: read(BOMB, "bomb.yaml")
-    assert len(BOMB) < 400 and "values, its aliases written out" in told(error) and time.perf_counter() - started < 2
+    assert len(BOMB) < 400 and "values with aliases expanded" in told(error) and time.perf_counter() - started < 2
     assert read("a: &x {b: 1}\nc: *x", "fine") == {"a": {"b": 1}, "c": {"b": 1}}, "an honest alias is read"
 
 
@@ -77,9 +77,9 @@ def test_a_profile_may_write_numbers_as_people_do(tmp_path):
     ("seeds: [-1]", "expected whole numbers from 0"), ("seeds: 3", "seeds=3"), ("seeds: [0.5]", "seeds.0=0.5"),
     ("depths: [1]", "depth must be"), ("temperatures: [0]", "temperature must be"),
     ("temperatures: [.inf]", "temperature must be"), ("dataset: digits", "given twice"),
-    ("name: mine", "leave `name` out"), ("1: 2", "1 is not the name of a field"), ("sedes: [1]", "sedes"),
+    ("name: mine", "leave `name` out"), ("1: 2", "1 is not a field name"), ("sedes: [1]", "sedes"),
     ("methods: [LDRD]", "LDRD"), ("student: {recipe: onecycle}", "given twice"),
-    (BOMB, "aliases written out"), ("methods: *x", "undefined alias"),
+    (BOMB, "aliases expanded"), ("methods: *x", "undefined alias"),
 ])
 def test_a_slip_in_a_profile_names_the_file(tmp_path, change, says):
     file = tmp_path / "mine.yaml"
@@ -129,8 +129,8 @@ def test_words_add_up():
     (["loss_args={depth: 3"], "'loss_args={depth: 3': "), (["teacher.lr=@x"], "'teacher.lr=@x': "),
     (["epochs"], "expected name=value"), (["=3"], "expected name=value"), (["a..b=3"], "expected name=value"),
     ([".a=3"], "expected name=value"), (["a.=3"], "expected name=value"),
-    (["epochs=3", "epochs.x=4"], "epochs was given as 3 before"),
-    (["loss=kd", "loss.temperature=3"], "loss was given as 'kd' before"),
+    (["epochs=3", "epochs.x=4"], "epochs was already set to 3"),
+    (["loss=kd", "loss.temperature=3"], "loss was already set to 'kd'"),
     (["a=&x [1]", "b=*x"], "undefined alias"), (["a=[*x]"], "undefined alias"),
     (["a={b: 1, b: 2}"], "'b' is given twice"),
 ])

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from ldrld import cli, data
-from ldrld.cli.run import run
+from ldrld.cli.run import run as run_command
 from ldrld.batch import tuning
 from ldrld.core import paths
 from ldrld.experiments import records, runs
@@ -146,7 +146,7 @@ def test_a_trial_of_several_seeds_is_their_mean(out):
 
 SCRIPT = """
 import os, sys, optuna
-from ldrld import tune
+from ldrld.batch import tuning
 from tests.test_tune import tiny_search
 def report(line):
     print(line, flush=True)
@@ -249,7 +249,7 @@ def test_the_command_at_the_end_names_the_run_of_the_profile(monkeypatch):
     for p, loss, args in ((profile("small"), "ldrld", {"alpha": 2.31, "depth": 5, "weighting": "none"}), (profile("paper"), "kd", {"temperature": 2.0}), (TINY, "ldrld", {"normalize": False})):
         pair = p.pairs[-1]
         program, run, *words = shlex.split(tuning.command(tuning.trial_config(p, pair, loss, **args), p.name))
-        with pytest.raises(typer.Exit): run(words[:-2], profile=words[-1])
+        with pytest.raises(typer.Exit): run_command(words[:-2], profile=words[-1])
         assert asked[-1] == (method_config(p, pair, Method(loss, args)), p.name) and (program, run) == ("ldrld", "run")
 
 

@@ -170,7 +170,7 @@ def _copy(source: Path, target: Path) -> None:
 def _copy_code(folder: Path) -> None:
     """Copy what training needs of the project."""
     package = Path(ldrld.__file__).parent
-    for path in sorted(package.rglob("*.py")): _copy(path, folder / "ldrld" / path.relative_to(package))
+    for path in sorted((*package.rglob("*.py"), *package.rglob("*.yaml"))): _copy(path, folder / "ldrld" / path.relative_to(package))
     _copy(paths.root() / "settings.ini", folder / "settings.ini")
     for path in sorted(paths.published().glob("*")): _copy(path, folder / "data" / "published" / path.name)
 

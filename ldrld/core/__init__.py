@@ -1,1 +1,1 @@
-"""What every room stands on: checks of arguments, files, paths, provenance. Imports nothing of the other rooms."""
+"""Shared foundations: argument checks, files, paths, provenance. Imports nothing from the other subpackages."""

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and their hashes."""
+"""Atomic file writes, and file hashes."""
 import hashlib
 import os
 from pathlib import Path
@@ -7,9 +7,9 @@ __all__ = ["write_whole", "sha256_of"]
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all; once this returns, a power cut does not take it back.
+    """Write a file atomically and durably: once this returns, it survives a power failure.
 
-    path: the file; its folder is made.  text: what it shall hold, written as UTF-8.
+    path: the file; its folder is created if missing.  text: the content, written as UTF-8.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.tmp")

@@ -1,31 +1,32 @@
-"""Where things are: the only module that knows.
+"""All paths of the project, in one place.
 
-`nbdev_test`, papermill and JupyterLab start notebooks in different folders, so nothing else may use a relative path.
+`nbdev_test`, papermill and JupyterLab start notebooks in different folders, so no other module uses relative paths.
 """
 import os
 import re
 from pathlib import Path
 
-__all__ = ["shown", "root", "out", "data_root", "records", "tables", "figures", "weights", "work", "executed", "published", "plans", "notebooks", "measurements"]
+__all__ = ["shown", "root", "out", "data_root", "records", "tables", "figures", "weights", "work", "executed",
+           "published", "plans", "notebooks", "measurements"]
 
 
 OURS = re.compile(rb"^lib_name\s*=\s*ldrld\s*$", re.M)
 
 
 def _is_ours(settings: Path) -> bool:
-    """Whether this is our `settings.ini`; others have files of that name, in any encoding, perhaps not for us to read."""
+    """Whether this is our `settings.ini`; other projects use that name too, in any encoding, perhaps unreadable."""
     try: return OURS.search(settings.read_bytes()) is not None
     except OSError: return False
 
 
 def shown(path: str | os.PathLike) -> str:
-    """A path as people read it: from the current folder where there is a way, else in full (another drive, a folder that is gone)."""
+    """A path for display: relative to the current folder if possible, else as given (e.g. on another drive)."""
     try: return os.path.relpath(path)
     except (ValueError, OSError): return str(path)
 
 
 def root() -> Path:
-    """The project's folder: `LDRLD_ROOT`, else the nearest folder above here with our `settings.ini`, else the current one."""
+    """Project root: `LDRLD_ROOT`, else the nearest parent folder with our `settings.ini`, else the current folder."""
     if "LDRLD_ROOT" in os.environ: return Path(os.environ["LDRLD_ROOT"]).resolve()
     for start in (Path.cwd(), Path(__file__).resolve().parent):
         for folder in (start, *start.parents):
@@ -34,17 +35,17 @@ def root() -> Path:
 
 
 def out() -> Path:
-    """Where results go: `LDRLD_OUT` (a relative path counts from the root), else the root itself."""
+    """Folder for results: `LDRLD_OUT` (relative to the root), else the root itself."""
     return (root() / os.environ.get("LDRLD_OUT", ".")).resolve()
 
 
 def data_root() -> Path:
-    """Where data sets lie, unpacked or made: `LDRLD_DATA`, else `data/` under the root."""
+    """Folder of the data sets, unpacked or generated: `LDRLD_DATA`, else `data/` under the root."""
     return Path(os.environ.get("LDRLD_DATA", root() / "data")).resolve()
 
 
 def records(profile: str) -> Path:
-    """Run records of a profile, one JSON file a run."""
+    """Run records of a profile, one JSON file per run."""
     return out() / "data" / "runs" / profile
 
 
@@ -64,27 +65,27 @@ def weights(profile: str) -> Path:
 
 
 def work(name: str = "") -> Path:
-    """Checkpoints, weights and teachers' logits of the run `name`: large, made again at will, never committed."""
+    """Checkpoints, weights and teacher logits of the run `name`: large, reproducible, never committed."""
     return out() / "runs" / name
 
 
 def executed(profile: str) -> Path:
-    """Executed notebooks: logs, kept away from `nbs/`, where nbdev would take them for sources."""
+    """Executed notebooks: logs, kept outside `nbs/`, where nbdev would treat them as sources."""
     return out() / "runs" / "executed" / profile
 
 
 def measurements(folder: str = "bench") -> Path:
-    """What benchmarks measured, one folder a machine and one JSON file a benchmark; `bench-small` for trials."""
+    """Benchmark measurements, one folder per machine and one JSON file per benchmark; `bench-small` for trials."""
     return out() / "data" / folder
 
 
 def published() -> Path:
-    """Numbers from the literature, one source a row."""
+    """Numbers from the literature, one source per row."""
     return root() / "data" / "published"
 
 
 def plans() -> Path:
-    """What is run to decide claims, one file a profile."""
+    """Plans of the runs that decide claims, one file per profile."""
     return root() / "data" / "plan"
 
 

@@ -1,7 +1,7 @@
-"""What people write: YAML files and `name=value` words. Every slip is a `ValueError` of one line that says where it is.
+"""Parsing of user settings: YAML files and `name=value` arguments. Errors are one-line `ValueError`s with the location.
 
-PyYAML reads YAML 1.1, in which `5e-4` is a text, `012` is ten, `1:30` is ninety and a key given twice counts once. Here
-numbers, truth values and null are those of YAML 1.2, and nothing is dropped or multiplied in silence.
+PyYAML reads YAML 1.1, in which `5e-4` is a string, `012` is ten, `1:30` is ninety, and duplicate keys are silently
+dropped. Here, numbers, booleans and null follow YAML 1.2, and duplicate keys and excessive aliases raise an error.
 """
 import re
 import reprlib
@@ -11,7 +11,7 @@ import yaml
 
 __all__ = ["read", "read_file", "assigned"]
 
-LARGEST = 10_000  # values in a text, with each alias counted as what it stands for
+LARGEST = 10_000  # maximum number of values in a text, with aliases expanded
 
 
 class _Loader(yaml.SafeLoader):
@@ -26,7 +26,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-SCALARS = {  # kind: what it looks like, and what it begins with
+SCALARS = {  # kind: pattern, and possible first characters
     "merge": (r"<<", ["<"]),
     "null": (r"~|null|Null|NULL|None|", ["~", "n", "N", ""]),
     "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
@@ -40,9 +40,9 @@ _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader
 
 
 def _expanded(node: yaml.Node, above: tuple = (), known: dict | None = None) -> int:
-    """How many values a text holds once its aliases are written out; `ValueError` for one that holds itself."""
+    """Number of values with aliases expanded; `ValueError` for an alias that contains itself."""
     known = {} if known is None else known
-    if id(node) in above: raise ValueError("an alias stands within what it stands for")
+    if id(node) in above: raise ValueError("an alias contains itself")
     if id(node) not in known:
         parts = node.value if isinstance(node, yaml.CollectionNode) else []
         if isinstance(node, yaml.MappingNode): parts = [part for pair in parts for part in pair]
@@ -51,7 +51,7 @@ def _expanded(node: yaml.Node, above: tuple = (), known: dict | None = None) -> 
 
 
 def _in_short(error: Exception) -> str:
-    """What YAML complains of, and where, in one line."""
+    """The YAML error and its location, in one line."""
     if isinstance(error, RecursionError): return "too deeply nested"
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
     said = " ".join((problem or str(error)).split())
@@ -59,10 +59,10 @@ def _in_short(error: Exception) -> str:
 
 
 def read(text: str, where: str, expected: str = "YAML"):
-    """The value of a text in YAML.
+    """Parse a YAML text.
 
-    where: file or argument, for the message.  expected: what should have stood there, for the message.
-    Raises ValueError for what is not YAML, names a key twice, or is a bomb of aliases: that is seen before it is expanded.
+    where: file or argument, for the message.  expected: description of a valid value, for the message.
+    Raises ValueError for invalid YAML, a duplicate key, or an alias bomb, which is detected before it is expanded.
     """
     loader = _Loader("")
     try:
@@ -70,7 +70,7 @@ def read(text: str, where: str, expected: str = "YAML"):
         node = loader.get_single_node()
         if node is None: return None
         if (size := _expanded(node)) > LARGEST:
-            raise ValueError(f"{size:,} values, its aliases written out; at most {LARGEST:,} are read")
+            raise ValueError(f"{size:,} values with aliases expanded; the limit is {LARGEST:,}")
         return loader.construct_document(node)
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{where}: {_in_short(error)}; expected {expected}") from None
@@ -80,26 +80,27 @@ def read(text: str, where: str, expected: str = "YAML"):
 def read_file(path: str | Path, expected: str) -> dict:
     """The fields of a YAML file, by name.
 
-    path: the file, in UTF-8.  expected: what should stand in it, for the message.
-    Raises ValueError, with the file's name, for one that holds no fields; OSError if it cannot be opened.
+    path: the file, in UTF-8.  expected: description of a valid file, for the message.
+    Raises ValueError, with the file's name, if it is not a mapping; OSError if it cannot be opened.
     """
     try: text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         where = f"{error.reason} at byte {error.start}"
-        raise ValueError(f"{path}: not a text in UTF-8 ({where}); expected {expected}") from None
+        raise ValueError(f"{path}: not valid UTF-8 ({where}); expected {expected}") from None
     given = read(text, str(path), expected)
     if not isinstance(given, dict): raise ValueError(f"{path}: {reprlib.repr(given)}; expected {expected}")
     for name in given:
-        if not isinstance(name, str): raise ValueError(f"{path}: {name!r} is not the name of a field; expected {expected}")
+        if isinstance(name, str): continue
+        raise ValueError(f"{path}: {name!r} is not a field name; expected {expected}")
     return given
 
 
 def assigned(words: list[str]) -> dict:
-    """Settings from words such as `epochs=5`, `loss_args.depth=3`, `loss_args={depth: 3}` or `teacher=resnet14`.
+    """Settings from arguments such as `epochs=5`, `loss_args.depth=3`, `loss_args={depth: 3}` or `teacher=resnet14`.
 
-    A dot leads into what a setting holds; a teacher's name and settings of the teacher add up in any order. Of a setting
-    given twice the last one counts, so that a script's own settings can be overridden behind them.
-    Raises ValueError for a word that assigns nothing, cannot be read, or assigns to a part of what has none.
+    A dot addresses a nested setting; a teacher's name and its settings may come in any order. If a setting is given
+    twice, the last one wins, so later arguments override earlier ones.
+    Raises ValueError for an argument that is not an assignment, cannot be parsed, or assigns into a plain value.
     """
     given: dict = {}
     for word in words:
@@ -113,7 +114,7 @@ def assigned(words: list[str]) -> dict:
             if folder == "teacher" and isinstance(place.get(folder), str): place[folder] = {"model": place[folder]}
             place = place.setdefault(folder, {})
             if not isinstance(place, dict):
-                raise ValueError(f"{word!r}: {folder} was given as {place!r} before, which has no parts")
+                raise ValueError(f"{word!r}: {folder} was already set to {place!r}, which has no fields")
         named_late = last == "teacher" and isinstance(place.get(last), dict) and isinstance(value, str)
         if named_late: place[last]["model"] = value
         else: place[last] = value

@@ -1,9 +1,9 @@
-"""Imports torchvision, also where its compiled extension does not match torch.
+"""Imports torchvision, even if its compiled extension does not match torch.
 
-The registry's torchvision wheel is built for CUDA. Beside a CPU build of torch its extension cannot load, and
-`import torchvision` then stops at one line, which registers a fake kernel for an operator (`torchvision::nms`) that
-nobody declared. Declaring the two operators' schemas first is enough for all that this project uses (data sets,
-transforms, models). Where the plain import works, this module does nothing else.
+The torchvision wheel on PyPI is built for CUDA. With a CPU build of torch, its extension cannot be loaded, and
+`import torchvision` then fails where it registers a fake kernel for an undeclared operator (`torchvision::nms`).
+Declaring the schemas of two operators first is enough for everything this project uses (data sets, transforms,
+models). If the plain import works, this module does nothing else.
 """
 import sys
 
@@ -11,7 +11,7 @@ import torch
 
 __all__ = ["torchvision"]
 
-_schemas = None  # must stay alive: the declarations end with the object
+_schemas = None  # must stay alive: the declarations are removed with the object
 
 
 def _import():

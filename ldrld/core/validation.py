@@ -1,4 +1,4 @@
-"""Checks of arguments, shared by all losses: shapes and types only, so a training step never waits for the device."""
+"""Argument checks shared by all losses: shapes and types only, so a training step never synchronizes with the GPU."""
 import warnings
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -11,12 +11,14 @@ import torch
 __all__ = ["number", "integer", "flag", "choice", "known", "unknown_name", "depth_fits", "enough_remain", "logits",
            "transformed", "may_look", "labels", "mask", "normalizer", "values_unseen"]
 
-_unseen = False  # within `values_unseen`
+_unseen = False  # True within `values_unseen`
 
 
 def number(name: str, value, above: float | None = None, at_least: float | None = None) -> float:
     """`value` as a float; ValueError unless it is a finite real number within the bound."""
-    bound = f" above {above:g}" if above is not None else f" of at least {at_least:g}" if at_least is not None else ""
+    bound = ""
+    if above is not None: bound = f" above {above:g}"
+    elif at_least is not None: bound = f" of at least {at_least:g}"
     ok = isinstance(value, Real) and not isinstance(value, bool) and isfinite(value)
     if not ok or (above is not None and value <= above) or (at_least is not None and value < at_least):
         raise ValueError(f"{name} must be a finite number{bound}, got {value!r}")
@@ -44,13 +46,13 @@ def choice(name: str, value, options) -> str:
 
 
 def known(what: str, name: str, names: list[str]) -> str:
-    """`name`, if it is one of `names`; else a ValueError that says what was probably meant. what: the field's name."""
+    """`name`, if it is one of `names`; else a ValueError with suggestions. what: the field's name."""
     if name in names: return name
     raise unknown_name(what, name, names)
 
 
 def unknown_name(what: str, name: str, known) -> ValueError:
-    """The error for a name that nobody registered, with near matches first."""
+    """The error for an unknown name, with suggestions."""
     near = get_close_matches(str(name).lower(), known, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
     return ValueError(f"unknown {what} {name!r}.{hint} Known: {', '.join(sorted(known))}")
@@ -71,7 +73,7 @@ def _few_remain(depth: int, classes: int) -> None:
 
 
 def enough_remain(depth: int, classes: int) -> None:
-    """One warning where two or more classes remain but fewer than are selected: their term then weighs too much."""
+    """Warn once if two or more classes remain, but fewer than are selected: the remaining term is then too strong."""
     if 2 <= classes - depth < depth and not transformed(): _few_remain(depth, classes)
 
 
@@ -82,14 +84,18 @@ def _kind(x) -> str:
 def _logits(name: str, x) -> None:
     if not isinstance(x, torch.Tensor) or not x.is_floating_point():
         raise ValueError(f"{name} must be a floating-point tensor of raw logits, got {_kind(x)}")
-    if x.ndim >= 2 and x.shape[-1] >= 2 and not x.numel(): raise ValueError(f"{name} has no rows, shape {tuple(x.shape)}; skip such a batch")
+    if x.ndim >= 2 and x.shape[-1] >= 2 and not x.numel():
+        raise ValueError(f"{name} has no rows, shape {tuple(x.shape)}; skip such a batch")
     if x.ndim < 2 or x.shape[-1] < 2:
         raise ValueError(f"{name} must have shape (batch, classes) or (batch, sequence, vocabulary) with at least two "
                          f"classes, got {tuple(x.shape)}")
 
 
 def logits(student_logits, teacher_logits, needs_teacher: bool = True) -> None:
-    """ValueError unless these are floating (…, classes) logits of one shape on one device; a teacher may not be needed."""
+    """ValueError unless these are floating (…, classes) logits with the same shape and device.
+
+    The teacher's may be None if `needs_teacher` is False.
+    """
     _logits("student_logits", student_logits)
     if not needs_teacher and teacher_logits is None: return
     _logits("teacher_logits", teacher_logits)
@@ -113,21 +119,22 @@ def _one_per_row(name: str, x, student_logits, dtype: torch.dtype, what: str) ->
 
 
 def transformed() -> bool:
-    """Whether this runs within `torch.compile` or a transform of `torch.func`, where tensors have no values to look at."""
+    """Whether this runs within `torch.compile` or a `torch.func` transform, where tensor values cannot be read."""
     return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def may_look(x) -> bool:
-    """Whether a check may read the values of a tensor: on the CPU, outside transforms and `values_unseen`."""
+    """Whether a check may read a tensor's values: on the CPU, outside transforms and `values_unseen`."""
     return x.device.type == "cpu" and not transformed() and not _unseen
 
 
 def labels(target, student_logits, ignored: int) -> bool:
-    """ValueError unless `target` holds one int64 class, or `ignored`, per row; True if it was seen that none is ignored.
+    """ValueError unless `target` holds one int64 class, or `ignored`, per row; True if known that none is ignored.
 
-    Values are looked at on the CPU only: a GPU would wait, and within `torch.compile` and `torch.func` there are none.
+    Values are checked on the CPU only: a GPU would synchronize, and `torch.compile` and `torch.func` have no values.
     """
-    _one_per_row("target", target, student_logits, torch.int64, "an int64 tensor of class indices (convert with .long())")
+    what = "an int64 tensor of class indices (convert with .long())"
+    _one_per_row("target", target, student_logits, torch.int64, what)
     if not may_look(target): return False
     classes, (low, high) = student_logits.shape[-1], (int(v) for v in target.aminmax())
     if low == ignored:
@@ -146,7 +153,7 @@ def mask(mask, student_logits) -> None:
 
 @contextmanager
 def values_unseen():
-    """Context in which no check looks at values, on a CPU either: as on a GPU, where a recorded step cannot."""
+    """Context without value checks, even on a CPU: as on a GPU, where a captured CUDA graph cannot read values."""
     global _unseen
     before, _unseen = _unseen, True
     try: yield
@@ -154,9 +161,9 @@ def values_unseen():
 
 
 def normalizer(value, student_logits):
-    """`value`, a number of rows as number or scalar tensor, 1 in place of 0, when no row counts; ValueError for others.
+    """`value`, a number of rows as a number or scalar tensor, with 0 (no row counts) replaced by 1; else ValueError.
 
-    The value of a tensor is looked at on the CPU only.
+    The value of a tensor is checked on the CPU only.
     """
     what = "normalizer must be the number of rows that count in all micro-batches, a number or a scalar tensor"
     if not isinstance(value, torch.Tensor):

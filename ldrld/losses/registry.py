@@ -1,17 +1,28 @@
-"""Losses by name. A new one is a class and one line: `@register("name")`."""
+"""Registry of losses by name. To add one, decorate its class with `@register("name")`.
+
+Somebody else's loss needs no line here: `build("my_package.module:MyLoss")`, or a name that an installed package
+gives in the entry-point group `ldrld.losses`.
+"""
+import hashlib
 import inspect
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
 
 from torch import nn
 
 from ldrld.core.validation import unknown_name
 
-__all__ = ["register", "available", "build", "needs_teacher", "published_settings"]
+__all__ = ["register", "available", "build", "loss_class", "needs_teacher", "origin", "published_settings"]
+
+GROUP = "ldrld.losses"  # of entry points
 
 _losses: dict[str, type[nn.Module]] = {}
 
 
 def register(name: str):
-    """Class decorator that makes a loss known as `name`. ValueError if another class has that name."""
+    """Class decorator that registers a loss as `name`. ValueError if another class has that name."""
     def add(loss: type[nn.Module]) -> type[nn.Module]:
         known = _losses.get(name)
         if known is not None and known.__qualname__ != loss.__qualname__:
@@ -22,11 +33,10 @@ def register(name: str):
 
 
 def available(kind: str | None = None) -> list[str]:
-    """Names that `build` knows, in alphabetical order.
+    """Names of all registered losses, in alphabetical order.
 
-    kind: "logits" for losses that a loop can call with logits and labels alone, "features" for those that look inside the
-    networks, "pictures" for those that train on pictures of their own making, "teachers" for those that tune a teacher;
-    None for all.
+    kind: "logits" for losses that need only logits and labels, "features" for those that need intermediate features,
+    "pictures" for those that make their own training images, "teachers" for those that tune a teacher; None for all.
     """
     kinds = {"teachers": "trains_teacher", "features": "needs_features", "pictures": "alters_pictures"}
     if kind not in (None, "logits", *kinds):
@@ -35,31 +45,74 @@ def available(kind: str | None = None) -> list[str]:
     return sorted(name for name, loss in _losses.items() if kind in (None, of(loss)))
 
 
-def build(name: str, **hyperparameters) -> nn.Module:
-    """The loss called `name`; what is not given has its default.
+def _imported(path: str) -> type[nn.Module]:
+    """The class at `package.module:Class`; ValueError if it cannot be imported."""
+    module, _, attribute = path.partition(":")
+    try: return getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"loss {path!r} cannot be imported ({error}); expected package.module:Class, installed or on "
+                         "PYTHONPATH") from error
 
-    ValueError for an unknown name or hyper-parameter, with near matches, or for a value out of its range.
+
+def loss_class(name: str) -> type[nn.Module]:
+    """The class of the loss called `name`.
+
+    name: one that is registered, the name of an entry point in the group `ldrld.losses`, or `package.module:Class`.
+    ValueError for a name that nobody has, a class that cannot be imported, or one that is no loss of this kind.
     """
-    if name not in _losses: raise unknown_name("loss", name, _losses)
-    known = inspect.signature(_losses[name]).parameters
+    if name in _losses: return _losses[name]
+    if ":" in name: found = _imported(name)
+    else:
+        point = next(iter(entry_points(group=GROUP, name=name)), None)
+        if point is None: raise unknown_name("loss", name, _losses)
+        found = _imported(point.value)
+    from ldrld.losses.base import LossBase  # here, because its module registers nothing and imports this package
+
+    if not (inspect.isclass(found) and issubclass(found, LossBase)):
+        raise ValueError(f"loss {name!r} is {found!r}; expected a subclass of ldrld.losses.base.LogitLoss or LossBase")
+    return found
+
+
+def origin(name: str) -> dict[str, str]:
+    """Where a loss from outside comes from: its class, and the SHA-256 of the file that holds it; empty for ours."""
+    found = loss_class(name)
+    if found.__module__.partition(".")[0] == "ldrld": return {}
+    source = inspect.getsourcefile(found)
+    digest = hashlib.sha256(Path(source).read_bytes()).hexdigest() if source else ""
+    return {"class": f"{found.__module__}:{found.__qualname__}", "sha256": digest}
+
+
+@cache
+def _arguments(loss: type[nn.Module]) -> tuple[str, ...]:
+    """Names of a loss's hyper-parameters; a batch of runs asks thousands of times."""
+    return tuple(inspect.signature(loss).parameters)
+
+
+def build(name: str, **hyperparameters) -> nn.Module:
+    """Build the loss called `name`, see `loss_class`; hyper-parameters that are not given have their defaults.
+
+    ValueError for an unknown name or hyper-parameter, with suggestions, or for a value out of range.
+    """
+    made = loss_class(name)
+    known = _arguments(made)
     for argument in hyperparameters:
         if argument not in known: raise unknown_name(f"hyper-parameter of {name!r}", argument, known)
-    return _losses[name](**hyperparameters)
+    return made(**hyperparameters)
 
 
 def needs_teacher(name: str) -> bool:
-    """Whether the loss called `name` asks what a teacher says. ValueError for an unknown name."""
-    if name not in _losses: raise unknown_name("loss", name, _losses)
-    return _losses[name].needs_teacher
+    """Whether the loss called `name` needs a teacher. ValueError for an unknown name."""
+    return loss_class(name).needs_teacher
 
 
 def published_settings(name: str, teacher: str, student: str, loss: str | None = None) -> dict:
-    """Hyper-parameters that were published for the loss `name` on a pair of CIFAR-100 networks; empty where none were found.
+    """Published hyper-parameters of the loss `name` for a pair of CIFAR-100 networks; empty if none were found.
 
-    teacher, student: names in `ldrld.models.available()`. loss: for a wrapper, the name of the loss that it wraps, with
-    which its settings were published; None for the wrapper's own default. ValueError for an unknown loss.
+    teacher, student: names in `ldrld.models.available()`. loss: for a wrapper, the name of the wrapped loss with which
+    its settings were published; None for the wrapper's default. ValueError for an unknown loss.
     """
-    if name not in _losses: raise unknown_name("loss", name, _losses)
-    by_loss = getattr(_losses[name], "wrapped_pair_settings", None)
-    table = getattr(_losses[name], "pair_settings", {}) if by_loss is None or loss is None else by_loss.get(loss, {})
+    found = loss_class(name)
+    by_loss = getattr(found, "wrapped_pair_settings", None)
+    if by_loss is None or loss is None: table = getattr(found, "pair_settings", {})
+    else: table = by_loss.get(loss, {})
     return dict(table.get((teacher, student), {}))

@@ -17,9 +17,9 @@ from ...models.parts import Features
 # %% ../../../nbs/methods/features.ipynb #80037476
 def shapes_of(
     network: nn.Module,  # called as `network(x, features=True)`
-    example: Tensor,  # (batch, 3, side, side); one picture is enough
+    example: Tensor,  # (batch, 3, side, side); one image is enough
     who: str = "student",  # for the message
-) -> Features:  # with the shape of one picture's maps in place of every tensor
+) -> Features:  # with the shape of one image's maps in place of every tensor
     "The shapes of everything a network computes on the way; its state is untouched. ValueError if it shows no features."
     if "features" not in inspect.signature(network.forward).parameters:
         raise ValueError(f"{who}: {type(network).__name__} shows no features; a loss on features needs a network called as "
@@ -61,7 +61,7 @@ class FeatureLoss(LogitLoss):
         target: Tensor | None = None,  # (batch,) int64; −100 does not count, for terms made of logits; None: no "ce"
         student_features: Features | None = None,  # from `student(x, features=True)`
         teacher_features: Features | None = None,  # from `teacher(x, features=True)`, taken as constant
-        index: Tensor | None = None,  # (batch,) which training pictures these are, for a loss with a memory
+        index: Tensor | None = None,  # (batch,) which training images these are, for a loss with a memory
         normalizer: None = None,  # refused: features are compared over the batch
     ) -> dict[str, Tensor]:  # weighted scalars
         "The weighted terms; they add up to the loss. ValueError for missing features, or a wrong shape or type."

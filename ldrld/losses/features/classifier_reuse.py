@@ -64,7 +64,7 @@ def plain_linear(head: nn.Linear, pooled: Tensor) -> Tensor:
 
 # %% ../../../nbs/methods/classifier_reuse.ipynb #8d4a4a56
 def regional_logits(
-    logits: Tensor,  # (batch, classes) of the whole picture
+    logits: Tensor,  # (batch, classes) of the whole image
     last: Tensor,  # (batch, channels, height, width) the map that the head averages
     head: nn.Linear,  # the network's own
     regions: list[int],  # side of each grid of regions; 1 stands for the whole
@@ -82,7 +82,7 @@ def conflicts(
     teacher_logits: Tensor,  # (batch, classes)
     target: Tensor,  # (batch,) int64
 ) -> Tensor:  # (N·batch,) bool
-    "Whether the teacher is right about the region and wrong about the picture, or the reverse."
+    "Whether the teacher is right about the region and wrong about the image, or the reverse."
     times = len(z_t) // len(target)
     return (z_t.argmax(-1) == target.repeat(times)) != (teacher_logits.argmax(-1) == target).repeat(times)
 
@@ -128,8 +128,8 @@ class SDD(FeatureLoss):
         self,
         distance: str = "kd",  # D: the name of a loss on logits that has a teacher: "kd", "dkd", "nkd", "ldrld", …
         distance_args: dict | None = None,  # its hyper-parameters, where not its defaults
-        regions: list[int] = (1, 2, 4),  # side of each grid of regions; 1 is the whole picture
-        conflict_weight: float = 2.0,  # ω ≥ 1 where the teacher's verdicts on region and picture disagree
+        regions: list[int] = (1, 2, 4),  # side of each grid of regions; 1 is the whole image
+        conflict_weight: float = 2.0,  # ω ≥ 1 where the teacher's verdicts on region and image disagree
         ce_weight: float | None = None,  # ≥ 0, weight of the cross-entropy; None: what the distance has
         warmup: float | None = None,  # ≥ 0, share of the training over which D ramps up; None: what the distance has
     ):

@@ -100,7 +100,7 @@ def regressor(
 
 # %% ../../../nbs/methods/hints.ipynb #0f4ebc53
 def is_rectified(network: nn.Module, example: Tensor, stage: int) -> bool:
-    "Whether a network's map after a stage has no negative values, seen on one picture; its state is untouched."
+    "Whether a network's map after a stage has no negative values, seen on one image; its state is untouched."
     training = network.training
     with torch.no_grad(): _, seen = network.eval()(example[:1], features=True)
     network.train(training)

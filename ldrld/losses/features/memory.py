@@ -23,7 +23,7 @@ from ...models.wide import WideResNet
 
 # %% ../../../nbs/methods/memory.ipynb #33bfca71
 def nce(
-    scores: Tensor,  # ⟨u, v⟩ / κ, (batch, 1 + K); the same picture comes first, then the others
+    scores: Tensor,  # ⟨u, v⟩ / κ, (batch, 1 + K); the same image comes first, then the others
     log_Z: Tensor,  # log Z, scalar
     pictures: int,  # M, how many there are in all
 ) -> Tensor:  # L_NCE, scalar
@@ -34,8 +34,8 @@ def nce(
 # %% ../../../nbs/methods/memory.ipynb #d8200728
 def by_class(
     labels: Tensor,  # (M,) int64
-) -> tuple[Tensor, Tensor, Tensor]:  # (M,) pictures sorted by class; (classes,) where each begins, and its size
-    "The training pictures in the order of their classes."
+) -> tuple[Tensor, Tensor, Tensor]:  # (M,) images sorted by class; (classes,) where each begins, and its size
+    "The training images in the order of their classes."
     count = labels.bincount()
     return labels.argsort(stable=True), count.cumsum(0) - count, count
 
@@ -43,10 +43,10 @@ def draw_others(
     own: Tensor,  # (batch,) int64 classes
     k: int,  # K, how many for each
     order: Tensor, start: Tensor, count: Tensor,  # from `by_class`
-    fewest: int,  # how many pictures are outside the largest class, at least K
+    fewest: int,  # how many images are outside the largest class, at least K
     generator: torch.Generator,  # on the same device
-) -> Tensor:  # (batch, K) int64 pictures, none of the sample's class, none twice in a row
-    "For each sample a random choice among the pictures of other classes."
+) -> Tensor:  # (batch, K) int64 images, none of the sample's class, none twice in a row
+    "For each sample a random choice among the images of other classes."
     device, others = own.device, (len(order) - count[own])[:, None]
     chosen = torch.randperm(fewest, generator=generator, device=device)[:k]
     turn = torch.randint(2**40, (len(own), 1), generator=generator, device=device)
@@ -63,12 +63,12 @@ def generator_on(
 
 # %% ../../../nbs/methods/memory.ipynb #352212c1
 class Memory(nn.Module):
-    """A vector of the student and one of the teacher for every training picture, the pictures by class, and log Z."""
+    """A vector of the student and one of the teacher for every training image, the images by class, and log Z."""
     def __init__(
         self,
-        labels: Tensor,  # (M,) int64 classes of the training pictures
+        labels: Tensor,  # (M,) int64 classes of the training images
         width: int,  # of the vectors
-        negatives: int,  # K, how many pictures of other classes to draw; fewer if there are fewer
+        negatives: int,  # K, how many images of other classes to draw; fewer if there are fewer
     ):
         super().__init__()
         order, start, count = by_class(labels)
@@ -82,7 +82,7 @@ class Memory(nn.Module):
         for name, value in (banks | more).items(): self.register_buffer(name, value)
 
     def cosines(self, u: Tensor, v: Tensor, index: Tensor, generator: torch.Generator) -> Tensor:  # (2, batch, 1 + K)
-        "Products of u with the teacher's remembered vectors, of v with the student's: the same picture, then K others."
+        "Products of u with the teacher's remembered vectors, of v with the student's: the same image, then K others."
         others = draw_others(self.labels[index], self.k, self.order, self.start, self.count, self.fewest, generator)
         chosen = torch.cat([index[:, None], others], 1)
         sides = (u, self.bank_t), (v, self.bank_s)  # copied: backward reads them after `remember` has written to them
@@ -101,7 +101,7 @@ class Memory(nn.Module):
 
     @torch.no_grad()
     def remember(self, u: Tensor, v: Tensor, index: Tensor, momentum: float) -> None:
-        "Move the vectors of these pictures towards u and v, in place."
+        "Move the vectors of these images towards u and v, in place."
         for bank, new in ((self.bank_s, u), (self.bank_t, v)):
             rows = F.normalize(momentum * wide(bank[index]) + (1 - momentum) * new, dim=1)
             bank.index_copy_(0, index, rows.to(bank.dtype))
@@ -111,7 +111,7 @@ class Memory(nn.Module):
 # %% ../../../nbs/methods/memory.ipynb #5a0436ce
 @register("crd")
 class CRD(Comparison):
-    """Each picture told from others by its pooled vector: w_ce·CE + w·(L^s_NCE + L^t_NCE).
+    """Each image told from others by its pooled vector: w_ce·CE + w·(L^s_NCE + L^t_NCE).
 
     Raises ValueError for a hyper-parameter out of its range; in `prepare` without data, or with data of a single class;
     in the call without `index`. Source: Tian et al. 2020, arXiv 1910.10699 (HobbitLong/RepDistiller).
@@ -122,7 +122,7 @@ class CRD(Comparison):
         self,
         weight: float = 0.8,  # w ≥ 0
         width: int = 128,  # of the embeddings, ≥ 1
-        negatives: int = 16384,  # K ≥ 1, pictures of other classes for each; all that there are where there are fewer
+        negatives: int = 16384,  # K ≥ 1, images of other classes for each; all that there are where there are fewer
         temperature: float = 0.07,  # κ > 0
         momentum: float = 0.5,  # what a remembered vector keeps at a visit, 0 to 1
         ce_weight: float = 1.0,  # w_ce ≥ 0
@@ -135,13 +135,13 @@ class CRD(Comparison):
         self.generator = torch.Generator().manual_seed(2**40)
 
     def at_epoch(self, epoch: int, epochs: int = 240, seed: int = 0) -> None:
-        "To be called before each epoch, counted from 1: which pictures are drawn depends on `seed` and `epoch` alone."
+        "To be called before each epoch, counted from 1: which images are drawn depends on `seed` and `epoch` alone."
         super().at_epoch(epoch, epochs, seed)
-        self.generator.manual_seed(2**40 + 1_000_003 * (seed + 1) + epoch)  # far from the seeds of the pictures' order
+        self.generator.manual_seed(2**40 + 1_000_003 * (seed + 1) + epoch)  # far from the seeds of the images' order
         if hasattr(self, "memory"): self.memory.begin_epoch()
 
     def prepare(self, student, teacher, example, data=None):
-        "Make embeddings and memory; `data.train_labels` holds the training pictures' classes. Returns the loss."
+        "Make embeddings and memory; `data.train_labels` holds the training images' classes. Returns the loss."
         (d_s,), (d_t,) = (shapes.pooled for shapes in both_shapes(student, teacher, example))
         if data is None:
             raise ValueError("data must be given: 'crd' remembers every training picture and needs data.train_labels, "

@@ -5,16 +5,19 @@ BIN := $(VENV)/bin
 # One thread per process: results repeat to the last bit, and two processes on two cores do not starve each other.
 export OMP_NUM_THREADS := 1
 
-.PHONY: reproduce test lab readme notebooks clean
+.PHONY: reproduce test test-all lab readme notebooks clean
 
 reproduce: $(VENV)/ready  ## every table and figure of the quick profile, from nothing, into reproduced/
 	$(BIN)/ldrld reproduce --profile quick --jobs 2 --out reproduced
 	$(BIN)/ldrld verify --profile quick --out reproduced
 
-test: $(VENV)/ready  ## all tests
+test: $(VENV)/ready  ## what every change must pass
 	$(BIN)/ruff check ldrld tests setup.py
 	$(BIN)/lint-imports --no-cache --no-logo
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
+
+test-all: test  ## also every notebook anew, whole batches, and processes that are killed
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
 
 lab: $(VENV)/ready  ## read and run the notebooks
 	$(BIN)/jupyter lab nbs/index.ipynb $(if $(filter 0,$(shell id -u)),--allow-root)

@@ -146,7 +146,7 @@ def test_published_settings_go_with_the_wrapped_loss():
 
 @pytest.mark.parametrize("name", ["standardized", "corrected"])
 @pytest.mark.parametrize("arguments, parts", [
-    ({"loss": "mlkd"}, ("loss", "'mlkd'", "pictures")),
+    ({"loss": "mlkd"}, ("loss", "'mlkd'", "training images")),
     ({"loss": "ce"}, ("loss", "'ce'", "teacher")),
     ({"loss": "mcmi"}, ("loss", "'mcmi'", "tunes a teacher")),
     ({"loss": "kdd"}, ("unknown loss", "'kd'")),
@@ -163,7 +163,7 @@ def test_a_loss_on_features_is_refused():
     from ldrld.losses.features.base import FeatureLoss
     try:
         losses.register("test-features")(type("TestFeatures", (FeatureLoss,), {}))
-        with pytest.raises(ValueError, match="loss must be one on the logits.*'test-features' looks at features"): losses.build("standardized", loss="test-features")
+        with pytest.raises(ValueError, match="loss must be a loss on student and teacher logits.*'test-features' uses features"): losses.build("standardized", loss="test-features")
     finally:
         losses.registry._losses.pop("test-features", None)
 

@@ -245,13 +245,12 @@ def collect(out: Path, profile: str, home: Path, limits: Limits, names: list[str
     small = {f"{kind}/{p.name}": p for kind, p in (
         *(("records", records / f"{n}.json") for n in names), *(("diverged", records / "diverged" / f"{n}.json") for n in names),
         *(("cards", out / "data" / "teachers" / profile / f"{n}.md") for n in names)) if p.exists()}
-    for n in names:
-        for kind in ("logits", "insight"):
-            if (p := records / kind / f"{n}.npz").exists(): small[f"{kind}/{n}.npz"] = p
+    arrays = [(f"{kind}/{n}.npz", p) for n in names for kind in ("logits", "insight")
+              if (p := records / kind / f"{n}.npz").exists()]
     large = [(f"weights/{n}.safetensors", p) for n in names if (p := out / "data" / "teachers" / profile / f"{n}.safetensors").exists()]
     begun = [(f"checkpoints/{n}.pt", p) for n in names if (p := out / "runs" / n / "checkpoint.pt").exists()]
     left: list[str] = []
-    parts = _parts(large + begun, limits.file, limits.files - 3, left)
+    parts = _parts(large + arrays + begun, limits.file, limits.files - 3, left)
     written = {RECORDS: _compressed(tar_of(small))}
     if len(written[RECORDS]) > limits.file: raise RuntimeError(f"{RECORDS} would be larger than {limits.file / MIB:.0f} MiB")
     written |= {f"part-{k}.tar": content for k, content in enumerate(parts)}

@@ -1,0 +1,27 @@
+"""Which tests take long: `make test` leaves them to `make test-all`."""
+import pytest
+
+SLOW = {  # file: its tests, or all of them
+    "test_notebooks": {"test_notebook"},
+    "test_batch": None,
+    "test_queue": None,
+    "test_evidence": {"test_tables_and_figures_are_made_again", "test_open_questions_without_any_record"},
+    "test_bench": {"test_a_measurement_is_kept_until_asked_for_again", "test_tables_and_figures_follow_from_the_measurements",
+                   "test_small_benchmarks_leave_files_tables_and_figures"},
+    "test_claims": {"test_front_page_with_a_few_paper_records", "test_front_page_without_any_record"},
+    "test_cards": {"test_the_command_lists_and_checks", "test_verify_checks_the_teachers", "test_the_command_on_files"},
+    "test_runs": {"test_killed_paused_or_undisturbed_the_weights_are_the_same", "test_two_processes_make_one_teacher"},
+    "test_tune": {"test_killed_lost_or_undisturbed_the_trials_are_the_same", "test_two_processes_share_a_study"},
+    "test_kernels": {"test_compiles_for_nvidia_without_spilling"},
+    "test_preflight": {"test_terminals_without_our_letters"},
+    "test_outcomes": {"test_tables_say_diverged"},
+    "test_records": {"test_the_commands_name_the_odd_one_and_go_on"},
+    "test_methods": {"test_a_method_trains"},
+    "test_extension": {"test_it_trains_resumes_and_is_tabulated_through_papermill"},
+}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        module, function = item.path.stem, item.originalname
+        if module in SLOW and (SLOW[module] is None or function in SLOW[module]): item.add_marker(pytest.mark.slow)

@@ -23,6 +23,7 @@ _HOMES = {
     "RunConfig": "ldrld.experiments.config",
     "Record": "ldrld.experiments.records",
     "run": "ldrld.experiments.runs",
+    "paths": "ldrld.core.paths",  # as the committed model cards import it
 }
 
 
@@ -32,8 +33,9 @@ def __getattr__(name: str):
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("ldrld"): raise
         raise ModuleNotFoundError(f"ldrld.{name} needs {error.name}, which is not installed; "
-                                  'pip install "ldrld[run]" brings everything that training and reports use', name=error.name) from error
-    return module if module.__name__ == f"ldrld.{name}" else getattr(module, name)
+                                  'pip install "ldrld[run]" brings everything that training and reports use',
+                                  name=error.name) from error
+    return module if module.__name__.endswith(f".{name}") and not hasattr(module, name) else getattr(module, name)
 
 
 def __dir__(): return sorted([*globals(), *__all__])

@@ -1,4 +1,5 @@
 """Which tests take long: `make test` leaves them to `make test-all`."""
+
 import pytest
 
 SLOW = {  # file: its tests, or all of them
@@ -6,8 +7,11 @@ SLOW = {  # file: its tests, or all of them
     "test_batch": None,
     "test_queue": None,
     "test_evidence": {"test_tables_and_figures_are_made_again", "test_open_questions_without_any_record"},
-    "test_bench": {"test_a_measurement_is_kept_until_asked_for_again", "test_tables_and_figures_follow_from_the_measurements",
-                   "test_small_benchmarks_leave_files_tables_and_figures"},
+    "test_bench": {
+        "test_a_measurement_is_kept_until_asked_for_again",
+        "test_tables_and_figures_follow_from_the_measurements",
+        "test_small_benchmarks_leave_files_tables_and_figures",
+    },
     "test_claims": {"test_front_page_with_a_few_paper_records", "test_front_page_without_any_record"},
     "test_cards": {"test_the_command_lists_and_checks", "test_verify_checks_the_teachers", "test_the_command_on_files"},
     "test_runs": {"test_killed_paused_or_undisturbed_the_weights_are_the_same", "test_two_processes_make_one_teacher"},
@@ -24,4 +28,5 @@ SLOW = {  # file: its tests, or all of them
 def pytest_collection_modifyitems(items):
     for item in items:
         module, function = item.path.stem, item.originalname
-        if module in SLOW and (SLOW[module] is None or function in SLOW[module]): item.add_marker(pytest.mark.slow)
+        if module in SLOW and (SLOW[module] is None or function in SLOW[module]):
+            item.add_marker(pytest.mark.slow)

@@ -4,6 +4,7 @@ The values in that file were computed in float64 with RepDistiller's own model d
 `models/`, the code behind b84f547) on what `fill` and `pictures` give, in training mode, so that every batch norm
 normalises with the batch. Make it anew only if these two functions change, and again with that code, not with ours.
 """
+
 import torch
 
 
@@ -20,7 +21,8 @@ def fill(model):
     for k, name in enumerate(name for name in model.state_dict() if name in parameters):
         value = parameters[name]
         values = spread(value.shape, k)
-        if value.ndim == 1: values = values + (1 if "bias" not in name else 0)
+        if value.ndim == 1:
+            values = values + (1 if "bias" not in name else 0)
         value.copy_(values)
     return model
 
@@ -33,5 +35,9 @@ def pictures(side: int = 32) -> torch.Tensor:
 def summary(stages, preact, pooled, logits) -> dict:
     """A few numbers that stand for what a forward pass gave: of each map the mean size and the entry in the middle."""
     two = lambda t: [t.abs().mean().item(), t.flatten()[t.numel() // 2 + 1].item()]
-    return {"stages": [two(t) for t in stages], "preact": [two(t) for t in preact], "pooled": two(pooled),
-            "logits": logits[0, :3].tolist()}
+    return {
+        "stages": [two(t) for t in stages],
+        "preact": [two(t) for t in preact],
+        "pooled": two(pooled),
+        "logits": logits[0, :3].tolist(),
+    }

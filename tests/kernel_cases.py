@@ -1,5 +1,6 @@
 """The fused kernel against plain autograd in float64. Run natively by test_kernels.py where there is a CUDA device, and
 otherwise in a process of its own with Triton's interpreter (TRITON_INTERPRET=1), which computes with NumPy on the CPU."""
+
 import os
 
 import pytest
@@ -14,8 +15,10 @@ from ldrld.losses.ldrld.triton_kernel import fused, scale_
 
 # NumPy warns where a GPU does not: of 2^x that overflows, or of the difference of two such, at selected classes in the
 # second pass, before they are written over; and of NaN in the tests that have some.
-pytestmark = [pytest.mark.filterwarnings(f"ignore:{what}:RuntimeWarning")
-              for what in ("overflow encountered", "invalid value encountered", "All-NaN")]
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{what}:RuntimeWarning")
+    for what in ("overflow encountered", "invalid value encountered", "All-NaN")
+]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TERMS = ("ce", "pairs", "llki", "rntk")
@@ -48,8 +51,9 @@ def selected(student, teacher, d, temperature, rank_by):
     d largest, and put in the kernel's order: by value, equal ones by index."""
     only = {"ce": 0.0, "pairs": 0.0, "llki": 1.0, "rntk": 0.0}
     ones = torch.ones(len(student), device=student.device)
-    _, grad = fused(student.float(), teacher.float(), None, ones, adw_weights(d, device=student.device), temperature,
-                    only, rank_by)
+    _, grad = fused(
+        student.float(), teacher.float(), None, ones, adw_weights(d, device=student.device), temperature, only, rank_by
+    )
     judge = (student if rank_by == "student" else teacher).float()
     pi = torch.stack([row.nonzero()[:, 0] for row in grad])
     assert pi.shape == (len(student), d)
@@ -65,8 +69,11 @@ def reference(student, teacher, target, share, weights, temperature, factors=FAC
         terms = relation_terms(z_s, z_t, weights, temperature, rank_by)
     else:
         s, t = z_s.gather(1, pi), z_t.gather(1, pi)
-        terms = {"pairs": (weights[pair_indices(len(weights))] * pair_kl(s, t, temperature)).sum(1),
-                 "llki": dway_kl(s, t, temperature), "rntk": remaining_kl(z_s, z_t, pi, temperature)}
+        terms = {
+            "pairs": (weights[pair_indices(len(weights))] * pair_kl(s, t, temperature)).sum(1),
+            "llki": dway_kl(s, t, temperature),
+            "rntk": remaining_kl(z_s, z_t, pi, temperature),
+        }
     terms["ce"] = z_s.sum(1) * 0 if target is None else F.cross_entropy(z_s, target, reduction="none")
     terms = torch.stack([factors[name] * terms[name] for name in TERMS], 1) * share.double()[:, None]
     return terms.detach(), torch.autograd.grad(terms.sum(), z_s)[0]
@@ -80,7 +87,9 @@ def agree(got, right, dtype=F32, rtol=1e-5, factors=FACTORS):
     assert terms.dtype == F32 and grad.dtype == held_type(dtype) and grad.isfinite().all()
     share = 1 / len(terms)
     for i, name in enumerate(TERMS):
-        torch.testing.assert_close(terms[:, i].double(), right_terms[:, i], rtol=rtol, atol=2e-6 * share * factors[name])
+        torch.testing.assert_close(
+            terms[:, i].double(), right_terms[:, i], rtol=rtol, atol=2e-6 * share * factors[name]
+        )
     allowed = max(STORED[dtype], rtol) * right_grad.abs() + 2e-6 * right_grad.abs().amax(1, keepdim=True)
     worst = ((grad.double() - right_grad).abs() - allowed).max().item()
     assert worst <= 0, f"gradient off by {worst:.1e} more than allowed"
@@ -88,24 +97,45 @@ def agree(got, right, dtype=F32, rtol=1e-5, factors=FACTORS):
 
 # ---- agreement --------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("classes, d, T", [(10, 2, 4.0), (10, 7, 1.0), (10, 10, 4.0), (64, 64, 4.0), (100, 7, 4.0),
-                                           (101, 7, 3.0), (100, 64, 2.0), (1000, 20, 2.0), (1000, 7, 0.5), (5000, 7, 4.0),
-                                           (5000, 20, 4.0), (5000, 64, 1.0), (32768, 7, 4.0), (50257, 7, 4.0),
-                                           (131072, 20, 6.0)])
+
+@pytest.mark.parametrize(
+    "classes, d, T",
+    [
+        (10, 2, 4.0),
+        (10, 7, 1.0),
+        (10, 10, 4.0),
+        (64, 64, 4.0),
+        (100, 7, 4.0),
+        (101, 7, 3.0),
+        (100, 64, 2.0),
+        (1000, 20, 2.0),
+        (1000, 7, 0.5),
+        (5000, 7, 4.0),
+        (5000, 20, 4.0),
+        (5000, 64, 1.0),
+        (32768, 7, 4.0),
+        (50257, 7, 4.0),
+        (131072, 20, 6.0),
+    ],
+)
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=lambda d: str(d)[6:])
 def test_agrees_with_autograd(classes, d, T, dtype, device):
     rows = 2
     student, teacher, target = sample(rows, classes, dtype, device=device)
     share, weights = shares(rows, device), adw_weights(d, device=device)
     pi = selected(student, teacher, d, T, "student")  # rounding to 16 bits makes ties
-    agree(fused(student, teacher, target, share, weights, T, FACTORS),
-          reference(student, teacher, target, share, weights, T, pi=pi), dtype)
+    agree(
+        fused(student, teacher, target, share, weights, T, FACTORS),
+        reference(student, teacher, target, share, weights, T, pi=pi),
+        dtype,
+    )
 
 
 @pytest.mark.parametrize("lanes, stack", [(8, 4), (16, 1), (16, 2), (64, 1)])
 @pytest.mark.parametrize("classes", [33, 64, 100, 129])
 def test_any_division_into_lanes_and_blocks(lanes, stack, classes, device, monkeypatch):
     """Whole blocks, blocks and a tail, a tail alone, lanes without a class: all with few classes, against plain top-d."""
+
     def options(*args):
         groups = triton_kernel.triton.next_power_of_2(-(-classes // lanes))
         return given(*args) | {"L": lanes, "K": stack, "G": groups, "TAIL": classes % (lanes * stack) != 0}
@@ -115,8 +145,10 @@ def test_any_division_into_lanes_and_blocks(lanes, stack, classes, device, monke
     student, teacher, target = sample(2, classes, device=device, seed=classes)
     share, weights = shares(2, device), adw_weights(7, device=device)
     for rank_by in ("student", "teacher"):
-        agree(fused(student, teacher, target, share, weights, 4.0, FACTORS, rank_by),
-              reference(student, teacher, target, share, weights, 4.0, rank_by=rank_by))
+        agree(
+            fused(student, teacher, target, share, weights, 4.0, FACTORS, rank_by),
+            reference(student, teacher, target, share, weights, 4.0, rank_by=rank_by),
+        )
 
 
 @pytest.mark.parametrize("rank_by", ["student", "teacher"])
@@ -148,7 +180,8 @@ def test_only_the_upper_triangle_of_the_weights_counts(device):
     args = student, teacher, target, shares(2, device)
     weights = adw_weights(5, device=device)
     full = weights + weights.T + torch.eye(5, device=device)
-    for a, b in zip(fused(*args, weights, 4.0, FACTORS), fused(*args, full, 4.0, FACTORS)): assert a.equal(b)
+    for a, b in zip(fused(*args, weights, 4.0, FACTORS), fused(*args, full, 4.0, FACTORS)):
+        assert a.equal(b)
 
 
 @pytest.mark.parametrize("student_type, teacher_type", [(BF16, F32), (F32, F16)])
@@ -157,11 +190,15 @@ def test_student_and_teacher_of_different_types(student_type, teacher_type, devi
     student, teacher = student.to(student_type), teacher.to(teacher_type)
     share, weights = shares(2, device), adw_weights(4, device=device)
     pi = selected(student, teacher, 4, 4.0, "student")
-    agree(fused(student, teacher, target, share, weights, 4.0, FACTORS),
-          reference(student, teacher, target, share, weights, 4.0, pi=pi), student_type)
+    agree(
+        fused(student, teacher, target, share, weights, 4.0, FACTORS),
+        reference(student, teacher, target, share, weights, 4.0, pi=pi),
+        student_type,
+    )
 
 
 # ---- ties -------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("classes, d", [(10, 4), (500, 7), (3000, 20)])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=lambda d: str(d)[6:])
@@ -172,8 +209,11 @@ def test_many_equal_logits(classes, d, dtype, device):
     student, share, weights = student.round().to(dtype), shares(4, device), adw_weights(d, device=device)
     teacher = teacher.to(dtype)
     pi = selected(student, teacher, d, 4.0, "student")
-    agree(fused(student, teacher, target, share, weights, 4.0, FACTORS),
-          reference(student, teacher, target, share, weights, 4.0, pi=pi), dtype)
+    agree(
+        fused(student, teacher, target, share, weights, 4.0, FACTORS),
+        reference(student, teacher, target, share, weights, 4.0, pi=pi),
+        dtype,
+    )
 
 
 @pytest.mark.parametrize("value", [0.0, -0.0, -7.5, 1e4])
@@ -182,8 +222,10 @@ def test_all_logits_equal(value, device):
     student, share, weights = torch.full_like(teacher, value), shares(2, device), adw_weights(7, device=device)
     pi = selected(student, teacher, 7, 4.0, "student")
     assert pi.tolist() == [list(range(7))] * 2  # the first lanes, and the lowest class of each
-    agree(fused(student, teacher, target, share, weights, 4.0, FACTORS),
-          reference(student, teacher, target, share, weights, 4.0, pi=pi))
+    agree(
+        fused(student, teacher, target, share, weights, 4.0, FACTORS),
+        reference(student, teacher, target, share, weights, 4.0, pi=pi),
+    )
 
 
 def test_zeros_of_both_signs_are_equal(device):
@@ -197,13 +239,17 @@ def test_ties_below_the_selection_leave_it_unique(device):
     student, teacher, target = sample(3, 1200, device=device)
     student = torch.zeros_like(student)
     student.scatter_(1, torch.randint(1200, (3, 400), generator=torch.Generator().manual_seed(1)).to(device), -2.0)
-    for rank, c in enumerate((3, 259, 515, 1027, 770)): student[:, c] = 5.0 - rank / 2  # four of them in one lane
+    for rank, c in enumerate((3, 259, 515, 1027, 770)):
+        student[:, c] = 5.0 - rank / 2  # four of them in one lane
     share, weights = shares(3, device), adw_weights(5, device=device)
-    agree(fused(student, teacher, target, share, weights, 4.0, FACTORS),
-          reference(student, teacher, target, share, weights, 4.0))
+    agree(
+        fused(student, teacher, target, share, weights, 4.0, FACTORS),
+        reference(student, teacher, target, share, weights, 4.0),
+    )
 
 
 # ---- extreme logits ---------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("classes", [100, 3000])
@@ -214,8 +260,12 @@ def test_logits_of_ten_thousand(dtype, classes, device):
     pi = torch.rand(4, classes, generator=g).topk(7).indices.to(device)
     student = (student / 2).scatter(1, pi, (9984 - 512 * torch.arange(7.0, device=device).expand(4, 7)).to(dtype))
     target, share, weights = torch.arange(4, device=device), shares(4, device), adw_weights(7, device=device)
-    agree(fused(student, teacher, target, share, weights, 4.0, FACTORS),
-          reference(student, teacher, target, share, weights, 4.0, pi=pi), dtype, rtol=2e-5)
+    agree(
+        fused(student, teacher, target, share, weights, 4.0, FACTORS),
+        reference(student, teacher, target, share, weights, 4.0, pi=pi),
+        dtype,
+        rtol=2e-5,
+    )
 
 
 @pytest.mark.parametrize("lead", [60.0, 1e3, 1e4])
@@ -228,7 +278,8 @@ def test_the_rest_beside_a_dominating_class(lead, device):
     for rank_by in ("student", "teacher"):
         teacher[:, 321] = -3.0 if rank_by == "student" else lead
         (terms, grad), (right, right_grad) = (
-            f(student, teacher, None, share, weights, 4.0, factors, rank_by) for f in (fused, reference))
+            f(student, teacher, None, share, weights, 4.0, factors, rank_by) for f in (fused, reference)
+        )
         torch.testing.assert_close(terms[:, 3].double(), right[:, 3], rtol=2e-5, atol=0)
         torch.testing.assert_close(grad.double(), right_grad, rtol=1e-4, atol=1e-6 * right_grad.abs().max().item())
 
@@ -265,7 +316,8 @@ def test_an_offset_of_all_logits_changes_little(offset, T, device):
 @pytest.mark.parametrize("rank_by", ["student", "teacher"])
 def test_classes_that_are_ruled_out(low, dtype, rank_by, device):
     """By both networks, whatever stands for −∞: the same as without these classes; the lowest class is one of them."""
-    if dtype == F16 and low != -torch.inf: low = -65504.0
+    if dtype == F16 and low != -torch.inf:
+        low = -65504.0
     student, teacher, target = sample(3, 400, dtype, device=device)
     out = torch.zeros(400, dtype=torch.bool, device=device)
     out[300:], out[0] = True, True
@@ -322,8 +374,10 @@ def test_a_student_that_equals_its_teacher(device):
 def test_one_class_remains(device):
     student, teacher, target = sample(3, 8, device=device)
     share, weights = shares(3, device), adw_weights(7, device=device)
-    agree(fused(student, teacher, target, share, weights, 4.0, FACTORS),
-          reference(student, teacher, target, share, weights, 4.0))
+    agree(
+        fused(student, teacher, target, share, weights, 4.0, FACTORS),
+        reference(student, teacher, target, share, weights, 4.0),
+    )
 
 
 def test_nan_in_a_row_that_counts_is_seen(device):
@@ -335,13 +389,21 @@ def test_nan_in_a_row_that_counts_is_seen(device):
 
 # ---- rows -------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("classes", [50, 3000])
 def test_a_row_of_share_0_may_hold_anything(classes, dtype, device):
     student, teacher, target = sample(5, classes, dtype, device=device)
     weights = adw_weights(7, device=device)
-    whole = fused(student[[0, 2, 4]], teacher[[0, 2, 4]], target[[0, 2, 4]], torch.full((3,), 1 / 3, device=device), weights,
-                  4.0, FACTORS)
+    whole = fused(
+        student[[0, 2, 4]],
+        teacher[[0, 2, 4]],
+        target[[0, 2, 4]],
+        torch.full((3,), 1 / 3, device=device),
+        weights,
+        4.0,
+        FACTORS,
+    )
     student[1], student[3], teacher[1], target[1], target[3] = torch.nan, torch.inf, torch.nan, -100, 10**9
     share = torch.tensor([1 / 3, 0, 1 / 3, 0, 1 / 3], device=device)
     terms, grad = fused(student, teacher, target, share, weights, 4.0, FACTORS)
@@ -364,21 +426,26 @@ def test_rows_that_lie_apart_in_memory(classes, device):
     apart, turned = torch.full((4, classes + 13), torch.nan, device=device), teacher.T.contiguous().T
     apart[::2, 13:] = student
     for s, t in ((apart[::2, 13:], teacher), (student, turned), (apart[::2, 13:], turned)):
-        for a, b in zip(fused(s, t, *args), right): assert a.equal(b)
+        for a, b in zip(fused(s, t, *args), right):
+            assert a.equal(b)
     one = teacher[:1].expand(2, classes)
-    for a, b in zip(fused(student, one, *args), fused(student, one.contiguous(), *args)): assert a.equal(b)
+    for a, b in zip(fused(student, one, *args), fused(student, one.contiguous(), *args)):
+        assert a.equal(b)
 
 
 def test_inputs_that_need_gradients_stay_as_they_are(device):
     student, teacher, target = sample(2, 60, device=device)
     before = student.clone(), teacher.clone()
     weights = adw_weights(7, device=device)
-    terms, grad = fused(student.requires_grad_(), teacher.requires_grad_(), target, shares(2, device), weights, 4.0, FACTORS)
+    terms, grad = fused(
+        student.requires_grad_(), teacher.requires_grad_(), target, shares(2, device), weights, 4.0, FACTORS
+    )
     assert not terms.requires_grad and not grad.requires_grad and student.grad is None
     assert student.detach().equal(before[0]) and teacher.detach().equal(before[1])
 
 
 # ---- scale_ -----------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("size", [(1,), (3, 100), (7, 5000)])
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=lambda d: str(d)[6:])
@@ -398,47 +465,70 @@ def test_scale_with_many_turns(device):
 
 # ---- errors -----------------------------------------------------------------------------------------------------
 
+
 def wrong(**changes):
     def case(device):
         student, teacher, target = sample(3, 20, device=device)
-        args = {"student": student, "teacher": teacher, "target": target, "share": shares(3, device),
-                "weights": adw_weights(4, device=device), "temperature": 4.0, "factors": FACTORS}
+        args = {
+            "student": student,
+            "teacher": teacher,
+            "target": target,
+            "share": shares(3, device),
+            "weights": adw_weights(4, device=device),
+            "temperature": 4.0,
+            "factors": FACTORS,
+        }
         return args | {name: change(args.get(name)) for name, change in changes.items()}
+
     return case
 
 
-@pytest.mark.parametrize("case, match", [
-    (wrong(student=lambda x: x.double()), "student must be float32, bfloat16 or float16, got torch.float64"),
-    (wrong(teacher=lambda x: x.double()), "teacher must be float32"),
-    (wrong(teacher=lambda x: x[:, :10]), "teacher_logits must have the shape"),
-    (wrong(weights=lambda x: torch.ones(21, 21)), r"d from 2 to 20, got \(21, 21\)"),
-    (wrong(weights=lambda x: torch.ones(1, 1)), "d from 2 to 20"),
-    (wrong(weights=lambda x: torch.ones(4)), "d from 2 to 20"),
-    (wrong(student=lambda x: torch.zeros(3, 99), teacher=lambda x: torch.zeros(3, 99),
-           weights=lambda x: torch.ones(65, 65)), "d from 2 to 64"),
-    (wrong(share=lambda x: x[:2]), r"share must be float32 of shape \(3,\)"),
-    (wrong(share=lambda x: x.double()), "share must be float32"),
-    (wrong(target=lambda x: x.int()), "target must be int64"),
-    (wrong(target=lambda x: x[:2]), "target must be int64"),
-    (wrong(temperature=lambda x: 0.0), "temperature must be a finite number above 0"),
-    (wrong(rank_by=lambda x: "both"), "rank_by must be one of"),
-])
+@pytest.mark.parametrize(
+    "case, match",
+    [
+        (wrong(student=lambda x: x.double()), "student must be float32, bfloat16 or float16, got torch.float64"),
+        (wrong(teacher=lambda x: x.double()), "teacher must be float32"),
+        (wrong(teacher=lambda x: x[:, :10]), "teacher_logits must have the shape"),
+        (wrong(weights=lambda x: torch.ones(21, 21)), r"d from 2 to 20, got \(21, 21\)"),
+        (wrong(weights=lambda x: torch.ones(1, 1)), "d from 2 to 20"),
+        (wrong(weights=lambda x: torch.ones(4)), "d from 2 to 20"),
+        (
+            wrong(
+                student=lambda x: torch.zeros(3, 99),
+                teacher=lambda x: torch.zeros(3, 99),
+                weights=lambda x: torch.ones(65, 65),
+            ),
+            "d from 2 to 64",
+        ),
+        (wrong(share=lambda x: x[:2]), r"share must be float32 of shape \(3,\)"),
+        (wrong(share=lambda x: x.double()), "share must be float32"),
+        (wrong(target=lambda x: x.int()), "target must be int64"),
+        (wrong(target=lambda x: x[:2]), "target must be int64"),
+        (wrong(temperature=lambda x: 0.0), "temperature must be a finite number above 0"),
+        (wrong(rank_by=lambda x: "both"), "rank_by must be one of"),
+    ],
+)
 def test_errors(case, match):
-    with pytest.raises(ValueError, match=match): fused(**case("cpu" if INTERPRETED else "cuda"))
+    with pytest.raises(ValueError, match=match):
+        fused(**case("cpu" if INTERPRETED else "cuda"))
 
 
 def test_errors_of_scale(device):
     x = torch.ones(4, 6, device=device)
-    with pytest.raises(ValueError, match="grad must be contiguous"): scale_(x.T, torch.tensor(1.0, device=device))
-    with pytest.raises(ValueError, match="grad_output must be one number"): scale_(x, x)
+    with pytest.raises(ValueError, match="grad must be contiguous"):
+        scale_(x.T, torch.tensor(1.0, device=device))
+    with pytest.raises(ValueError, match="grad_output must be one number"):
+        scale_(x, x)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter takes any device")
 def test_tensors_off_the_gpu_are_refused():
-    with pytest.raises(ValueError, match="student must be on a CUDA device, got cpu"): fused(**wrong()("cpu"))
+    with pytest.raises(ValueError, match="student must be on a CUDA device, got cpu"):
+        fused(**wrong()("cpu"))
 
 
 # ---- within LDRLD -----------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("above", [1.0, 3.0])
 @pytest.mark.parametrize("options", [{}, {"depth": 3, "rank_by": "teacher", "temperature": 2.0}])
@@ -452,7 +542,8 @@ def test_ldrld_by_the_kernel(device, options, above):
         z = student.clone().requires_grad_()
         value, terms = module.value_and_terms(z, teacher, target)
         results += [value.detach(), torch.stack(list(terms.values())), torch.autograd.grad(above * value, z)[0]]
-    for a, b in zip(got, right): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    for a, b in zip(got, right):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_second_derivatives_and_a_second_backward(device):
@@ -468,4 +559,5 @@ def test_second_derivatives_and_a_second_backward(device):
     loss.backend = "triton"
     value = loss(z, teacher, target)
     value.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="to call backward more than once, .* 'analytic'"): value.backward()
+    with pytest.raises(RuntimeError, match="to call backward more than once, .* 'analytic'"):
+        value.backward()

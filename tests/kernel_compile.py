@@ -1,5 +1,6 @@
 """Compile the fused kernel for GPUs that need not be there, and print as JSON what became of it. A program of its own,
 because Triton either compiles or interprets in one process, never both."""
+
 import json
 import re
 import subprocess
@@ -25,26 +26,49 @@ def usage(kernel, types, constants, aligned, warps, capability):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        told = subprocess.run([triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name],
-                              capture_output=True, text=True, check=True).stdout
+        told = subprocess.run(
+            [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
     registers, stack = (int(re.search(rf"{name}:(\d+)", told)[1]) for name in ("REG", "STACK"))
-    return {"registers": registers, "local": stack, "wide_loads": len(re.findall(r"ld\.global\S*\.v4", compiled.asm["ptx"]))}
+    return {
+        "registers": registers,
+        "local": stack,
+        "wide_loads": len(re.findall(r"ld\.global\S*\.v4", compiled.asm["ptx"])),
+    }
 
 
 def loss(dtype, classes, depth, capability=90, temperature=4.0, rank_by="student", target=True, grad=True):
     options = triton_kernel._options(classes, depth, temperature, rank_by, target, grad)
     warps = options.pop("num_warps")
-    pointers = dict.fromkeys(("share", "weights", "terms"), "*fp32") | dict.fromkeys(("student", "teacher", "grad"), f"*{NAMES[dtype]}")
+    pointers = dict.fromkeys(("share", "weights", "terms"), "*fp32") | dict.fromkeys(
+        ("student", "teacher", "grad"), f"*{NAMES[dtype]}"
+    )
     aligned = ("stride_s", "stride_t", "classes") if classes % 16 == 0 else ()
-    return {"dtype": dtype, "classes": classes, "depth": depth, "capability": capability, "warps": warps,
-            **usage(triton_kernel._kernel, pointers, options, aligned, warps, capability)}
+    return {
+        "dtype": dtype,
+        "classes": classes,
+        "depth": depth,
+        "capability": capability,
+        "warps": warps,
+        **usage(triton_kernel._kernel, pointers, options, aligned, warps, capability),
+    }
 
 
 if __name__ == "__main__":
-    found = [loss(dtype, classes, depth) for dtype in ("bfloat16", "float32")
-             for classes, depth in ((100, 7), (100, 64), (131072, 7), (131072, 64))]
-    found += [loss("bfloat16", 128256, 20), loss("float16", 50257, 7), loss("bfloat16", 131072, 7, capability=80),
-              loss("bfloat16", 1000, 20, temperature=3.0, rank_by="teacher", target=False),
-              loss("float32", 7, 7, grad=False)]
+    found = [
+        loss(dtype, classes, depth)
+        for dtype in ("bfloat16", "float32")
+        for classes, depth in ((100, 7), (100, 64), (131072, 7), (131072, 64))
+    ]
+    found += [
+        loss("bfloat16", 128256, 20),
+        loss("float16", 50257, 7),
+        loss("bfloat16", 131072, 7, capability=80),
+        loss("bfloat16", 1000, 20, temperature=3.0, rank_by="teacher", target=False),
+        loss("float32", 7, 7, grad=False),
+    ]
     scale = usage(triton_kernel._scale, {"x": "*bf16", "factor": "*fp32"}, {"BLOCK": 4096}, (), 4, 90)
     print(json.dumps({"loss": found, "scale": scale}))

@@ -1,4 +1,5 @@
 """The command line and the batch: what a person sees, with failures, budgets and slips."""
+
 import json
 import os
 import shutil
@@ -22,8 +23,18 @@ pytestmark = pytest.mark.xdist_group("batch")  # they share what the first of th
 
 
 def ldrld(*words, cwd=ROOT, **env):
-    return subprocess.run([sys.executable, "-c", "from ldrld.cli import main; main()", *map(str, words)], capture_output=True, text=True, cwd=cwd,
-                          env={**{k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}, "PYTHONPATH": str(ROOT), "COLUMNS": "200", **env})
+    return subprocess.run(
+        [sys.executable, "-c", "from ldrld.cli import main; main()", *map(str, words)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={
+            **{k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"},
+            "PYTHONPATH": str(ROOT),
+            "COLUMNS": "200",
+            **env,
+        },
+    )
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +52,18 @@ def test_reproduce_makes_records_tables_and_logs(made):
     table = pd.read_csv(out / "data/tables/tiny/same_architecture.csv")
     assert table["n"].tolist() == [2, 2, 2] and table["method"].tolist() == ["CE", "KD", "LDRLD"]
     assert {p.suffix for p in (out / "data/tables/tiny").iterdir()} == {".csv", ".md", ".tex"}
-    assert len(list((out / "runs/executed/tiny").glob("*.ipynb"))) == 6  # a teacher, two CE, two cohorts of KD and LDRLD, a table
+    assert (
+        len(list((out / "runs/executed/tiny").glob("*.ipynb"))) == 6
+    )  # a teacher, two CE, two cohorts of KD and LDRLD, a table
     assert "8 done, 0 paused, 0 failed" in got.stdout and "tables:" in got.stdout
 
 
 def test_executed_notebooks_took_their_parameters(made):
     """The injected cell must come after the defaults, or they would overwrite it."""
     for file in (made[0] / "runs/executed/tiny").glob("digits-*.ipynb"):
-        tags = [c["metadata"].get("tags", []) for c in json.loads(file.read_text())["cells"] if c["cell_type"] == "code"]
+        tags = [
+            c["metadata"].get("tags", []) for c in json.loads(file.read_text())["cells"] if c["cell_type"] == "code"
+        ]
         assert "parameters" in tags[0] and "injected-parameters" in tags[1]
 
 
@@ -79,6 +94,7 @@ def test_verify_finds_a_changed_digit(made, tmp_path):
 def test_a_failing_run_is_told_and_the_rest_goes_on(tmp_path):
     """A folder lies where one run keeps its checkpoint, so that run must fail."""
     from ldrld.experiments.catalog import EXPERIMENTS
+
     plan = EXPERIMENTS["same_architecture"].plan(str(TINY))
     bad = plan["name"].iloc[0]
     (tmp_path / "runs" / bad / "checkpoint.pt").mkdir(parents=True)
@@ -104,7 +120,9 @@ def test_a_kernel_whose_port_was_taken_is_started_anew(tmp_path, monkeypatch):
         monkeypatch.setenv("LDRLD_ROOT", str(tmp_path))
         monkeypatch.setenv("LDRLD_OUT", str(tmp_path))
         (tmp_path / "nbs").mkdir()
-        nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 / 1")]), tmp_path / "nbs" / "one.ipynb")
+        nbformat.write(
+            nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 / 1")]), tmp_path / "nbs" / "one.ipynb"
+        )
         assert execute("one.ipynb", "once", {}, "try").status == "done" and len(told) == 10  # five ports each
         held.update(range(1000))
         outcome = execute("one.ipynb", "never", {}, "try")
@@ -116,29 +134,36 @@ def test_a_time_budget_pauses_and_goes_on(tmp_path):
     first = ldrld(*words, "--time-budget", "1s")
     assert first.returncode == 0 and "call again" in first.stdout, first.stdout + first.stderr
     second = ldrld(*words)
-    assert second.returncode == 0 and "0 paused" in second.stdout and len(list((tmp_path / "data/runs/tiny").glob("*.json"))) == 1
+    assert (
+        second.returncode == 0
+        and "0 paused" in second.stdout
+        and len(list((tmp_path / "data/runs/tiny").glob("*.json"))) == 1
+    )
 
 
-@pytest.mark.parametrize(("words", "says"), [
-    (("reproduce", "--profile", "quik"), "Did you mean 'quick'"),
-    (("reproduce", "--only", "dept"), "Did you mean 'depth'"),
-    (("reproduce", "--time-budget", "soon"), "is not a time"),
-    (("reproduce", "--profile", "nowhere.yaml"), "nowhere.yaml"),
-    (("run", "epcohs=2"), "epcohs"),
-    (("run", "epochs=two"), "epochs"),
-    (("run", "epochs"), "expected name=value"),
-    (("run", "loss_args={depth: 3"), "'loss_args={depth: 3'"),
-    (("run", "loss=kd", "teacher=resnet8", "teacher.lr=@x"), "'teacher.lr=@x'"),
-    (("run", "teacher=0.1"), "teacher=0.1: expected the name of a network"),
-    (("run", "lr=10**400"), "lr='10**400'"),
-    (("run", "loss=sdd", "teacher=resnet8", "loss_args.regions=nan"), "regions"),
-    (("run", "loss=corrected", "teacher=resnet8", "loss_args.loss={}"), "loss_args={'loss': {}}"),
-    (("run", "a: &a [*a]=1"), "unknown setting"),
-    (("run", "seed=1", "--profile", "../elsewhere"), "expected the name of a folder"),
-    (("run", "seed=1", "--profile", ""), "expected the name of a folder"),
-    (("tune", "--space", "alpha=[*x]"), "undefined alias"),
-    (("run", "model=resnet8", "--keep", "wieghts"), "Did you mean 'weights'"),
-])
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("reproduce", "--profile", "quik"), "Did you mean 'quick'"),
+        (("reproduce", "--only", "dept"), "Did you mean 'depth'"),
+        (("reproduce", "--time-budget", "soon"), "is not a time"),
+        (("reproduce", "--profile", "nowhere.yaml"), "nowhere.yaml"),
+        (("run", "epcohs=2"), "epcohs"),
+        (("run", "epochs=two"), "epochs"),
+        (("run", "epochs"), "expected name=value"),
+        (("run", "loss_args={depth: 3"), "'loss_args={depth: 3'"),
+        (("run", "loss=kd", "teacher=resnet8", "teacher.lr=@x"), "'teacher.lr=@x'"),
+        (("run", "teacher=0.1"), "teacher=0.1: expected the name of a network"),
+        (("run", "lr=10**400"), "lr='10**400'"),
+        (("run", "loss=sdd", "teacher=resnet8", "loss_args.regions=nan"), "regions"),
+        (("run", "loss=corrected", "teacher=resnet8", "loss_args.loss={}"), "loss_args={'loss': {}}"),
+        (("run", "a: &a [*a]=1"), "unknown setting"),
+        (("run", "seed=1", "--profile", "../elsewhere"), "expected the name of a folder"),
+        (("run", "seed=1", "--profile", ""), "expected the name of a folder"),
+        (("tune", "--space", "alpha=[*x]"), "undefined alias"),
+        (("run", "model=resnet8", "--keep", "wieghts"), "Did you mean 'weights'"),
+    ],
+)
 def test_a_slip_is_told_before_anything_runs(words, says, tmp_path):
     got = ldrld(*words, LDRLD_OUT=str(tmp_path))
     assert got.returncode == 2 and says in got.stderr and "Traceback" not in got.stderr, got.stderr
@@ -146,8 +171,19 @@ def test_a_slip_is_told_before_anything_runs(words, says, tmp_path):
 
 
 def test_run_from_the_command_line(tmp_path):
-    got = ldrld("run", "dataset=digits", "model=resnet8", "loss=ldrld", "loss_args.depth=3", "teacher=resnet8", "recipe=onecycle", "epochs=1", "lr=0.1",
-                "--out", tmp_path)
+    got = ldrld(
+        "run",
+        "dataset=digits",
+        "model=resnet8",
+        "loss=ldrld",
+        "loss_args.depth=3",
+        "teacher=resnet8",
+        "recipe=onecycle",
+        "epochs=1",
+        "lr=0.1",
+        "--out",
+        tmp_path,
+    )
     assert got.returncode == 0, got.stderr
     record = json.loads(next((tmp_path / "data/runs/try").glob("*-ldrld-*.json")).read_text())
     assert record["machine"]["threads"] == 1, "or the result would not repeat"
@@ -160,18 +196,46 @@ def test_data_says_what_it_is_or_how_to_get_it(tmp_path):
     assert got.returncode == 1 and "cifar100" in got.stderr and "Traceback" not in got.stderr
 
 
-@pytest.mark.parametrize(("notebook", "parameters", "says"), [
-    ("train", ("-p", "epcohs", "3"), "WrongSetting: unknown parameter 'epcohs'. Did you mean 'epochs'"), ("train", ("-p", "epochs", "two"), "WrongSetting: epochs='two': Input should be a valid integer"),
-    ("train", ("-p", "model", "resnet9"), "resnet9"), ("train", ("-y", "{keep: [wieghts]}"), "Did you mean 'weights'"), ("train", ("-y", "{keep: logits}"), "keep='logits': expected a list"),
-    ("train", ("-p", "teacher", "None", "-p", "loss", "kd"), "teacher is missing"), ("train", ("-p", "dataset", "tiny-imagenet"), "Tiny-ImageNet is not in"),
-    ("cohort", ("-y", "{runs: [{dataset: digits, epochs: 1}, {dataset: digits, epochs: two}]}"), "WrongSetting: runs[1]: epochs='two'"), ("cohort", ("-y", "{runs: {epochs: 1}}"), "expected a list of settings"),
-    ("cohort", ("-y", "{runs: [digits]}"), "expected a dict of settings"),
-])
+@pytest.mark.parametrize(
+    ("notebook", "parameters", "says"),
+    [
+        ("train", ("-p", "epcohs", "3"), "WrongSetting: unknown parameter 'epcohs'. Did you mean 'epochs'"),
+        ("train", ("-p", "epochs", "two"), "WrongSetting: epochs='two': Input should be a valid integer"),
+        ("train", ("-p", "model", "resnet9"), "resnet9"),
+        ("train", ("-y", "{keep: [wieghts]}"), "Did you mean 'weights'"),
+        ("train", ("-y", "{keep: logits}"), "keep='logits': expected a list"),
+        ("train", ("-p", "teacher", "None", "-p", "loss", "kd"), "teacher is missing"),
+        ("train", ("-p", "dataset", "tiny-imagenet"), "Tiny-ImageNet is not in"),
+        (
+            "cohort",
+            ("-y", "{runs: [{dataset: digits, epochs: 1}, {dataset: digits, epochs: two}]}"),
+            "WrongSetting: runs[1]: epochs='two'",
+        ),
+        ("cohort", ("-y", "{runs: {epochs: 1}}"), "expected a list of settings"),
+        ("cohort", ("-y", "{runs: [digits]}"), "expected a dict of settings"),
+    ],
+)
 def test_papermill_by_hand_refuses_a_slip_in_one_line(notebook, parameters, says, tmp_path):
-    got = subprocess.run([Path(sys.executable).parent / "papermill", ROOT / f"nbs/run/{notebook}.ipynb", tmp_path / "out.ipynb", "--no-progress-bar", *parameters],
-                         capture_output=True, text=True, env={**os.environ, "LDRLD_OUT": str(tmp_path), "LDRLD_DATA": str(tmp_path)}, cwd=tmp_path)
+    got = subprocess.run(
+        [
+            Path(sys.executable).parent / "papermill",
+            ROOT / f"nbs/run/{notebook}.ipynb",
+            tmp_path / "out.ipynb",
+            "--no-progress-bar",
+            *parameters,
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "LDRLD_OUT": str(tmp_path), "LDRLD_DATA": str(tmp_path)},
+        cwd=tmp_path,
+    )
     assert got.returncode == 1 and says in got.stderr, got.stderr
-    (error,) = [o for c in json.loads((tmp_path / "out.ipynb").read_text())["cells"] for o in c.get("outputs", []) if o["output_type"] == "error"]
+    (error,) = [
+        o
+        for c in json.loads((tmp_path / "out.ipynb").read_text())["cells"]
+        for o in c.get("outputs", [])
+        if o["output_type"] == "error"
+    ]
     assert error["ename"] == "WrongSetting" and len(error["traceback"]) == 1
 
 
@@ -179,14 +243,33 @@ def test_papermill_by_hand_refuses_a_slip_in_one_line(notebook, parameters, says
 def test_papermill_knows_the_type_of_every_parameter(notebook):
     told = papermill.inspect_notebook(str(ROOT / f"nbs/run/{notebook}.ipynb"))
     assert told and all(p["inferred_type_name"] not in ("None", "") and p["help"] for p in told.values())
-    if notebook == "train": assert set(told) == {"profile", "keep", *RunConfig.model_fields} and told["epochs"]["inferred_type_name"] == "int"
+    if notebook == "train":
+        assert (
+            set(told) == {"profile", "keep", *RunConfig.model_fields} and told["epochs"]["inferred_type_name"] == "int"
+        )
 
 
-def test_the_example_of_the_readme_teaches_something(tmp_path):
-    (line,) = [line for line in (ROOT / "README.md").read_text().splitlines() if "papermill nbs/run/train.ipynb" in line]
+def test_the_example_of_the_commands_teaches_something(tmp_path):
+    page = json.loads((ROOT / "nbs" / "pages" / "reproduce.ipynb").read_text(encoding="utf-8"))
+    lines = "".join(page["cells"][0]["source"]).splitlines()
+    (line,) = [line for line in lines if "papermill nbs/run/train.ipynb" in line]
     words = line.split()[1:]
-    got = subprocess.run([Path(sys.executable).parent / "papermill", ROOT / words[0], tmp_path / words[1], "--no-progress-bar", *words[2:]], capture_output=True, text=True,
-                         env={**os.environ, "LDRLD_OUT": str(tmp_path)}, cwd=ROOT)
+    got = subprocess.run(
+        [
+            Path(sys.executable).parent / "papermill",
+            ROOT / words[0],
+            tmp_path / words[1],
+            "--no-progress-bar",
+            *words[2:],
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "LDRLD_OUT": str(tmp_path)},
+        cwd=ROOT,
+    )
     assert got.returncode == 0, got.stderr
-    student, teacher = sorted((json.loads(f.read_text()) for f in tmp_path.glob("data/runs/try/*.json")), key=lambda r: r["config"]["loss"] == "ce")
+    student, teacher = sorted(
+        (json.loads(f.read_text()) for f in tmp_path.glob("data/runs/try/*.json")),
+        key=lambda r: r["config"]["loss"] == "ce",
+    )
     assert student["last_accuracy"] > 90 and teacher["last_accuracy"] > 90 and student["config"]["seed"] == 1

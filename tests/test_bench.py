@@ -1,4 +1,5 @@
 """Benchmarks: they run, their files are sound, what they compare is equal, and pictures follow from files. No timing is asserted."""
+
 import os
 import shutil
 import subprocess
@@ -23,8 +24,13 @@ pytestmark = pytest.mark.xdist_group("bench")
 
 
 def ldrld(*words, **env):
-    return subprocess.run([sys.executable, "-c", "from ldrld.cli import main; main()", *map(str, words)], capture_output=True, text=True, cwd=ROOT,
-                          env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", **env})
+    return subprocess.run(
+        [sys.executable, "-c", "from ldrld.cli import main; main()", *map(str, words)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", **env},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -43,24 +49,41 @@ def test_small_benchmarks_leave_files_tables_and_figures(made):
         m = timing.load_measurement(file)
         assert m.scale == "small" and m.points and m.libraries["torch"] == torch.__version__
         assert all(p.q1 <= p.median <= p.q3 and min(p.values) > 0 for p in m.points if p.unit != "B")
-    assert {"loss_targets.csv", "loss_memory.csv", "training_speed.csv", "method_cost.csv", "graphs.csv"} <= {p.name for p in (out / "data" / "tables" / "bench-small").iterdir()}
-    assert {"92_loss_depth.svg", "94_memory.svg", "96_training_parts.svg", "97_graphs.svg", "98_method_cost.svg"} <= {p.name for p in (out / "figures" / "bench-small").iterdir()}
+    assert {"loss_targets.csv", "loss_memory.csv", "training_speed.csv", "method_cost.csv", "graphs.csv"} <= {
+        p.name for p in (out / "data" / "tables" / "bench-small").iterdir()
+    }
+    assert {"92_loss_depth.svg", "94_memory.svg", "96_training_parts.svg", "97_graphs.svg", "98_method_cost.svg"} <= {
+        p.name for p in (out / "figures" / "bench-small").iterdir()
+    }
     assert "measurements: " in got.stdout and "figures: " in got.stdout
     assert "profiler_start" not in got.stderr
 
 
 def test_a_measurement_is_kept_until_asked_for_again(made):
     out, _ = made
-    file, = (out / "data" / "bench-small").glob("*/loss-memory.json")
+    (file,) = (out / "data" / "bench-small").glob("*/loss-memory.json")
     before = file.read_bytes()
-    assert "measured before" in ldrld("bench", "loss-memory", "--small", "--out", out, LDRLD_DEVICE="cpu").stdout and file.read_bytes() == before
-    assert ldrld("bench", "loss-memory", "--small", "--again", "--out", out, LDRLD_DEVICE="cpu").returncode == 0 and file.read_bytes() != before
+    assert (
+        "measured before" in ldrld("bench", "loss-memory", "--small", "--out", out, LDRLD_DEVICE="cpu").stdout
+        and file.read_bytes() == before
+    )
+    assert (
+        ldrld("bench", "loss-memory", "--small", "--again", "--out", out, LDRLD_DEVICE="cpu").returncode == 0
+        and file.read_bytes() != before
+    )
 
 
-@pytest.mark.parametrize(("words", "says"), [(("loss-dept",), "Did you mean 'loss-depth'"), (("--small", "--full"), "exclude each other")])
+@pytest.mark.parametrize(
+    ("words", "says"), [(("loss-dept",), "Did you mean 'loss-depth'"), (("--small", "--full"), "exclude each other")]
+)
 def test_a_slip_is_told(words, says, tmp_path):
     got = ldrld("bench", *words, "--out", tmp_path)
-    assert got.returncode == 2 and says in got.stderr and "Traceback" not in got.stderr and not list(tmp_path.rglob("*.json"))
+    assert (
+        got.returncode == 2
+        and says in got.stderr
+        and "Traceback" not in got.stderr
+        and not list(tmp_path.rglob("*.json"))
+    )
 
 
 @pytest.mark.parametrize("labels", [False, True])
@@ -93,19 +116,28 @@ before = status("VmRSS")
 run()
 print(counted, status("VmHWM") - before)
 """
-    got = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True,
-                         env={**os.environ, "PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"})
+    got = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"},
+    )
     counted, seen = map(int, got.stdout.split())
     assert abs(counted - seen) < 0.05 * counted + 2**20
 
 
 def test_the_stopwatch_leaves_nothing_behind():
     before, watch = len(hooks), training.Stopwatch()
-    with pytest.raises(KeyError), watch.running(): raise KeyError
+    with pytest.raises(KeyError), watch.running():
+        raise KeyError
     assert len(hooks) == before and watch.last is None
 
 
-@pytest.mark.parametrize("name", ["CE", "KD", "CTKD", "LDRLD", "USKD", "FitNet", "CRD", "FCFD", "KD, two heads", "MLKD", "partial mixup"])
+@pytest.mark.parametrize(
+    "name", ["CE", "KD", "CTKD", "LDRLD", "USKD", "FitNet", "CRD", "FCFD", "KD, two heads", "MLKD", "partial mixup"]
+)
 def test_a_lesson_is_a_step_of_training(name, monkeypatch):
     """The terms that `train_together` reports for an epoch of one batch are those of the step that is timed."""
     monkeypatch.setattr(methods, "EPOCHS", 1)
@@ -115,25 +147,34 @@ def test_a_lesson_is_a_step_of_training(name, monkeypatch):
     lesson.step_live()
     (network, _), loss = s.networks(), methods.losses.build(method.loss, **method.args)
     member = Student(network, loss.prepare(network, teacher.teacher, lesson.batch.x[:1], s.images), lr=0.0)
-    (row,), = train_together([member], s.images, teacher, epochs=1, batch_size=16)
+    ((row,),) = train_together([member], s.images, teacher, epochs=1, batch_size=16)
     assert {term: total.item() / 16 for term, total in lesson.student.sums.items()} == row["terms"]
 
 
 def test_small_methods_are_all_there_and_add_up(made):
     out, _ = made
-    file, = (out / "data" / "bench-small").glob("*/methods.json")
+    (file,) = (out / "data" / "bench-small").glob("*/methods.json")
     points = timing.frame(timing.load_measurement(file))
     table = methods.costs(points).set_index("method")
     assert set(table.index) == set(methods.CONTENDERS)
-    assert (table.loc[["KD", "LDRLD", "RLD", "USKD"], "whole_times median"] == table.loc[["KD", "LDRLD", "RLD", "USKD"], "times median"]).all()
-    assert (table.loc[table["asks"] == "live", "whole median"] > table.loc[table["asks"] == "live", "step median"]).all()
+    assert (
+        table.loc[["KD", "LDRLD", "RLD", "USKD"], "whole_times median"]
+        == table.loc[["KD", "LDRLD", "RLD", "USKD"], "times median"]
+    ).all()
+    assert (
+        table.loc[table["asks"] == "live", "whole median"] > table.loc[table["asks"] == "live", "step median"]
+    ).all()
     assert table.loc["MLKD", "kind"] == "pictures" and set(points.loc[points["contender"] == "MLKD", "asked"]) == {32}
-    assert (table.loc[["KD", "LDRLD", "AT"], "extra"] == 0).all() and (table.loc[["CRD", "FitNet", "FCFD"], "extra"] > 0).all()
+    assert (table.loc[["KD", "LDRLD", "AT"], "extra"] == 0).all() and (
+        table.loc[["CRD", "FitNet", "FCFD"], "extra"] > 0
+    ).all()
 
 
 @pytest.fixture
 def setting():
-    return training.Setting(data.load("digits"), "resnet8", "resnet8", loss="kd", batch_size=16, steps=3, rounds=2, cores=1)
+    return training.Setting(
+        data.load("digits"), "resnet8", "resnet8", loss="kd", batch_size=16, steps=3, rounds=2, cores=1
+    )
 
 
 def test_a_table_in_memory_answers_like_one_in_a_file(setting, tmp_path):
@@ -141,8 +182,11 @@ def test_a_table_in_memory_answers_like_one_in_a_file(setting, tmp_path):
     s, (_, teacher) = setting, setting.networks()
     images = training.shortened(s.images, s.steps * s.batch_size)
     crops = Crops(images.train_images, images.mean, images.std, images.padding, images.flip)
-    held, filed = (training.answers(s, teacher, crops, torch.float32, str(tmp_path), resident) for resident in (True, False))
-    for table in (held, filed): training.ask_ahead(table, 2, s.batch_size)
+    held, filed = (
+        training.answers(s, teacher, crops, torch.float32, str(tmp_path), resident) for resident in (True, False)
+    )
+    for table in (held, filed):
+        training.ask_ahead(table, 2, s.batch_size)
     asked = held.computed
     assert held.rows is None and filed.held is None and asked > 0
     index, view = training.draw(0, 2, crops.n, crops.views)
@@ -167,14 +211,19 @@ def test_ours_measures_training_with_a_table_in_memory(setting, monkeypatch):
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_numerics_are_put_back(deterministic, monkeypatch):
     """What training allows a GPU's libraries holds inside, also where that stops with an error."""
-    flags = lambda: (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32,
-                     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark)
+    flags = lambda: (
+        torch.backends.cuda.matmul.allow_tf32,
+        torch.backends.cudnn.allow_tf32,
+        torch.backends.cudnn.deterministic,
+        torch.backends.cudnn.benchmark,
+    )
     before = flags()
     with pytest.raises(KeyError), training.numerics("cuda", deterministic):
         assert flags() == (False, False, deterministic, not deterministic)
         raise KeyError
     assert flags() == before
-    with training.numerics("cpu"): assert flags() == before
+    with training.numerics("cpu"):
+        assert flags() == before
 
 
 def test_what_is_measured_in_flight_is_training(setting):
@@ -190,17 +239,26 @@ def test_what_is_measured_in_flight_is_training(setting):
     loop = Student(s.networks()[0], training.losses.build(s.loss))
     rows = train_together([loop], images, task.teacher, task.epochs, s.batch_size, dtype=task.dtype)
     (first,), (second,) = next(rows), next(rows)
-    for student in students: assert [row["terms"] for row in student.history] == [first["terms"], second["terms"]]
+    for student in students:
+        assert [row["terms"] for row in student.history] == [first["terms"], second["terms"]]
 
 
 def test_operands_are_counted_once_each():
     x, y = torch.ones(8, 4), torch.ones(8, 4)
-    cases = {"x + y": (lambda: x + y, 3), "in place": (lambda: x.mul_(2), 2), "a view": (lambda: x.T[1:], 0),
-             "an expanded row": (lambda: x[:1].expand(8, 4) + y, 2 + 1 / 8), "a number": (lambda: x.add(1), 2),
-             "a list in place": (lambda: torch._foreach_add_([x, y], 1), 4), "nothing": (lambda: x[:0] + y[:0], 0),
-             "a list": (lambda: torch._foreach_add([x, y], [y, x]), 6), "fewer rows": (lambda: x[:4] + y[:4], 1.5)}
+    cases = {
+        "x + y": (lambda: x + y, 3),
+        "in place": (lambda: x.mul_(2), 2),
+        "a view": (lambda: x.T[1:], 0),
+        "an expanded row": (lambda: x[:1].expand(8, 4) + y, 2 + 1 / 8),
+        "a number": (lambda: x.add(1), 2),
+        "a list in place": (lambda: torch._foreach_add_([x, y], 1), 4),
+        "nothing": (lambda: x[:0] + y[:0], 0),
+        "a list": (lambda: torch._foreach_add([x, y], [y, x]), 6),
+        "fewer rows": (lambda: x[:4] + y[:4], 1.5),
+    }
     for name, (function, matrices) in cases.items():
-        with graphs.Operands() as counted: function()
+        with graphs.Operands() as counted:
+            function()
         assert counted.bytes == matrices * 4 * 32, name
 
 
@@ -217,41 +275,72 @@ def test_the_work_of_a_step_is_of_the_network_alone(setting):
 
 def test_runs_per_hour():
     assert graphs.runs_an_hour(3600 / 187_680) == pytest.approx(1)
-    lines = {("usual loop", 1): (4.0, 8.0), ("in flight", 2): (1.0, 1.0), (graphs.FLOOR[0], 1): (0.5, 0.5),
-             (graphs.FLOOR[1], 1): (0.25, 0.25)}
+    lines = {
+        ("usual loop", 1): (4.0, 8.0),
+        ("in flight", 2): (1.0, 1.0),
+        (graphs.FLOOR[0], 1): (0.5, 0.5),
+        (graphs.FLOOR[1], 1): (0.25, 0.25),
+    }
     pair = {"teacher": "a", "student": "b", "unit": "s/step"}
-    table = graphs.compared_runs(pd.DataFrame([{"contender": c, "students": n, "values": v, **pair} for (c, n), v in lines.items()]))
-    assert table["times median"].tolist() == [1, 6, 12, 24] and table["share"].tolist() == [pytest.approx(1 / 12), 0.5, 1, 2]
+    table = graphs.compared_runs(
+        pd.DataFrame([{"contender": c, "students": n, "values": v, **pair} for (c, n), v in lines.items()])
+    )
+    assert table["times median"].tolist() == [1, 6, 12, 24] and table["share"].tolist() == [
+        pytest.approx(1 / 12),
+        0.5,
+        1,
+        2,
+    ]
     assert table["runs median"].iloc[1] == pytest.approx(3600 / 187_680)
 
 
 @pytest.mark.parametrize("file", COMMITTED, ids=lambda f: f"{f.parent.name}-{f.stem}")
 def test_committed_measurements_are_sound(file):
     m = timing.load_measurement(file)
-    assert m.name == file.stem and file.parent.name == timing.machine_key(m.machine) and m.scale != "small" and m.name in timing.BENCHMARKS
+    assert (
+        m.name == file.stem
+        and file.parent.name == timing.machine_key(m.machine)
+        and m.scale != "small"
+        and m.name in timing.BENCHMARKS
+    )
 
 
 def test_tables_and_figures_follow_from_the_measurements(tmp_path, monkeypatch):
     """Made again from the committed files alone, in the same words and digits."""
-    if not COMMITTED: pytest.skip("nothing measured yet")
+    if not COMMITTED:
+        pytest.skip("nothing measured yet")
     from ldrld.batch import scheduler
 
     shutil.copytree(ROOT / "data" / "bench", tmp_path / "data" / "bench")
     monkeypatch.setenv("LDRLD_OUT", str(tmp_path))
-    outcomes = [scheduler.execute(f"paper/{n}.ipynb", n, {"profile": "bench"}, "bench") for n in dict.fromkeys(b.notebook for b in timing.BENCHMARKS.values())]
+    outcomes = [
+        scheduler.execute(f"paper/{n}.ipynb", n, {"profile": "bench"}, "bench")
+        for n in dict.fromkeys(b.notebook for b in timing.BENCHMARKS.values())
+    ]
     assert [o.status for o in outcomes] == ["done"] * len(outcomes), outcomes
     for folder in (Path("data/tables/bench"), Path("figures/bench")):
-        assert sorted(p.name for p in (tmp_path / folder).iterdir()) == sorted(p.name for p in (ROOT / folder).iterdir())
+        assert sorted(p.name for p in (tmp_path / folder).iterdir()) == sorted(
+            p.name for p in (ROOT / folder).iterdir()
+        )
         for file in (f for f in (tmp_path / folder).iterdir() if f.suffix in (".csv", ".md", ".tex", ".svg")):
-            assert file.read_text() == (ROOT / folder / file.name).read_text(), f"{folder / file.name}: run `ldrld bench`, which draws anew"
+            assert file.read_text() == (ROOT / folder / file.name).read_text(), (
+                f"{folder / file.name}: run `ldrld bench`, which draws anew"
+            )
 
 
 def test_ratios_of_a_table_follow_from_the_values():
     for file in COMMITTED:
-        if file.stem != "loss-targets": continue
+        if file.stem != "loss-targets":
+            continue
         points = timing.frame(timing.load_measurement(file))
         theirs = timing.compared(points, "KD").set_index(["contender", "batch", "threads", "labels"])["median"]
         for p in points[points["contender"] == "LDRLD"].to_dict("records"):
-            kd = points[(points["contender"] == "KD") & (points[["batch", "threads", "labels"]] == pd.Series({k: p[k] for k in ("batch", "threads", "labels")})).all(axis=1)]
+            kd = points[
+                (points["contender"] == "KD")
+                & (
+                    points[["batch", "threads", "labels"]]
+                    == pd.Series({k: p[k] for k in ("batch", "threads", "labels")})
+                ).all(axis=1)
+            ]
             expected = pd.Series(p["values"]) / pd.Series(kd["values"].iloc[0])
             assert theirs[("LDRLD", p["batch"], p["threads"], p["labels"])] == pytest.approx(expected.median())

@@ -1,4 +1,5 @@
 """Claims and the front page with records that the project does not have: a few of the `paper` profile, and none at all."""
+
 import json
 import re
 from pathlib import Path
@@ -34,16 +35,22 @@ def some_paper_records(tmp_path, monkeypatch):
     monkeypatch.setenv("LDRLD_OUT", str(tmp_path))
     accuracy, seeds = {"KD": (77.0, 0.3), "DKD": (70.0, 0.3), "LDRLD": (76.0, 0.1)}, {"resnet32x4": 3, "vgg13": 1}
     for line in EXPERIMENTS["same_architecture"].plan("paper").to_dict("records"):
-        if line["method"] not in accuracy or line["seed"] >= seeds.get(line["teacher"], 0): continue
+        if line["method"] not in accuracy or line["seed"] >= seeds.get(line["teacher"], 0):
+            continue
         first, step = accuracy[line["method"]]
         invent(line["config"], first + line["seed"] * step)
 
 
 def front_page(folder):
-    """The Markdown that the index shows where the records lie in `folder`."""
-    notebook = nbformat.read(ROOT / "nbs" / "index.ipynb", as_version=4)
-    with_kernel(lambda: NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(ROOT / "nbs")}}).execute())
-    return "\n".join(o["data"]["text/markdown"] for c in notebook.cells if c.cell_type == "code" for o in c.outputs)
+    """The Markdown that the index and its page of results show where the records lie in `folder`."""
+    shown = []
+    for name in ("index", "pages/results"):
+        path = ROOT / "nbs" / f"{name}.ipynb"
+        notebook, place = nbformat.read(path, as_version=4), {"metadata": {"path": str(path.parent)}}
+        client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources=place)
+        with_kernel(client.execute)
+        shown += [o["data"]["text/markdown"] for c in notebook.cells if c.cell_type == "code" for o in c.outputs]
+    return "\n".join(shown)
 
 
 def test_a_claim_can_fail_and_a_published_number_stands_beside_it(some_paper_records):
@@ -51,9 +58,9 @@ def test_a_claim_can_fail_and_a_published_number_stands_beside_it(some_paper_rec
     kd, dkd = table.loc[("kd", "resnet32x4", "KD")], table.loc[("rivals", "resnet32x4", "DKD")]
     assert (kd["verdict"], dkd["verdict"], kd["n"]) == ("did not hold", "held", 3)
     assert np.isclose(kd["difference"], -1.2) and np.isclose(kd["published"], 77.20 - 73.33)
-    assert table.loc[("kd", "vgg13", "KD"), "verdict"] == "undecided"     # one seed
+    assert table.loc[("kd", "vgg13", "KD"), "verdict"] == "undecided"  # one seed
     said = claims.in_words(claims.judged("paper"), "paper")
-    assert "LDRLD is below KD" in said and "`kd` (2 of 5 run)" in said
+    assert "LDRLD is outperformed by KD" in said and "`kd` (2 of 5 run)" in said
 
 
 def test_published_marks_are_drawn_in_the_paper_profile_alone(some_paper_records):
@@ -64,7 +71,10 @@ def test_published_marks_are_drawn_in_the_paper_profile_alone(some_paper_records
     plt.close("all")
 
 
-@pytest.mark.parametrize(("column", "row", "value"), [("published", 0, 3.0), ("p_holm", 1, 0.5), ("n", 1, 2), ("low", 1, 0.0), ("ours", 0, "KD")])
+@pytest.mark.parametrize(
+    ("column", "row", "value"),
+    [("published", 0, 3.0), ("p_holm", 1, 0.5), ("n", 1, 2), ("low", 1, 0.0), ("ours", 0, "KD")],
+)
 def test_a_forged_table_is_found(some_paper_records, column, row, value):
     table = claims.judged("paper")
     report.save_table(table, "claims", claims.caption(table, "paper"), "paper", claims.shown(table))
@@ -83,7 +93,11 @@ def test_pictures_are_computed_again(tmp_path, monkeypatch):
         for c in filter(None, (config, config.teacher)):
             file = paths.records("small") / "logits" / f"{name_of(c)}.npz"
             file.parent.mkdir(parents=True, exist_ok=True)
-            np.savez(file, logits=np.random.default_rng(i).normal(size=(20, 12)).astype(np.float16) * 3, labels=np.zeros(20, int))
+            np.savez(
+                file,
+                logits=np.random.default_rng(i).normal(size=(20, 12)).astype(np.float16) * 3,
+                labels=np.zeros(20, int),
+            )
     table = claims.judged("small")
     report.save_table(table, "claims", claims.caption(table, "small"), "small", claims.shown(table))
     assert table.loc[table["of"] == "pictures", "n"].tolist() == [20, 0, 20]
@@ -93,7 +107,9 @@ def test_pictures_are_computed_again(tmp_path, monkeypatch):
 def test_claims_add_no_run_to_a_profile():
     for p in ("quick", "small", "paper"):
         others = tuple(name for name in selected(p) if name != "claims")
-        assert "claims" in selected(p) and [name_of(c) for c, _ in batch(p)] == [name_of(c) for c, _ in batch(p, others)]
+        assert "claims" in selected(p) and [name_of(c) for c, _ in batch(p)] == [
+            name_of(c) for c, _ in batch(p, others)
+        ]
         assert "claims" in report.to_report(p)
     assert batch("quick", ("claims",)) == []
 
@@ -102,14 +118,20 @@ def test_front_page_with_a_few_paper_records(some_paper_records, tmp_path):
     text = front_page(tmp_path)
     line = next(line for line in text.splitlines() if "resnet32x4 → resnet8x4 | KD" in line)
     assert "77.30 ± 0.30 (3)" in line and "| 73.33 | +3.97 | LDRLD via Paper-Notes |" in line and "3.0 h, A GPU" in line
-    links = re.findall(r"\[(\d)\]\(\.\./(data/runs/paper/[^)]+)\)", line)
+    links = re.findall(r"\[(\d)\]\(\.\./\.\./(data/runs/paper/[^)]+)\)", line)
     assert [seed for seed, _ in links] == ["0", "1", "2"]
-    for seed, file in links: assert json.loads((tmp_path / file).read_text())["config"]["seed"] == int(seed)
-    assert "LDRLD is below KD" in text and f"{len(list(paths.records('paper').glob('*.json')))} of the {len(batch('paper'))} runs of profile `paper` are finished" in text
+    for seed, file in links:
+        assert json.loads((tmp_path / file).read_text())["config"]["seed"] == int(seed)
+    assert (
+        "LDRLD is outperformed by KD" in text
+        and f"{len(list(paths.records('paper').glob('*.json')))} of the {len(batch('paper'))} runs of profile `paper` are finished"
+        in text
+    )
 
 
 def test_front_page_without_any_record(tmp_path, monkeypatch):
     monkeypatch.setenv("LDRLD_OUT", str(tmp_path))
     text = front_page(tmp_path)
-    for p in ("quick", "small", "paper"): assert f"None of the {len(batch(p))} runs of profile `{profile(p).name}` has been made" in text
+    for p in ("quick", "small", "paper"):
+        assert f"None of the {len(batch(p))} runs of profile `{profile(p).name}` has been made" in text
     assert "±" not in text and "held |" not in text

@@ -1,4 +1,5 @@
 """Losses at their edges: micro-batches, ruled-out classes, NaN where nothing counts, float16, rounding."""
+
 import copy
 
 import pytest
@@ -18,8 +19,11 @@ from ldrld.losses.wrappers import standardized
 
 INF, NAN, IGNORED = torch.inf, torch.nan, -100
 LOGITS = losses.available("logits")
-WRAPPED = [(name, {"loss": base} | more) for base in sorted(set(LOGITS) - {"ce", "standardized", "corrected"})
-           for name, more in (("standardized", {}), ("corrected", {"rule": "swap"}), ("corrected", {"rule": "skip"}))]
+WRAPPED = [
+    (name, {"loss": base} | more)
+    for base in sorted(set(LOGITS) - {"ce", "standardized", "corrected"})
+    for name, more in (("standardized", {}), ("corrected", {"rule": "swap"}), ("corrected", {"rule": "skip"}))
+]
 EVERY = [(name, {}) for name in (*LOGITS, "sld", "mlkd")] + WRAPPED
 named = lambda given: given if isinstance(given, str) else "-".join(map(str, given.values())) or "default"
 build = lambda name, given: losses.build(name, **given).double()
@@ -47,6 +51,7 @@ def test_which_losses_compare_over_the_batch():
 
 # ---- micro-batches ----------------------------------------------------------------------------------------------
 
+
 def texts():
     """Four texts of seven tokens: 8 tokens of the first two count, 11 of the others."""
     z_s, z_t, target = (x.unflatten(0, (4, 7)) for x in sample(28))
@@ -64,9 +69,10 @@ def test_micro_batches_add_up(name, given, n):
     torch.testing.assert_close(torch.cat([g for _, g in parts]), gradient)
     terms = loss.terms(z_s, z_t, target)
     in_parts = [loss.terms(z_s[k], z_t[k], target[k], normalizer=n) for k in (slice(0, 2), slice(2, 4))]
-    for term in terms: torch.testing.assert_close(in_parts[0][term] + in_parts[1][term], terms[term])
+    for term in terms:
+        torch.testing.assert_close(in_parts[0][term] + in_parts[1][term], terms[term])
     means = sum(loss(z_s[k], z_t[k], target[k]) for k in (slice(0, 2), slice(2, 4))) / 2
-    assert abs(means / whole - 1) > 1e-4                               # which is why there is a normalizer
+    assert abs(means / whole - 1) > 1e-4  # which is why there is a normalizer
 
 
 @pytest.mark.parametrize("backend", ["plain", "analytic"])
@@ -75,8 +81,10 @@ def test_micro_batches_of_ldrld_by_every_way(backend):
     loss.backend = backend
     whole, gradient = value_and_grad(loss, z_s, z_t, target)
     mask = target != IGNORED
-    parts = [value_and_grad(loss, z_s[k], z_t[k], target[k].clamp(min=0), mask[k], normalizer=19)
-             for k in (slice(0, 2), slice(2, 4))]
+    parts = [
+        value_and_grad(loss, z_s[k], z_t[k], target[k].clamp(min=0), mask[k], normalizer=19)
+        for k in (slice(0, 2), slice(2, 4))
+    ]
     torch.testing.assert_close((sum(v for v, _ in parts), torch.cat([g for _, g in parts])), (whole, gradient))
     compiled = torch.compile(LDRLD(), backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(z_s[:2], z_t[:2], target[:2], normalizer=torch.tensor(19)), parts[0][0])
@@ -103,11 +111,23 @@ def test_a_loss_over_the_batch_refuses_a_normalizer(name, given):
             call(z_s, z_t, target, normalizer=19)
 
 
-@pytest.mark.parametrize("wrong, part", [
-    (-1, "-1"), (NAN, "nan"), (True, "True"), ("19", "'19'"), (INF, "inf"), (torch.tensor([3, 4]), r"\(2,\)"),
-    (torch.tensor(True), "bool"), (torch.tensor(-2), "-2"), (torch.tensor(NAN), "nan")])
+@pytest.mark.parametrize(
+    "wrong, part",
+    [
+        (-1, "-1"),
+        (NAN, "nan"),
+        (True, "True"),
+        ("19", "'19'"),
+        (INF, "inf"),
+        (torch.tensor([3, 4]), r"\(2,\)"),
+        (torch.tensor(True), "bool"),
+        (torch.tensor(-2), "-2"),
+        (torch.tensor(NAN), "nan"),
+    ],
+)
 def test_wrong_normalizers(wrong, part):
-    with pytest.raises(ValueError, match=f"normalizer must be .*{part}"): LDRLD()(*sample(), normalizer=wrong)
+    with pytest.raises(ValueError, match=f"normalizer must be .*{part}"):
+        LDRLD()(*sample(), normalizer=wrong)
 
 
 @pytest.mark.parametrize("nothing", [0, torch.tensor(0)])
@@ -118,7 +138,8 @@ def test_a_step_in_which_nothing_counts(nothing):
 
 
 class Squares(LogitLoss):
-    def row_terms(self, student, teacher, target): return {"mse": (student - teacher).square().mean(-1)}
+    def row_terms(self, student, teacher, target):
+        return {"mse": (student - teacher).square().mean(-1)}
 
 
 class OldSquares(LogitLoss):
@@ -137,7 +158,8 @@ def test_a_loss_of_ones_own_gets_everything_right():
     torch.testing.assert_close(value, wanted)
     torch.testing.assert_close(gradient[kept].float(), right, rtol=1e-3, atol=1e-6)
     assert Squares()(z_s.view(3, 4, 20), z_t.view(3, 4, 20), target.view(3, 4), mask.view(3, 4)) == value
-    with pytest.raises(ValueError, match="teacher_logits must have the shape"): Squares()(z_s, z_t[:, :3])
+    with pytest.raises(ValueError, match="teacher_logits must have the shape"):
+        Squares()(z_s, z_t[:, :3])
     with pytest.raises(NotImplementedError, match=r"LogitLoss must define row_terms\(student, teacher, target\)"):
         LogitLoss()(z_s, z_t)
 
@@ -168,11 +190,15 @@ def test_both_rule_out_the_same_classes(name, given, low):
     loss, (z_s, z_t, target) = build(name, given), ruled_out(low=low)
     value, gradient = value_and_grad(loss, z_s, z_t, target)
     of_all = "dist" in (name, given.get("loss")) or name == "mlkd"
-    if of_all and name == "standardized": wanted = None                # zeros among standardised logits: see below
-    elif of_all: wanted = value_and_grad(loss, *ruled_out(low=-1e4)[:2], target)
-    else: wanted = value_and_grad(loss, z_s[:, :ALLOWED], z_t[:, :ALLOWED], target)
+    if of_all and name == "standardized":
+        wanted = None  # zeros among standardised logits: see below
+    elif of_all:
+        wanted = value_and_grad(loss, *ruled_out(low=-1e4)[:2], target)
+    else:
+        wanted = value_and_grad(loss, z_s[:, :ALLOWED], z_t[:, :ALLOWED], target)
     assert value.isfinite() and gradient.isfinite().all() and not gradient[:, ALLOWED:].any()
-    if not wanted: return
+    if not wanted:
+        return
     torch.testing.assert_close(value, wanted[0], rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(gradient[:, :ALLOWED], wanted[1][:, :ALLOWED], rtol=1e-6, atol=1e-9)
 
@@ -200,7 +226,7 @@ def test_the_teacher_alone_rules_out(name, given):
         results.append(value_and_grad(loss, z_s, z_t, target))
     (value, gradient), wanted = results
     assert value.isfinite() and gradient.isfinite().all()
-    if name == "standardized":                                         # −1e4 is an ordinary logit, to be standardised
+    if name == "standardized":  # −1e4 is an ordinary logit, to be standardised
         base = build(given["loss"] if given else "kd", loss.loss_args)
         shown = standardized(z_t.masked_fill(z_t == -1e4, -INF))
         terms = base.terms(standardized(z_s), shown.where(shown > -1e9, -1e4), target)
@@ -208,7 +234,8 @@ def test_the_teacher_alone_rules_out(name, given):
             distilled = sum(v for k, v in terms.items() if k != "ce")
             ce = loss.ce_weight * F.cross_entropy(z_s, target)
             torch.testing.assert_close(value, ce + loss.distill_weight * distilled)
-    else: torch.testing.assert_close((value, gradient), wanted, rtol=1e-6, atol=1e-9)
+    else:
+        torch.testing.assert_close((value, gradient), wanted, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("backend", ["plain", "analytic"])
@@ -224,12 +251,15 @@ def test_few_classes_are_left(allowed, rank_by, backend):
     assert value.isfinite() and gradient.isfinite().all() and not gradient[:, allowed:].any()
     terms = loss.terms(z_s, z_t, target)
     torch.testing.assert_close(sum(terms.values()), value)
-    if allowed <= 7: assert terms["rntk"] == 0
-    if allowed == 1: assert value.abs() < 1e-12
+    if allowed <= 7:
+        assert terms["rntk"] == 0
+    if allowed == 1:
+        assert value.abs() < 1e-12
     if 2 <= allowed <= 7:
         full = LDRLD(rank_by=rank_by, depth=allowed, normalize=False, alpha=10.5 / 22)
         full = full.terms(z_s[:, :allowed], z_t[:, :allowed], target)
-        for name in terms: torch.testing.assert_close(terms[name], full[name])
+        for name in terms:
+            torch.testing.assert_close(terms[name], full[name])
 
 
 @pytest.mark.parametrize("name", ["ldrld", "dkd", "nkd", "rld"])
@@ -240,10 +270,11 @@ def test_a_teacher_cut_down_to_its_first_tokens_beside_a_padded_vocabulary(name)
     first = z_t.argmax(1)
     z_s[:, 30:] = -INF
     z_s, z_t = z_s.scatter(1, first[:, None], 9.0), z_t.clone()
-    z_s = z_s.where(z_t == -INF, z_s.clamp(min=0.0))                    # the student allows both
+    z_s = z_s.where(z_t == -INF, z_s.clamp(min=0.0))  # the student allows both
     value, gradient = value_and_grad(losses.build(name), z_s, z_t, first)
     assert value < 1e4 and gradient.isfinite().all() and not gradient[z_s == -INF].any()
-    if name != "ldrld": return
+    if name != "ldrld":
+        return
     plain = LDRLD()
     plain.backend = "plain"
     torch.testing.assert_close(value_and_grad(plain, z_s, z_t, first), (value, gradient))
@@ -258,8 +289,9 @@ def test_a_student_that_cannot_what_the_teacher_wants(name, given):
         with pytest.raises(ValueError, match="must allow what the teacher allows, got −inf for class 17 in row 4"):
             loss(z_s, z_t, target)
         out_of_reach = z_t.clone()
-        out_of_reach[4, 17] = -6000.0                                  # a mask by a large number, and probability 0
-        if name != "standardized": assert loss(z_s, out_of_reach, target).isfinite()
+        out_of_reach[4, 17] = -6000.0  # a mask by a large number, and probability 0
+        if name != "standardized":
+            assert loss(z_s, out_of_reach, target).isfinite()
         mask = torch.arange(12) != 4
         assert loss(z_s, z_t, target, mask).isfinite()
     z_t[4, 17], target[4] = -INF, 17
@@ -270,7 +302,8 @@ def test_a_student_that_cannot_what_the_teacher_wants(name, given):
 def test_the_row_of_a_mistake_is_told_also_in_a_large_batch():
     z_s, z_t, _ = sample(600, 1000)
     z_s[555, 17] = -INF
-    with pytest.raises(ValueError, match="class 17 in row 555"): LDRLD()(z_s, z_t)
+    with pytest.raises(ValueError, match="class 17 in row 555"):
+        LDRLD()(z_s, z_t)
 
 
 def test_where_nothing_can_be_looked_up_the_loss_is_large_and_the_gradient_finite():
@@ -319,6 +352,7 @@ def test_linear_loss_with_a_ruled_out_vocabulary():
 
 # ---- NaN --------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("bad", [NAN, INF])
 @pytest.mark.parametrize("name, given", EVERY, ids=named)
 def test_nan_in_a_row_that_counts_is_not_hidden(name, given, bad):
@@ -341,6 +375,7 @@ def test_rows_that_do_not_count_may_hold_anything(name, given):
 
 # ---- half precision ---------------------------------------------------------------------------------------------
 
+
 def near(rows, classes, seed=0):
     """A student near its teacher in float16, without ties at the selection's end."""
     z_s, _, target = sample(rows, classes, torch.float32, seed, scale=2.0)
@@ -356,8 +391,10 @@ def norms(loss, z_s, z_t, target, scale=None):
     found = []
     for z in (z_s.float(), z_s.clone()):
         one = copy.deepcopy(loss)
-        if z.dtype == torch.float32: getattr(one, "base", one).backend = "plain"
-        if scale is None: scale = 2.0 ** int(10 - value_and_grad(one, z, z_t.to(z.dtype), target)[1].abs().max().log2())
+        if z.dtype == torch.float32:
+            getattr(one, "base", one).backend = "plain"
+        if scale is None:
+            scale = 2.0 ** int(10 - value_and_grad(one, z, z_t.to(z.dtype), target)[1].abs().max().log2())
         z.requires_grad_()
         (one(z, z_t.to(z.dtype), target) * scale).backward()
         assert z.grad.dtype == z.dtype
@@ -368,13 +405,16 @@ def norms(loss, z_s, z_t, target, scale=None):
 @pytest.mark.parametrize("rows, classes", [(16, 100), (64, 1000), (8, 32000)])
 @pytest.mark.parametrize("name, given", EVERY, ids=named)
 def test_a_loss_scale_finds_the_gradient(name, given, rows, classes):
-    if name == "mlkd" and classes > 1000: pytest.skip("a matrix of all classes by all classes")
+    if name == "mlkd" and classes > 1000:
+        pytest.skip("a matrix of all classes by all classes")
     loss = losses.build(name, **given)
     inner = getattr(loss, "base", loss)
-    for part in (loss, inner):                                          # the divergence alone, which is small
-        if name != "ce": part.ce_weight = 0.0
+    for part in (loss, inner):  # the divergence alone, which is small
+        if name != "ce":
+            part.ce_weight = 0.0
     z_s, z_t, target = near(rows, classes)
-    if name == "corrected": target[: rows // 2] = z_t.argmax(1)[: rows // 2]
+    if name == "corrected":
+        target[: rows // 2] = z_t.argmax(1)[: rows // 2]
     single, half = norms(loss, z_s, z_t, target)
     assert half == pytest.approx(single, rel=0.01) and single > 0
 
@@ -386,7 +426,7 @@ def test_a_loss_scale_finds_ldrlds_gradient_at_a_language_models_size(rows, clas
     assert half == pytest.approx(single, rel=0.01)
     z_s, z_t, _ = near(rows, classes)
     z = z_s.clone().requires_grad_()
-    (loss(z, z_t) * 2.0**16 / 1000).backward()                        # as of one of a thousand micro-batches
+    (loss(z, z_t) * 2.0**16 / 1000).backward()  # as of one of a thousand micro-batches
     assert z.grad.double().norm().item() * 1000 / 2**16 == pytest.approx(single, rel=0.01)
 
 
@@ -410,11 +450,13 @@ def test_a_grad_scaler_of_the_cpu(name):
     gradients = []
     for enabled in (True, False):
         optimizer.zero_grad()
-        with torch.autocast("cpu", dtype=torch.float16, enabled=enabled): value = loss(layer(x), teacher, target)
+        with torch.autocast("cpu", dtype=torch.float16, enabled=enabled):
+            value = loss(layer(x), teacher, target)
         if enabled:
             scaler.scale(value).backward()
             scaler.unscale_(optimizer)
-        else: value.backward()
+        else:
+            value.backward()
         gradients.append(layer.weight.grad.clone())
     half, single = gradients
     assert half.isfinite().all() and (half - single).norm() < 0.05 * single.norm()
@@ -444,6 +486,7 @@ def test_the_gradient_of_bfloat16_waits_in_bfloat16():
 
 
 # ---- logits that are never stored -------------------------------------------------------------------------------
+
 
 def hidden(rows=(3, 4), width=8, vocabulary=40):
     g = torch.Generator().manual_seed(0)
@@ -495,7 +538,8 @@ def test_nothing_counts_and_all_is_nan():
     h, W = torch.full_like(h_s, NAN).requires_grad_(), W_s.requires_grad_()
     value, terms = linear_loss(LDRLD(), h, W, h_t, W_t, torch.full_like(target, IGNORED))
     assert value == 0 and list(terms) == ["ce", "pairs", "llki", "rntk"] and not any(terms.values())
-    for gradient in torch.autograd.grad(value, (h, W)): assert not gradient.any()
+    for gradient in torch.autograd.grad(value, (h, W)):
+        assert not gradient.any()
 
 
 @pytest.mark.parametrize("name, given", [(n, g) for n, g in ROW_WISE if n != "sld"], ids=named)
@@ -505,8 +549,10 @@ def test_linear_loss_of_micro_batches(name, given):
     loss = build(name, given)
     W_s.requires_grad_()
     wanted = loss(h_s @ W_s.T, h_t @ W_t.T, target)
-    parts = [linear_loss(loss, h_s[k], W_s, h_t[k], W_t, target[k], normalizer=torch.tensor(19), at_once=120)[0]
-             for k in (slice(0, 2), slice(2, 4))]
+    parts = [
+        linear_loss(loss, h_s[k], W_s, h_t[k], W_t, target[k], normalizer=torch.tensor(19), at_once=120)[0]
+        for k in (slice(0, 2), slice(2, 4))
+    ]
     torch.testing.assert_close(sum(parts), wanted)
     torch.testing.assert_close(torch.autograd.grad(sum(parts), W_s)[0], torch.autograd.grad(wanted, W_s)[0])
 
@@ -522,12 +568,16 @@ def test_linear_loss_refuses_what_compares_over_the_batch(name, given):
 @pytest.mark.parametrize("other", [losses.build("at"), nn.MSELoss(), "kd"], ids=["features", "module", "name"])
 def test_linear_loss_refuses_what_is_no_loss_on_logits(other):
     h_s, h_t, W_s, W_t, target = hidden()
-    with pytest.raises(ValueError, match="loss must be a loss on logits"): linear_loss(other, h_s, W_s, h_t, W_t, target)
+    with pytest.raises(ValueError, match="loss must be a loss on logits"):
+        linear_loss(other, h_s, W_s, h_t, W_t, target)
 
 
 @pytest.mark.parametrize("at_once", [40, 200, 10**6])
-@pytest.mark.parametrize("name, given", [
-    ("ctkd", {}), ("standardized", {"loss": "ctkd"}), ("corrected", {"loss": "ctkd", "rule": "skip"})], ids=named)
+@pytest.mark.parametrize(
+    "name, given",
+    [("ctkd", {}), ("standardized", {"loss": "ctkd"}), ("corrected", {"loss": "ctkd", "rule": "skip"})],
+    ids=named,
+)
 def test_linear_loss_trains_the_temperature(name, given, at_once):
     h_s, h_t, W_s, W_t, target = hidden()
     target[0, 2:] = IGNORED
@@ -543,6 +593,7 @@ def test_linear_loss_trains_the_temperature(name, given, at_once):
 
 # ---- rounding ---------------------------------------------------------------------------------------------------
 
+
 def test_shares_are_as_exact_as_the_logits():
     """One of three, in float64: of linear_loss without targets, of USKD's labels; and OFD's margins."""
     h_s, h_t, W_s, W_t, _ = hidden((3, 1))
@@ -553,7 +604,7 @@ def test_shares_are_as_exact_as_the_logits():
     for row, y in zip(zeta, target):
         mass = row[torch.arange(20) != y].sort(descending=True).values
         ranks = torch.tensor([1 / r for r in range(1, 21)], dtype=torch.float64)
-        without_one = [torch.cat([ranks[:k], ranks[k + 1:]]) / (ranks.sum() - ranks[k]) for k in range(20)]
+        without_one = [torch.cat([ranks[:k], ranks[k + 1 :]]) / (ranks.sum() - ranks[k]) for k in range(20)]
         assert min((mass - wanted).abs().max() for wanted in without_one) < 1e-15
     norm = nn.BatchNorm2d(5).double()
     nn.init.uniform_(norm.bias, -1, 1)
@@ -563,6 +614,7 @@ def test_shares_are_as_exact_as_the_logits():
 def test_sdds_share_of_samples_is_exact():
     """A loss that gives every row the same value: what SDD weighs is 1 + (ω − 1)·(share in conflict), in float64."""
     from ldrld.models.parts import Features
+
     g = torch.Generator().manual_seed(0)
     head = nn.Linear(4, 6).double()
     last_s, last_t = torch.randn(2, 3, 4, 2, 2, generator=g, dtype=torch.float64)
@@ -580,8 +632,11 @@ def test_sdds_share_of_samples_is_exact():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name, given", [
-    ("dist", {}), ("dist", {"temperature": 4.0}), *[(n, g) for n, g in BY_BATCH if g.get("loss") == "dist"]], ids=named)
+@pytest.mark.parametrize(
+    "name, given",
+    [("dist", {}), ("dist", {"temperature": 4.0}), *[(n, g) for n, g in BY_BATCH if g.get("loss") == "dist"]],
+    ids=named,
+)
 def test_a_student_without_an_opinion_does_not_explode(name, given, dtype):
     """Constant rows, rows constant to rounding, and constant columns: gradients of the size of ordinary ones."""
     loss, (z_s, z_t, target) = losses.build(name, **given), sample(dtype=dtype)
@@ -590,7 +645,7 @@ def test_a_student_without_an_opinion_does_not_explode(name, given, dtype):
     for rows in (torch.zeros(12, 20), torch.full((12, 20), 7.0), torch.ones(12, 1) * torch.arange(20) / 10, one_row):
         value, gradient = value_and_grad(loss, rows.to(dtype), z_t, target)
         assert value.isfinite() and gradient.isfinite().all() and gradient.norm() < 10 * ordinary
-    for spread in (1e-1, 1e-2, 1e-3, 1e-4, 1e-6):                       # one over the spread, of 1e-3 at least
+    for spread in (1e-1, 1e-2, 1e-3, 1e-4, 1e-6):  # one over the spread, of 1e-3 at least
         value, gradient = value_and_grad(loss, (spread * z_s.double()).float(), z_t.float(), target)
         assert value.isfinite() and gradient.norm() < (1e6 if name == "standardized" else 2e3) * ordinary
 
@@ -611,7 +666,7 @@ def test_correlation_is_what_it_was_where_there_is_a_spread():
 @pytest.mark.parametrize("rank_by", ["student", "teacher"])
 def test_plain_and_analytic_choose_the_same_of_equal_logits(classes, depth, dtype, rank_by):
     z_s, z_t, target = sample(16, classes, dtype)
-    z_s, z_t = z_s.round(), z_t.round()                                 # many are equal, and at the selection's end
+    z_s, z_t = z_s.round(), z_t.round()  # many are equal, and at the selection's end
     found = {}
     for backend in ("plain", "analytic"):
         loss = LDRLD(depth=depth, rank_by=rank_by)

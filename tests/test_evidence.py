@@ -1,4 +1,5 @@
 """The committed evidence: tables follow from records, and are what the paper notebooks make of them today."""
+
 import os
 import shutil
 import subprocess
@@ -31,21 +32,34 @@ def test_every_number_of_every_table(profile):
 @pytest.mark.parametrize("profile", COMMITTED)
 def test_tables_and_figures_are_made_again(profile, tmp_path):
     """Cheap and complete: every table and figure from the records, in the same words and digits."""
-    if (ROOT / "data" / "runs" / profile).exists(): shutil.copytree(ROOT / "data" / "runs" / profile, tmp_path / "data" / "runs" / profile)
-    got = subprocess.run([sys.executable, "-c", "from ldrld.cli import main; main()", "report", "--profile", profile, "--out", tmp_path],
-                         capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    if (ROOT / "data" / "runs" / profile).exists():
+        shutil.copytree(ROOT / "data" / "runs" / profile, tmp_path / "data" / "runs" / profile)
+    got = subprocess.run(
+        [sys.executable, "-c", "from ldrld.cli import main; main()", "report", "--profile", profile, "--out", tmp_path],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert got.returncode == 0, got.stdout + got.stderr
     for folder in (Path("data/tables") / profile, Path("figures") / profile):
-        assert sorted(p.name for p in (tmp_path / folder).iterdir()) == sorted(p.name for p in (ROOT / folder).iterdir())
+        assert sorted(p.name for p in (tmp_path / folder).iterdir()) == sorted(
+            p.name for p in (ROOT / folder).iterdir()
+        )
         for file in (f for f in (tmp_path / folder).iterdir() if f.suffix in (".csv", ".md", ".tex", ".svg")):
-            assert file.read_text() == (ROOT / folder / file.name).read_text(), f"{folder / file.name}: run `ldrld report --profile {profile}`"
+            assert file.read_text() == (ROOT / folder / file.name).read_text(), (
+                f"{folder / file.name}: run `ldrld report --profile {profile}`"
+            )
 
 
 def test_a_teacher_is_better_than_a_student_without_one():
     """Else there is nothing to transfer."""
     plan = EXPERIMENTS["same_architecture"].plan("quick")
     alone = plan[(plan["method"] == "CE")]["name"].map(lambda n: load_record(n, "quick").last_accuracy).mean()
-    teacher = load_record(next(c.teacher and load_record(n, "quick").teacher for n, c in zip(plan["name"], plan["config"]) if c.teacher), "quick")
+    teacher = load_record(
+        next(c.teacher and load_record(n, "quick").teacher for n, c in zip(plan["name"], plan["config"]) if c.teacher),
+        "quick",
+    )
     assert teacher.last_accuracy >= alone + 4
 
 
@@ -57,7 +71,8 @@ OPEN = ("normalisation", "plateau", "classes", "best_epoch")
 @pytest.fixture
 def copied(tmp_path, monkeypatch):
     """The committed records and tables of `quick`, to be tampered with."""
-    for folder in ("runs", "tables"): shutil.copytree(ROOT / "data" / folder / "quick", tmp_path / "data" / folder / "quick")
+    for folder in ("runs", "tables"):
+        shutil.copytree(ROOT / "data" / folder / "quick", tmp_path / "data" / folder / "quick")
     monkeypatch.setenv("LDRLD_OUT", str(tmp_path))
     return tmp_path / "data"
 
@@ -65,12 +80,16 @@ def copied(tmp_path, monkeypatch):
 def test_only_one_experiment_leaves_the_data_of_its_profile():
     for p in PROFILES.values():
         for name, e in EXPERIMENTS.items():
-            assert {c.dataset for c in e.plan(p)["config"] if c} <= ({p.dataset} if name != "classes" else set(p.class_sets)), f"{name} in {p.name}"
+            assert {c.dataset for c in e.plan(p)["config"] if c} <= (
+                {p.dataset} if name != "classes" else set(p.class_sets)
+            ), f"{name} in {p.name}"
 
 
 def test_what_only_reads_makes_no_run():
     assert batch("quick", ("best_epoch",)) == [] and len(EXPERIMENTS["best_epoch"].plan("quick")) > 100
-    assert {"few_shot", "learning_rate"} <= set(to_report("quick")), "that one experiment reads all records hides no other"
+    assert {"few_shot", "learning_rate"} <= set(to_report("quick")), (
+        "that one experiment reads all records hides no other"
+    )
 
 
 @pytest.mark.parametrize("name", OPEN)
@@ -78,10 +97,13 @@ def test_a_changed_digit_is_found(copied, name):
     assert verify_table(name, "quick") == []
     path = copied / "tables" / "quick" / f"{name}.csv"
     lines, column = path.read_text().splitlines(), "best − last max" if name == "best_epoch" else "mean"
-    place, row = lines[0].split(",").index(column), next(i for i, line in enumerate(lines) if i and line.split(",")[lines[0].split(",").index("n")] != "0")
+    place, row = (
+        lines[0].split(",").index(column),
+        next(i for i, line in enumerate(lines) if i and line.split(",")[lines[0].split(",").index("n")] != "0"),
+    )
     fields = lines[row].split(",")
     fields[place] = str(float(fields[place]) + 0.01)
-    path.write_text("\n".join([*lines[:row], ",".join(fields), *lines[row + 1:]]))
+    path.write_text("\n".join([*lines[:row], ",".join(fields), *lines[row + 1 :]]))
     wrong = verify_table(name, "quick")
     assert len(wrong) == 1 and f"{column} is" in wrong[0]
 
@@ -90,14 +112,20 @@ def test_pictures_may_differ_between_data_sets_but_not_within_one(copied):
     run = EXPERIMENTS["classes"].plan("quick").query("data == 'glyphs-10'")["name"].iloc[0]
     path = copied / "runs" / "quick" / f"{run}.json"
     path.write_text(path.read_text().replace(load_record(run, "quick").data["fingerprint"], "0" * 64))
-    assert ["pictures of glyphs-10" in line for line in verify_table("classes", "quick")] == [True]
+    assert ["images of glyphs-10" in line for line in verify_table("classes", "quick")] == [True]
 
 
 def test_open_questions_without_any_record(tmp_path):
     """Tables say so, and no figure is saved."""
     only = [word for name in OPEN for word in ("--only", name)]
-    got = subprocess.run([sys.executable, "-c", "from ldrld.cli import main; main()", "report", *only, "--jobs", "1", "--out", tmp_path],
-                         capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    got = subprocess.run(
+        [sys.executable, "-c", "from ldrld.cli import main; main()", "report", *only, "--jobs", "1", "--out", tmp_path],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert got.returncode == 0, got.stdout + got.stderr
-    for name in OPEN: assert "not run" in (tmp_path / "data" / "tables" / "quick" / f"{name}.md").read_text()
+    for name in OPEN:
+        assert "not run" in (tmp_path / "data" / "tables" / "quick" / f"{name}.md").read_text()
     assert not (tmp_path / "figures").exists()

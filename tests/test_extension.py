@@ -1,4 +1,5 @@
 """Adding something touches one place: a loss from outside trains, resumes, is recorded and tabulated like ours."""
+
 import hashlib
 import os
 import subprocess
@@ -55,20 +56,24 @@ def test_a_loss_from_outside_is_built_like_ours(theirs):
     target = torch.tensor([1, 2, -100, 3, -100, 4])
     counted = target >= 0
     alone = loss(student[counted], teacher[counted], target[counted])
-    torch.testing.assert_close(loss(student, teacher, target), alone)       # ignored rows are the base class's
+    torch.testing.assert_close(loss(student, teacher, target), alone)  # ignored rows are the base class's
     assert loss.hyperparameters["weight"] == 2.0
     with pytest.raises(ValueError, match="unknown hyper-parameter of 'their_losses:Squared' 'wieght'"):
         losses.build("their_losses:Squared", wieght=2.0)
 
 
-@pytest.mark.parametrize("name, told", [
-    ("their_losses:Cubed", "cannot be imported"),
-    ("nobody_has:This", "cannot be imported"),
-    ("pathlib:Path", "expected a subclass of ldrld.losses.base.LogitLoss"),
-    ("skd", "Did you mean"),
-])
+@pytest.mark.parametrize(
+    "name, told",
+    [
+        ("their_losses:Cubed", "cannot be imported"),
+        ("nobody_has:This", "cannot be imported"),
+        ("pathlib:Path", "expected a subclass of ldrld.losses.base.LogitLoss"),
+        ("skd", "Did you mean"),
+    ],
+)
 def test_what_is_no_loss_is_refused(theirs, name, told):
-    with pytest.raises(ValueError, match=told): losses.build(name)
+    with pytest.raises(ValueError, match=told):
+        losses.build(name)
 
 
 def test_an_entry_point_names_a_loss(theirs):

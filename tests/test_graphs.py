@@ -1,4 +1,5 @@
 """The GPU's engine on a CPU: its step, called or replayed from an imitated recording, equals the training loop to the last bit."""
+
 import pytest
 import torch
 
@@ -33,7 +34,9 @@ BATCH, EPOCHS = 64, 3
 def digits():
     torch.set_num_threads(1)
     whole = data.load("digits")
-    return whole.__class__(**{**vars(whole), "train_images": whole.train_images[:200], "train_labels": whole.train_labels[:200]})
+    return whole.__class__(
+        **{**vars(whole), "train_images": whole.train_images[:200], "train_labels": whole.train_labels[:200]}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +45,8 @@ def teacher(digits):
     network = models.build("resnet14", 10)
     crops = crops_of(digits)
     table = TeacherLogits(network, crops, 10, resident=True)
-    for epoch in range(1, EPOCHS + 1): table.ahead(*draw(0, epoch, crops.n, crops.views))
+    for epoch in range(1, EPOCHS + 1):
+        table.ahead(*draw(0, epoch, crops.n, crops.views))
     return table
 
 
@@ -56,7 +60,9 @@ def student_of(method, images, teacher, recipe="crd", checkpoint=None, lr=0.05):
     model = models.build("resnet8", 10)
     zeros = torch.zeros(1, dtype=torch.int64)
     args = {"depth": 5} if method.loss == "ldrld" else {}
-    loss = losses.build(method.loss, **{**args, **method.args}).prepare(model, teacher.teacher, crops_of(images).at(zeros, zeros), images)
+    loss = losses.build(method.loss, **{**args, **method.args}).prepare(
+        model, teacher.teacher, crops_of(images).at(zeros, zeros), images
+    )
     return Student(model, loss, recipe, lr, checkpoint=checkpoint)
 
 
@@ -72,7 +78,8 @@ def without_seconds(row):
 def assert_same(a, b):
     """Weights, statistics, momentum and trained parts of two students are equal to the last bit."""
     for one, other in ((a.model, b.model), (a.loss, b.loss)):
-        for (name, x), y in zip(one.state_dict().items(), other.state_dict().values()): assert x.equal(y), name
+        for (name, x), y in zip(one.state_dict().items(), other.state_dict().values()):
+            assert x.equal(y), name
     x, y = (s.optimizer.state_dict()["state"] for s in (a, b))
     x, y = ({k: v for k, v in s.items() if v.get("momentum_buffer") is not None} for s in (x, y))
     assert x.keys() == y.keys() and all(v["momentum_buffer"].equal(y[k]["momentum_buffer"]) for k, v in x.items())
@@ -82,12 +89,15 @@ def compare(method, images, teacher, recorder, recipe="crd", dtype=torch.float32
     """Train by the loop and by the engine; both must end at the same bits."""
     usual, engine = (student_of(method, images, teacher, recipe) for _ in range(2))
     if recorder is imitated:
-        with values_unseen(): rows = [row for row, in train_together([usual], images, teacher, EPOCHS, BATCH, 0, dtype)]
-    else: rows = [row for row, in train_together([usual], images, teacher, EPOCHS, BATCH, 0, dtype)]
+        with values_unseen():
+            rows = [row for (row,) in train_together([usual], images, teacher, EPOCHS, BATCH, 0, dtype)]
+    else:
+        rows = [row for (row,) in train_together([usual], images, teacher, EPOCHS, BATCH, 0, dtype)]
     flown = [row for _, row in train_in_flight([InFlight(engine, task_of(images, teacher, dtype), recorder)])]
     if (method.loss, recorder) == ("reviewkd", imitated):
         # autograd adds up the gradients of one map in another memory format while an imitation watches: equal to rounding
-        for a, b in zip(flown, rows): assert a["terms"] == pytest.approx(b["terms"], rel=1e-4)
+        for a, b in zip(flown, rows):
+            assert a["terms"] == pytest.approx(b["terms"], rel=1e-4)
         return
     assert list(map(without_seconds, flown)) == list(map(without_seconds, rows))
     assert_same(usual, engine)
@@ -104,27 +114,30 @@ def test_every_method(name, recorder, digits, teacher):
 @pytest.mark.parametrize("recorder", [called, imitated])
 def test_low_precision_and_schedules(name, recipe, recorder, digits, teacher):
     dtype = precision_used("fast")
-    if dtype == torch.float32: dtype = torch.bfloat16        # emulated here: slow, and right all the same
+    if dtype == torch.float32:
+        dtype = torch.bfloat16  # emulated here: slow, and right all the same
     compare(ALL[name], digits, teacher, recorder, recipe, dtype)
 
 
 def test_what_cannot_be_recorded_is_listed(digits, teacher):
     """The list of eager losses holds what fails, and only that."""
     for m in ALL.values():
-        if m.loss not in EAGER: continue
+        if m.loss not in EAGER:
+            continue
         flight = InFlight(student_of(m, digits, teacher), task_of(digits, teacher), imitated)
         with pytest.raises((CaptureError, AssertionError, TypeError, ValueError)):
             rows = [row for _, row in train_in_flight([flight])]
             usual = student_of(m, digits, teacher)
-            expected = [row for row, in train_together([usual], digits, teacher, EPOCHS, BATCH)]
+            expected = [row for (row,) in train_together([usual], digits, teacher, EPOCHS, BATCH)]
             assert list(map(without_seconds, rows)) == list(map(without_seconds, expected))
 
 
 def test_a_ramp_is_recorded_anew(digits, teacher):
     student = student_of(ALL["DKD"], digits, teacher)
     flight, keys = InFlight(student, task_of(digits, teacher), imitated), set()
-    for _ in train_in_flight([flight]): keys.add(flight.key)
-    assert len(keys) == 1                                    # a twelfth of three epochs is no ramp at all
+    for _ in train_in_flight([flight]):
+        keys.add(flight.key)
+    assert len(keys) == 1  # a twelfth of three epochs is no ramp at all
     student.loss.ramp = 0.5
     flight.k.zero_()
     flight.record()
@@ -135,18 +148,21 @@ def test_a_ramp_is_recorded_anew(digits, teacher):
 def test_stopped_and_resumed(name, digits, teacher, tmp_path):
     """By the engine, by the loop, and from one to the other."""
     whole = student_of(ALL[name], digits, teacher)
-    expected = [row for row, in train_together([whole], digits, teacher, EPOCHS, BATCH)]
+    expected = [row for (row,) in train_together([whole], digits, teacher, EPOCHS, BATCH)]
     for first, second in (("engine", "engine"), ("engine", "loop"), ("loop", "engine")):
         file = str(tmp_path / f"{first}-{second}.pt")
         begun = student_of(ALL[name], digits, teacher, checkpoint=file)
-        if first == "loop": next(train_together([begun], digits, teacher, EPOCHS, BATCH))
+        if first == "loop":
+            next(train_together([begun], digits, teacher, EPOCHS, BATCH))
         else:
             flights = [InFlight(begun, task_of(digits, teacher), called, checkpoint_every=1e9)]
             done = [row for _, row in train_in_flight(flights, stop=lambda begun=begun: len(begun.history) > 0)]
             assert done[-1] is None and len(begun.history) == 1
         resumed = student_of(ALL[name], digits, teacher, checkpoint=file)
-        if second == "loop": *_, (last,) = train_together([resumed], digits, teacher, EPOCHS, BATCH)
-        else: last = [row for _, row in train_in_flight([InFlight(resumed, task_of(digits, teacher), called)])][-1]
+        if second == "loop":
+            *_, (last,) = train_together([resumed], digits, teacher, EPOCHS, BATCH)
+        else:
+            last = [row for _, row in train_in_flight([InFlight(resumed, task_of(digits, teacher), called)])][-1]
         assert without_seconds(last) == without_seconds(expected[-1])
         assert_same(whole, resumed)
 
@@ -158,10 +174,12 @@ def test_draws_of_a_loss_are_made_anew_in_every_replay(recorder, digits, teacher
     student = student_of(ALL["CRD"], digits, teacher)
     flight, keys = InFlight(student, task_of(digits, teacher), recorder), []
     flights = [flight]
-    for _ in train_in_flight(flights): keys.append(flight.key)
-    assert keys[0] != keys[1] == keys[2]                     # log Z was fixed in the first epoch: recorded anew once
+    for _ in train_in_flight(flights):
+        keys.append(flight.key)
+    assert keys[0] != keys[1] == keys[2]  # log Z was fixed in the first epoch: recorded anew once
     usual = student_of(ALL["CRD"], digits, teacher)
-    for _ in train_together([usual], digits, teacher, EPOCHS, BATCH): pass
+    for _ in train_together([usual], digits, teacher, EPOCHS, BATCH):
+        pass
     assert torch.equal(usual.loss.generator.get_state(), student.loss.generator.get_state())
 
 
@@ -196,7 +214,9 @@ def test_an_imitation_reads_what_lies_at_an_address():
     graph.replay()
     assert x.tolist() == [10, 10]
     (_, (operands, _), _) = Imitation().record(lambda: torch.zeros(2).add_(x)).calls[-1]
-    assert isinstance(operands[0], Produced) and isinstance(operands[1], Address)     # x was there before, the zeros were not
+    assert isinstance(operands[0], Produced) and isinstance(
+        operands[1], Address
+    )  # x was there before, the zeros were not
 
 
 @pytest.mark.parametrize("check", selfcheck.CHECKS, ids=lambda check: check.__name__)

@@ -1,4 +1,5 @@
 """Losses on features: every published pair, mixed precision, extremes, literal formulas, and pairs that do not fit."""
+
 import math
 from functools import lru_cache
 from types import SimpleNamespace
@@ -19,8 +20,17 @@ from ldrld.losses.features.hints import (
 from ldrld.models import Features
 
 NAMES = ("fitnet", "at", "sp", "pkt", "rkd", "vid", "crd", "ofd", "reviewkd")
-PAIRS = [("resnet14", "resnet8"), ("resnet56", "resnet20"), ("resnet32x4", "resnet8x4"), ("wrn_40_2", "wrn_16_2"), ("vgg13", "vgg8"),
-         ("resnet32x4", "ShuffleV1"), ("resnet32x4", "ShuffleV2"), ("vgg13", "MobileNetV2"), ("ResNet50", "vgg8")]
+PAIRS = [
+    ("resnet14", "resnet8"),
+    ("resnet56", "resnet20"),
+    ("resnet32x4", "resnet8x4"),
+    ("wrn_40_2", "wrn_16_2"),
+    ("vgg13", "vgg8"),
+    ("resnet32x4", "ShuffleV1"),
+    ("resnet32x4", "ShuffleV2"),
+    ("vgg13", "MobileNetV2"),
+    ("ResNet50", "vgg8"),
+]
 DATA = SimpleNamespace(train_labels=torch.arange(300) % 20)
 X = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 TARGET, INDEX = torch.arange(4), torch.tensor([7, 100, 250, 31])
@@ -30,7 +40,8 @@ TARGET, INDEX = torch.arange(4), torch.tensor([7, 100, 250, 31])
 def network(name):
     torch.manual_seed(0)
     model = models.build(name).eval()
-    with torch.no_grad(): return model, *model(X, features=True)
+    with torch.no_grad():
+        return model, *model(X, features=True)
 
 
 def leaves(features, change=lambda m: m):
@@ -38,7 +49,8 @@ def leaves(features, change=lambda m: m):
     return Features(tuple(map(leaf, features.stages)), tuple(map(leaf, features.preact)), leaf(features.pooled))
 
 
-def tensors(features): return [*features.stages, *features.preact, features.pooled]
+def tensors(features):
+    return [*features.stages, *features.preact, features.pooled]
 
 
 def prepared(name, pair=("resnet14", "resnet8"), seed=0, **options):
@@ -78,7 +90,8 @@ def test_no_network_becomes_a_part(name):
 def test_the_same_seed_makes_the_same_parts(name):
     a, b, c = prepared(name), prepared(name), prepared(name, seed=1)
     assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
-    if list(a.parameters()): assert any(not torch.equal(x, y) for x, y in zip(a.parameters(), c.parameters()))
+    if list(a.parameters()):
+        assert any(not torch.equal(x, y) for x, y in zip(a.parameters(), c.parameters()))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -88,7 +101,8 @@ def test_resumed_from_a_checkpoint_the_next_steps_are_the_same(name):
         loss.at_epoch(epoch, 24, seed=3)
         step(loss)
     again.load_state_dict(loss.state_dict())
-    for one in (loss, again): one.at_epoch(3, 24, seed=3)
+    for one in (loss, again):
+        one.at_epoch(3, 24, seed=3)
     for _ in range(2):
         a, b = step(loss)[0], step(again)[0]
         assert all(torch.equal(a[k], b[k]) for k in a)
@@ -101,27 +115,35 @@ def test_mixed_precision(name):
     exact = step(loss)[0]
     for autocast in (True, False):
         loss = prepared(name)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast): terms, _, f_s, _ = step(loss, change=lambda m: m.bfloat16())
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            terms, _, f_s, _ = step(loss, change=lambda m: m.bfloat16())
         assert all(t.dtype == torch.float32 for t in terms.values())
-        for k in exact: torch.testing.assert_close(terms[k], exact[k], rtol=0.05, atol=0.05)
+        for k in exact:
+            torch.testing.assert_close(terms[k], exact[k], rtol=0.05, atol=0.05)
         assert all(m.grad is None or m.grad.isfinite().all() for m in tensors(f_s))
 
 
 @pytest.mark.parametrize("name", ["at", "sp", "pkt", "rkd"])
 def test_autocast_changes_nothing_where_nothing_is_trained(name):
     plain = step(prepared(name))[0]
-    with torch.autocast("cpu", dtype=torch.bfloat16): cast = step(prepared(name))[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = step(prepared(name))[0]
     assert all(torch.equal(plain[k], cast[k]) for k in plain)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", ["zero", "large", "tiny", "equal"])
 def test_extreme_features(name, kind):
-    change = {"zero": lambda m: 0 * m, "large": lambda m: (1e4 * m).clamp(-3e4, 3e4).half(), "tiny": lambda m: 1e-12 * m,
-              "equal": lambda m: m[:1].expand_as(m).contiguous()}[kind]
+    change = {
+        "zero": lambda m: 0 * m,
+        "large": lambda m: (1e4 * m).clamp(-3e4, 3e4).half(),
+        "tiny": lambda m: 1e-12 * m,
+        "equal": lambda m: m[:1].expand_as(m).contiguous(),
+    }[kind]
     terms, _, f_s, _ = step(prepared(name), change=change)
     assert all(t.isfinite() for t in terms.values())
-    if kind == "large": return  # gradients in half precision may be beyond its range, as those of any loss
+    if kind == "large":
+        return  # gradients in half precision may be beyond its range, as those of any loss
     assert all(m.grad is None or m.grad.isfinite().all() for m in tensors(f_s))
 
 
@@ -134,7 +156,8 @@ def test_hyperparameters_rebuild_it(name):
         losses.build(name, **loss.pair_settings[teacher, student])
     for argument, value in loss.hyperparameters.items():
         wrong = "yes" if isinstance(value, bool) else -1
-        with pytest.raises(ValueError, match=argument): losses.build(name, **{argument: wrong})
+        with pytest.raises(ValueError, match=argument):
+            losses.build(name, **{argument: wrong})
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -143,7 +166,8 @@ def test_the_weight_acts_on_all_but_the_cross_entropy(name):
     once, off = step(prepared(name))[0], step(prepared(name, ce_weight=0.0, **dict.fromkeys(weights, 0.0)))[0]
     assert all(v == 0 for v in off.values())
     twice = step(prepared(name, **{k: 2 * getattr(losses.build(name), k) for k in weights}))[0]
-    for k in once: torch.testing.assert_close(twice[k], once[k] if k == "ce" else 2 * once[k])
+    for k in once:
+        torch.testing.assert_close(twice[k], once[k] if k == "ce" else 2 * once[k])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -156,6 +180,7 @@ def test_without_a_target_there_is_no_cross_entropy(name):
 
 # ---- refusals -----------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("name", ["fitnet", "vid", "crd", "ofd", "reviewkd"])
 def test_before_prepare(name):
     (_, z_s, f_s), (_, z_t, f_t) = network("resnet8"), network("resnet14")
@@ -166,27 +191,40 @@ def test_before_prepare(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_features_and_a_teacher_are_needed(name):
     loss, (student, z_s, f_s), (_, z_t, _) = prepared(name), network("resnet8"), network("resnet14")
-    with pytest.raises(ValueError, match="teacher_features"): loss(z_s, z_t, TARGET, f_s, None, INDEX)
-    with pytest.raises(ValueError, match="student_features"): loss(z_s, z_t, TARGET)
+    with pytest.raises(ValueError, match="teacher_features"):
+        loss(z_s, z_t, TARGET, f_s, None, INDEX)
+    with pytest.raises(ValueError, match="student_features"):
+        loss(z_s, z_t, TARGET)
     if name not in ("sp", "pkt", "rkd"):
-        with pytest.raises(ValueError, match="teacher must be"): losses.build(name).prepare(student, None, X, DATA)
-        with pytest.raises(ValueError, match="Linear shows no features"): losses.build(name).prepare(torch.nn.Linear(2, 2), student, X, DATA)
+        with pytest.raises(ValueError, match="teacher must be"):
+            losses.build(name).prepare(student, None, X, DATA)
+        with pytest.raises(ValueError, match="Linear returns no features"):
+            losses.build(name).prepare(torch.nn.Linear(2, 2), student, X, DATA)
 
 
 @pytest.mark.parametrize("name", ["at", "vid", "ofd", "reviewkd"])
 def test_stages_that_do_not_fit(name):
-    with pytest.raises(ValueError, match=f"'{name}' .* student has 4 .* teacher 3.* 'crd' fit any pair"): prepared(name, ("resnet14", "vgg8"))
+    with pytest.raises(ValueError, match=f"'{name}' .* student has 4 .* teacher 3.* 'crd' fit any pair"):
+        prepared(name, ("resnet14", "vgg8"))
 
 
 def test_fitnet_sizes():
-    for pair, kernel in ((("resnet14", "resnet8"), 1), (("resnet32x4", "ShuffleV1"), 4), (("MobileNetV2", "vgg8"), 1), (("ShuffleV1", "resnet8"), 3)):
+    for pair, kernel in (
+        (("resnet14", "resnet8"), 1),
+        (("resnet32x4", "ShuffleV1"), 4),
+        (("MobileNetV2", "vgg8"), 1),
+        (("ShuffleV1", "resnet8"), 3),
+    ):
         assert prepared("fitnet", pair).regressor[0].kernel_size == (kernel, kernel), pair
-    with pytest.raises(ValueError, match="stage must be at most 3"): prepared("fitnet", stage=4)
-    with pytest.raises(ValueError, match="4×4 to the teacher's 16×16"): FitNet(stage=3).prepare(network("MobileNetV2")[0], resized(), X)
+    with pytest.raises(ValueError, match="stage must be at most 3"):
+        prepared("fitnet", stage=4)
+    with pytest.raises(ValueError, match="4×4 to the teacher's 16×16"):
+        FitNet(stage=3).prepare(network("MobileNetV2")[0], resized(), X)
 
 
 class resized(torch.nn.Module):
     """A teacher whose third stage is four times as large as the student's."""
+
     def forward(self, x, features=False):
         m = x.mean(1, keepdim=True)
         maps = tuple(F.adaptive_avg_pool2d(m, 16) for _ in range(5))
@@ -194,6 +232,7 @@ class resized(torch.nn.Module):
 
 
 # ---- formulas -----------------------------------------------------------------------------------------------------
+
 
 def test_fitnet_rectifies_only_what_is_rectified():
     assert isinstance(prepared("fitnet").regressor[-1], torch.nn.ReLU)
@@ -259,11 +298,16 @@ def test_terms_are_weights_times_means():
     G_s, G_t = (similarities(f.stages[-1]) for f in (f_s, f_t))
     torch.testing.assert_close(term(losses.build("sp"), "similarity"), 3000 * (G_s - G_t).square().sum() / 36)
     p_t, p_s = (jump_log_probabilities(f.pooled).exp() for f in (f_t, f_s))
-    torch.testing.assert_close(term(losses.build("pkt"), "probabilities"), 30000 * (p_t * (p_t / p_s).log()).sum() / 36, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        term(losses.build("pkt"), "probabilities"), 30000 * (p_t * (p_t / p_s).log()).sum() / 36, rtol=1e-3, atol=1e-4
+    )
     (d_s, cos_s), (d_t, cos_t) = (distances_and_angles(f.pooled) for f in (f_s, f_t))
     huber = lambda a, b: torch.where((a - b).abs() < 1, (a - b).square() / 2, (a - b).abs() - 0.5).sum()
     torch.testing.assert_close(term(losses.build("rkd"), "distance"), 25 * huber(d_s, d_t) / 36)
     torch.testing.assert_close(term(losses.build("rkd"), "angle"), 50 * huber(cos_s, cos_t) / 216)
     vid = losses.build("vid").prepare(student, teacher, x)
-    stages = [((mean(s) - t).square() / 5 + math.log(5)).sum() / 2 / t.numel() for mean, s, t in zip(vid.means, f_s.stages[1:], f_t.stages[1:])]
+    stages = [
+        ((mean(s) - t).square() / 5 + math.log(5)).sum() / 2 / t.numel()
+        for mean, s, t in zip(vid.means, f_s.stages[1:], f_t.stages[1:])
+    ]
     torch.testing.assert_close(term(vid, "information"), sum(stages), rtol=1e-4, atol=1e-5)

@@ -1,4 +1,5 @@
 """The fused kernel: its cases natively on a GPU or in the interpreter, what the compiler makes of it, and doing without it."""
+
 import importlib.util
 import json
 import os
@@ -20,15 +21,29 @@ if torch.cuda.is_available() or INTERPRETED:
 
 def python(*arguments, **variables):
     """A process of its own with the package on its path; TRITON_INTERPRET as given here, whatever it is in this one."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(TESTS.parent)} | variables
-    return subprocess.run([sys.executable, *map(str, arguments)], env=env, cwd=TESTS.parent, capture_output=True, text=True)
+    env = (
+        {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(TESTS.parent)} | variables
+    )
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], env=env, cwd=TESTS.parent, capture_output=True, text=True
+    )
 
 
 @needs_triton
 @pytest.mark.skipif(torch.cuda.is_available() or INTERPRETED, reason="the cases ran in this process")
 def test_all_cases_in_the_interpreter():
     """Triton decides when it is first imported whether it interprets, so this must not happen in the process of other tests."""
-    ran = python("-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider", "--tb=short", TESTS / "kernel_cases.py", TRITON_INTERPRET="1")
+    ran = python(
+        "-m",
+        "pytest",
+        "-p",
+        "no:xdist",
+        "-p",
+        "no:cacheprovider",
+        "--tb=short",
+        TESTS / "kernel_cases.py",
+        TRITON_INTERPRET="1",
+    )
     assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr[-2000:]
 
 
@@ -40,10 +55,13 @@ def test_compiles_for_nvidia_without_spilling(tmp_path):
     ran = python(TESTS / "kernel_compile.py", TRITON_CACHE_DIR=str(tmp_path))
     assert ran.returncode == 0, ran.stderr[-4000:]
     found = json.loads(ran.stdout)
-    for case in (*found["loss"], found["scale"]): assert case["local"] == 0, case
+    for case in (*found["loss"], found["scale"]):
+        assert case["local"] == 0, case
     for case in found["loss"]:
-        if case["classes"] % 4096 == 0: assert case["wide_loads"] > 0, case
-        if case["classes"] == 131072 and case["depth"] == 7: assert case["registers"] <= 128, case
+        if case["classes"] % 4096 == 0:
+            assert case["wide_loads"] > 0, case
+        if case["classes"] == 131072 and case["depth"] == 7:
+            assert case["registers"] <= 128, case
 
 
 def test_without_triton_the_module_says_what_to_do():
@@ -63,7 +81,11 @@ def test_without_triton_the_module_says_what_to_do():
 
 
 def test_importing_ldrld_does_not_import_triton():
-    ran = python("-c", "import sys, ldrld; ldrld.LDRLD(); assert not {'triton', 'ldrld.losses.ldrld.triton_kernel'} & set(sys.modules)")
+    ran = python(
+        "-c",
+        "import sys, ldrld; ldrld.LDRLD(); assert not {'triton', 'ldrld.losses.ldrld.triton_kernel'} & "
+        "set(sys.modules)",
+    )
     assert ran.returncode == 0, ran.stderr
 
 

@@ -1,4 +1,5 @@
 """What a notebook should not carry: extreme logits, a slow literal reference, invariances, every error, what an import costs."""
+
 import json
 import subprocess
 import sys
@@ -36,6 +37,7 @@ def value_and_grad(loss, z_s, z_t, target=None):
 
 # ---- golden values ----------------------------------------------------------------------------------------------
 
+
 def test_the_vectors_are_the_formulas():
     b, c = torch.arange(2.0, dtype=torch.float64)[:, None], torch.arange(10.0, dtype=torch.float64)[None, :]
     z_s, z_t = vectors()
@@ -68,10 +70,12 @@ def test_depth_equals_classes_differs_from_the_official_code_only_in_the_remaini
     assert (terms["pairs"] + terms["llki"]).item() == pytest.approx(edge["local"], abs=1e-9)
     assert terms["rntk"].item() == 0.0
     assert edge["temperature"] ** 2 * dway_kl(*vectors(), edge["temperature"]).mean().item() == pytest.approx(
-        edge["rntk"], abs=1e-9)
+        edge["rntk"], abs=1e-9
+    )
 
 
 # ---- a slow literal reference -----------------------------------------------------------------------------------
+
 
 def literal(z_s, z_t, d, T, weights, rank_by="student"):
     """The paper's recursion, sample by sample and pair by pair, with −inf masks and plain softmaxes; no closed form."""
@@ -103,7 +107,8 @@ def test_agrees_with_the_literal_recursion(d, rank_by):
     slow = literal(z_s, z_t, d, 4.0, adw_weights(d, dtype=torch.float64), rank_by)
     for name in ours:
         torch.testing.assert_close(ours[name], slow[name], rtol=1e-11, atol=1e-12)
-        if name == "rntk" and d == 100: continue  # nothing remains: no gradient to compare
+        if name == "rntk" and d == 100:
+            continue  # nothing remains: no gradient to compare
         ours_grad, slow_grad = (torch.autograd.grad(x[name], z_s, retain_graph=True)[0] for x in (ours, slow))
         torch.testing.assert_close(ours_grad, slow_grad, rtol=1e-9, atol=1e-12)
 
@@ -118,7 +123,8 @@ def test_ranking_by_the_label_is_ranking_by_a_student_sure_of_it():
     kept = target >= 0
     expected = LDRLD(depth=5, rank_by="label")(z_s[kept], z_t[kept], target[kept])
     torch.testing.assert_close(ours(z_s, z_t, target), expected)
-    with pytest.raises(ValueError, match="target must be given for rank_by='label'"): ours(z_s, z_t)
+    with pytest.raises(ValueError, match="target must be given for rank_by='label'"):
+        ours(z_s, z_t)
 
 
 @pytest.mark.parametrize("weighting", ["adw", "irw", "erd", "none"])
@@ -131,6 +137,7 @@ def test_every_weighting_against_the_literal_recursion(weighting):
 
 
 # ---- gradients --------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("d", [2, 3, 5, 6])
 @pytest.mark.parametrize("name", ["ldrld", "kd", "ce"])
@@ -157,14 +164,21 @@ def test_a_student_that_equals_its_teacher_has_no_loss_and_no_gradient():
 
 # ---- extreme logits ---------------------------------------------------------------------------------------------
 
+
 def extreme(kind, batch, classes, dtype):
     g = torch.Generator().manual_seed(1)
     corner = lambda: torch.tensor([-1e4, 0.0, 1e4])[torch.randint(3, (batch, classes), generator=g)]
     wide = lambda: 1e4 * (2 * torch.rand(batch, classes, generator=g) - 1)
     one = wide()
-    z_s, z_t = {"corners": (corner(), corner()), "wide": (one, wide()), "opposite": (one, -one), "ties": (0 * one, one),
-                "all ties": (0 * one + 1e4, 0 * one - 1e4), "shifted": (1e4 + 1e-4 * one, -1e4 + 1e-4 * wide()),
-                "tiny": (1e-9 * one, 1e-9 * wide())}[kind]
+    z_s, z_t = {
+        "corners": (corner(), corner()),
+        "wide": (one, wide()),
+        "opposite": (one, -one),
+        "ties": (0 * one, one),
+        "all ties": (0 * one + 1e4, 0 * one - 1e4),
+        "shifted": (1e4 + 1e-4 * one, -1e4 + 1e-4 * wide()),
+        "tiny": (1e-9 * one, 1e-9 * wide()),
+    }[kind]
     return z_s.to(dtype), z_t.to(dtype), torch.randint(classes, (batch,), generator=g)
 
 
@@ -225,6 +239,7 @@ def test_mixed_types_take_the_wider():
 
 # ---- invariances ------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("name", losses.available("logits"))
 def test_a_constant_per_sample_changes_nothing(name):
     z_s, z_t, target = sample()
@@ -250,7 +265,7 @@ OF_BATCHES = {"dist"}  # compare samples with each other, so they are no mean ov
 def test_the_loss_is_the_mean_over_samples(name):
     z_s, z_t, target = sample()
     loss = losses.build(name)
-    singles = torch.stack([loss(z_s[k:k + 1], z_t[k:k + 1], target[k:k + 1]) for k in range(len(z_s))])
+    singles = torch.stack([loss(z_s[k : k + 1], z_t[k : k + 1], target[k : k + 1]) for k in range(len(z_s))])
     torch.testing.assert_close(singles.mean(), loss(z_s, z_t, target), rtol=1e-10, atol=1e-10)
 
 
@@ -273,8 +288,13 @@ def test_what_the_terms_are_called():
 def test_every_weight_acts_on_its_own_term():
     z_s, z_t, target = sample()
     base = LDRLD().terms(z_s, z_t, target)
-    for argument, touched in {"alpha": ("pairs", "llki"), "beta": ("rntk",), "ce_weight": ("ce",),
-                              "pairs_weight": ("pairs",), "llki_weight": ("llki",)}.items():
+    for argument, touched in {
+        "alpha": ("pairs", "llki"),
+        "beta": ("rntk",),
+        "ce_weight": ("ce",),
+        "pairs_weight": ("pairs",),
+        "llki_weight": ("llki",),
+    }.items():
         doubled = LDRLD(**{argument: 2 * getattr(LDRLD(), argument)}).terms(z_s, z_t, target)
         for name in TERMS:
             torch.testing.assert_close(doubled[name], base[name] * (2 if name in touched else 1))
@@ -289,11 +309,13 @@ def test_non_contiguous_and_strided_input():
 def test_kd_is_hintons_formula():
     z_s, z_t, target = sample()
     expected = 0.1 * F.cross_entropy(z_s, target) + 0.9 * 16 * F.kl_div(
-        (z_s / 4).log_softmax(1), (z_t / 4).softmax(1), reduction="batchmean")
+        (z_s / 4).log_softmax(1), (z_t / 4).softmax(1), reduction="batchmean"
+    )
     torch.testing.assert_close(losses.build("kd")(z_s, z_t, target), expected)
 
 
 # ---- the parts --------------------------------------------------------------------------------------------------
+
 
 def test_relations_work_on_any_leading_shape():
     z_s, z_t, _ = sample(12, 9)
@@ -317,6 +339,7 @@ def test_pairs_and_weights_have_one_order():
 @pytest.mark.parametrize("weighting", ["adw", "irw", "erd", "none"])
 def test_weights_follow_the_formula(depth, weighting):
     from math import exp
+
     W = adw_weights(depth, epsilon=0.7, delta=3.0, decay=0.2, weighting=weighting, dtype=torch.float64)
     for i in range(1, depth + 1):
         for j in range(1, depth + 1):
@@ -333,6 +356,7 @@ def test_weights_take_type_and_device():
 
 # ---- the registry -----------------------------------------------------------------------------------------------
 
+
 def test_every_loss_knows_its_hyperparameters():
     for name in losses.available("logits"):
         loss = losses.build(name)
@@ -346,6 +370,7 @@ def test_every_loss_knows_its_hyperparameters():
 
 def test_a_new_loss_is_one_decorator():
     try:
+
         @losses.register("test-mse")
         class MSE(LogitLoss):
             def __init__(self, weight: float = 2.0):
@@ -359,7 +384,8 @@ def test_a_new_loss_is_one_decorator():
         loss = losses.build("test-mse", weight=3)
         torch.testing.assert_close(loss(z_s, z_t), 3 * ((z_s - z_t) ** 2).mean())
         assert loss.hyperparameters == {"weight": 3.0} and "test-mse" in losses.available("logits")
-        with pytest.raises(ValueError, match="'ldrld' is taken by LDRLD"): losses.register("ldrld")(MSE)
+        with pytest.raises(ValueError, match="'ldrld' is taken by LDRLD"):
+            losses.register("ldrld")(MSE)
     finally:
         losses.registry._losses.pop("test-mse", None)
 
@@ -369,74 +395,89 @@ def test_a_new_loss_is_one_decorator():
 X, Y = torch.zeros(4, 10), torch.zeros(4, dtype=torch.long)
 
 
-@pytest.mark.parametrize("arguments, parts", [
-    ({"depth": 1}, ("depth", "1", "at least 2")),
-    ({"depth": 2.0}, ("depth", "2.0", "integer")),
-    ({"depth": "7"}, ("depth", "'7'", "integer")),
-    ({"depth": True}, ("depth", "True")),
-    ({"temperature": 0}, ("temperature", "0", "above 0")),
-    ({"temperature": -4.0}, ("temperature", "-4.0")),
-    ({"temperature": float("inf")}, ("temperature", "inf", "finite")),
-    ({"temperature": float("nan")}, ("temperature", "nan")),
-    ({"temperature": "4"}, ("temperature", "'4'")),
-    ({"temperature": None}, ("temperature", "None")),
-    ({"alpha": -1.0}, ("alpha", "-1.0", "at least 0")),
-    ({"beta": -0.1}, ("beta", "-0.1")),
-    ({"ce_weight": -1}, ("ce_weight", "-1")),
-    ({"pairs_weight": -1}, ("pairs_weight", "-1")),
-    ({"llki_weight": float("nan")}, ("llki_weight", "nan")),
-    ({"epsilon": -1.0}, ("epsilon", "-1.0", "above -1")),
-    ({"epsilon": -2}, ("epsilon", "-2")),
-    ({"delta": -0.5}, ("delta", "-0.5")),
-    ({"decay": float("inf")}, ("decay", "inf")),
-    ({"weighting": "adv"}, ("weighting", "'adv'", "'adw'", "'none'")),
-    ({"weighting": None}, ("weighting", "None")),
-    ({"weighting": ["adw"]}, ("weighting", "['adw']")),
-    ({"rank_by": "labels"}, ("rank_by", "'labels'", "'student'", "'teacher'", "'label'")),
-    ({"normalize": "yes"}, ("normalize", "'yes'", "True")),
-    ({"normalize": 1}, ("normalize", "1", "True")),
-])
+@pytest.mark.parametrize(
+    "arguments, parts",
+    [
+        ({"depth": 1}, ("depth", "1", "at least 2")),
+        ({"depth": 2.0}, ("depth", "2.0", "integer")),
+        ({"depth": "7"}, ("depth", "'7'", "integer")),
+        ({"depth": True}, ("depth", "True")),
+        ({"temperature": 0}, ("temperature", "0", "above 0")),
+        ({"temperature": -4.0}, ("temperature", "-4.0")),
+        ({"temperature": float("inf")}, ("temperature", "inf", "finite")),
+        ({"temperature": float("nan")}, ("temperature", "nan")),
+        ({"temperature": "4"}, ("temperature", "'4'")),
+        ({"temperature": None}, ("temperature", "None")),
+        ({"alpha": -1.0}, ("alpha", "-1.0", "at least 0")),
+        ({"beta": -0.1}, ("beta", "-0.1")),
+        ({"ce_weight": -1}, ("ce_weight", "-1")),
+        ({"pairs_weight": -1}, ("pairs_weight", "-1")),
+        ({"llki_weight": float("nan")}, ("llki_weight", "nan")),
+        ({"epsilon": -1.0}, ("epsilon", "-1.0", "above -1")),
+        ({"epsilon": -2}, ("epsilon", "-2")),
+        ({"delta": -0.5}, ("delta", "-0.5")),
+        ({"decay": float("inf")}, ("decay", "inf")),
+        ({"weighting": "adv"}, ("weighting", "'adv'", "'adw'", "'none'")),
+        ({"weighting": None}, ("weighting", "None")),
+        ({"weighting": ["adw"]}, ("weighting", "['adw']")),
+        ({"rank_by": "labels"}, ("rank_by", "'labels'", "'student'", "'teacher'", "'label'")),
+        ({"normalize": "yes"}, ("normalize", "'yes'", "True")),
+        ({"normalize": 1}, ("normalize", "1", "True")),
+    ],
+)
 def test_wrong_hyperparameters(arguments, parts):
-    with pytest.raises(ValueError) as error: LDRLD(**arguments)
+    with pytest.raises(ValueError) as error:
+        LDRLD(**arguments)
     assert all(part in str(error.value) for part in parts), error.value
 
 
-@pytest.mark.parametrize("call, parts", [
-    ((X[0], X[0]), ("student_logits", "(batch, classes)", "(10,)")),
-    ((X[:, :, None], X[:, :, None]), ("student_logits", "(4, 10, 1)", "two classes")),
-    ((X, X[:3]), ("teacher_logits", "(3, 10)", "(4, 10)")),
-    ((X, X[:, :9]), ("teacher_logits", "(4, 9)", "(4, 10)")),
-    ((X, X[0]), ("teacher_logits", "(10,)")),
-    ((X[:, :1], X[:, :1]), ("student_logits", "two classes", "(4, 1)")),
-    ((X[:0], X[:0]), ("student_logits", "(0, 10)")),
-    ((X[:, :5], X[:, :5]), ("depth", "7", "5")),
-    ((X.long(), X), ("student_logits", "torch.int64", "floating")),
-    ((X, X.long()), ("teacher_logits", "torch.int64", "floating")),
-    ((X.numpy(), X), ("student_logits", "ndarray")),
-    ((X, None), ("teacher_logits", "NoneType")),
-    ((X, X.to("meta")), ("teacher_logits", "cpu", "meta")),
-    ((X, X, Y.int()), ("target", "torch.int32", "int64", ".long()")),
-    ((X, X, Y.float()), ("target", "torch.float32")),
-    ((X, X, [0, 1, 2, 3]), ("target", "list")),
-    ((X, X, Y[:3]), ("target", "(3,)", "(4,)")),
-    ((X, X, F.one_hot(Y, 10)), ("target", "(4, 10)", "(4,)")),
-    ((X, X, Y + 10), ("target", "0 to 9", "10")),
-    ((X, X, Y - 1), ("target", "0 to 9", "-1")),
-])
+@pytest.mark.parametrize(
+    "call, parts",
+    [
+        ((X[0], X[0]), ("student_logits", "(batch, classes)", "(10,)")),
+        ((X[:, :, None], X[:, :, None]), ("student_logits", "(4, 10, 1)", "two classes")),
+        ((X, X[:3]), ("teacher_logits", "(3, 10)", "(4, 10)")),
+        ((X, X[:, :9]), ("teacher_logits", "(4, 9)", "(4, 10)")),
+        ((X, X[0]), ("teacher_logits", "(10,)")),
+        ((X[:, :1], X[:, :1]), ("student_logits", "two classes", "(4, 1)")),
+        ((X[:0], X[:0]), ("student_logits", "(0, 10)")),
+        ((X[:, :5], X[:, :5]), ("depth", "7", "5")),
+        ((X.long(), X), ("student_logits", "torch.int64", "floating")),
+        ((X, X.long()), ("teacher_logits", "torch.int64", "floating")),
+        ((X.numpy(), X), ("student_logits", "ndarray")),
+        ((X, None), ("teacher_logits", "NoneType")),
+        ((X, X.to("meta")), ("teacher_logits", "cpu", "meta")),
+        ((X, X, Y.int()), ("target", "torch.int32", "int64", ".long()")),
+        ((X, X, Y.float()), ("target", "torch.float32")),
+        ((X, X, [0, 1, 2, 3]), ("target", "list")),
+        ((X, X, Y[:3]), ("target", "(3,)", "(4,)")),
+        ((X, X, F.one_hot(Y, 10)), ("target", "(4, 10)", "(4,)")),
+        ((X, X, Y + 10), ("target", "0 to 9", "10")),
+        ((X, X, Y - 1), ("target", "0 to 9", "-1")),
+    ],
+)
 def test_wrong_calls(call, parts):
-    with pytest.raises(ValueError) as error: LDRLD()(*call)
+    with pytest.raises(ValueError) as error:
+        LDRLD()(*call)
     assert all(part in str(error.value) for part in parts), error.value
 
 
 def test_wrong_calls_of_the_parts():
-    with pytest.raises(ValueError, match="depth must be at most the number of classes, 10, got 11"): top_d(X, X, 11)
-    with pytest.raises(ValueError, match="rank_by .* got 'both'"): top_d(X, X, 3, rank_by="both")
-    with pytest.raises(ValueError, match="depth .* got 1"): adw_weights(1)
-    with pytest.raises(ValueError, match="weighting .* got 'x'"): adw_weights(3, weighting="x")
-    with pytest.raises(ValueError, match="target must be given .* got None"): losses.build("ce")(X, None)
-    with pytest.raises(ValueError, match="teacher_logits .* got a NoneType"): losses.build("kd")(X, None, Y)
+    with pytest.raises(ValueError, match="depth must be at most the number of classes, 10, got 11"):
+        top_d(X, X, 11)
+    with pytest.raises(ValueError, match="rank_by .* got 'both'"):
+        top_d(X, X, 3, rank_by="both")
+    with pytest.raises(ValueError, match="depth .* got 1"):
+        adw_weights(1)
+    with pytest.raises(ValueError, match="weighting .* got 'x'"):
+        adw_weights(3, weighting="x")
+    with pytest.raises(ValueError, match="target must be given .* got None"):
+        losses.build("ce")(X, None)
+    with pytest.raises(ValueError, match="teacher_logits .* got a NoneType"):
+        losses.build("kd")(X, None, Y)
     for name, argument in (("kd", "temperature"), ("kd", "kd_weight"), ("kd", "ce_weight"), ("ce", "ce_weight")):
-        with pytest.raises(ValueError, match=f"{argument} .* got -1"): losses.build(name, **{argument: -1})
+        with pytest.raises(ValueError, match=f"{argument} .* got -1"):
+            losses.build(name, **{argument: -1})
 
 
 def test_unknown_names_are_met_with_near_ones():
@@ -450,6 +491,7 @@ def test_unknown_names_are_met_with_near_ones():
 
 # ---- use --------------------------------------------------------------------------------------------------------
 
+
 def test_compiles_without_a_graph_break():
     z_s, z_t, target = sample(dtype=torch.float32)
     for name in losses.available("logits"):
@@ -462,6 +504,7 @@ def test_compiles_without_a_graph_break():
 
 def test_may_be_copied_pickled_and_moved(tmp_path):
     import copy
+
     loss = LDRLD(depth=5).to("cpu").half()  # no state to move or to round
     z_s, z_t, target = sample()
     torch.save(loss, tmp_path / "loss.pt")
@@ -472,7 +515,8 @@ def test_may_be_copied_pickled_and_moved(tmp_path):
 def test_inference_mode_does_not_spoil_a_later_step():
     z_s, z_t, target = sample()
     loss = LDRLD()
-    with torch.inference_mode(): before = loss(z_s, z_t, target)
+    with torch.inference_mode():
+        before = loss(z_s, z_t, target)
     value, grad = value_and_grad(loss, z_s, z_t, target)
     assert torch.equal(before.clone(), value) and grad.isfinite().all()
 
@@ -486,9 +530,11 @@ def test_a_large_vocabulary():
 
 
 def test_importing_ldrld_takes_torch_alone():
-    code = ("import sys, ldrld; ldrld.LDRLD, ldrld.adw_weights, ldrld.losses.build; "
-            "print([m for m in ('torch', 'torchvision', 'pandas', 'matplotlib', 'scipy', 'sklearn', 'pydantic', 'PIL', "
-            "'safetensors', 'papermill', 'nbdev', 'fastcore') if m in sys.modules])")
+    code = (
+        "import sys, ldrld; ldrld.LDRLD, ldrld.adw_weights, ldrld.losses.build; "
+        "print([m for m in ('torch', 'torchvision', 'pandas', 'matplotlib', 'scipy', 'sklearn', 'pydantic', 'PIL', "
+        "'safetensors', 'papermill', 'nbdev', 'fastcore') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "['torch']"
     assert set(ldrld.__all__) >= {"LDRLD", "adw_weights", "losses"}

@@ -1,4 +1,5 @@
 """Every method of the tables is trained for a moment, interrupted, and taken up again: parts, memories and all."""
+
 import pytest
 import torch
 
@@ -9,7 +10,14 @@ from ldrld.experiments.config import name_of
 from ldrld.experiments.records import load_record
 
 SHORT = dict(recipe="onecycle", epochs=2, lr=0.02)
-P = Profile(name="t", data="digits", dataset="digits", pairs=(("resnet14", "resnet8"),), teacher=dict(SHORT, epochs=3), student=SHORT)
+P = Profile(
+    name="t",
+    data="digits",
+    dataset="digits",
+    pairs=(("resnet14", "resnet8"),),
+    teacher=dict(SHORT, epochs=3),
+    student=SHORT,
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,15 +39,18 @@ def test_every_loss_stands_in_some_table():
 @pytest.mark.parametrize("name", [*METHODS, *(f"LDRLD, {v}" for v in VARIANTS if v != "LDRLD")])
 def test_a_method_trains_and_resumes(out, name, monkeypatch):
     config = method_config(P, P.pairs[0], METHODS[name] if name in METHODS else VARIANTS[name.removeprefix("LDRLD, ")])
-    monkeypatch.setenv("LDRLD_DEADLINE", "1")          # long past: paused after every epoch
+    monkeypatch.setenv("LDRLD_DEADLINE", "1")  # long past: paused after every epoch
     stops = 0
     while load_record(name_of(config), "t") is None and stops < 9:
-        try: record = runs.run(config, "t", keep=("logits", "weights", "insight"), report=None)
-        except runs.Paused: stops += 1
+        try:
+            record = runs.run(config, "t", keep=("logits", "weights", "insight"), report=None)
+        except runs.Paused:
+            stops += 1
     assert 1 <= stops < 9
     assert all(torch.tensor(list(row["terms"].values())).isfinite().all() for row in record.history)
     loss = losses.build(config.loss, **config.loss_args)
-    if config.loss in losses.available("logits") and not list(loss.parameters()): return    # it remembers nothing: test_runs.py covers that
+    if config.loss in losses.available("logits") and not list(loss.parameters()):
+        return  # it remembers nothing: test_runs.py covers that
     monkeypatch.delenv("LDRLD_DEADLINE")
     whole = runs.run(config, "whole", report=None)
     strip = lambda r: [{k: v for k, v in row.items() if k != "seconds"} for row in r.history]
@@ -48,7 +59,10 @@ def test_a_method_trains_and_resumes(out, name, monkeypatch):
 
 
 def test_some_methods_keep_a_part_and_most_do_not(out):
-    record = lambda name: load_record(name_of(method_config(P, P.pairs[0], METHODS[name])), "whole") or runs.run(method_config(P, P.pairs[0], METHODS[name]), "whole", report=None)
+    record = lambda name: (
+        load_record(name_of(method_config(P, P.pairs[0], METHODS[name])), "whole")
+        or runs.run(method_config(P, P.pairs[0], METHODS[name]), "whole", report=None)
+    )
     plain, simkd, fitnet = (record(name).measures for name in ("KD", "SimKD", "FitNet"))
     assert plain["extra_parameters"] == 0 and fitnet["extra_parameters"] > 0 and simkd["extra_parameters"] > 0
     assert simkd["used_parameters"] > simkd["parameters"] == fitnet["used_parameters"] == plain["used_parameters"]
@@ -58,7 +72,11 @@ def test_a_pair_that_does_not_fit_is_told_on_the_command_line(out):
     from typer.testing import CliRunner
 
     from ldrld.cli import app
-    said = CliRunner().invoke(app, ["run", "dataset=digits", "model=vgg8", "loss=at", "teacher=resnet8", "epochs=1", "recipe=onecycle", "lr=0.05"])
+
+    said = CliRunner().invoke(
+        app,
+        ["run", "dataset=digits", "model=vgg8", "loss=at", "teacher=resnet8", "epochs=1", "recipe=onecycle", "lr=0.05"],
+    )
     assert said.exit_code == 2 and "stage" in said.output
     said = CliRunner().invoke(app, ["run", "dataset=digits", "loss=fitnett", "teacher=resnet8", "epochs=1"])
     assert said.exit_code == 2 and "fitnet" in said.output
@@ -69,6 +87,9 @@ def test_a_pair_that_does_not_fit_is_told_on_the_command_line(out):
 def test_in_company_each_learns_what_it_learns_alone(out, names):
     """They share a batch, and what the teacher says and shows: none may alter what the next one sees."""
     configs = [method_config(P, P.pairs[0], METHODS[name]) for name in names]
-    alone, together = [runs.run(c, "whole", report=None) for c in configs], runs.run_together([(c, ()) for c in configs], "together", report=None)
+    alone, together = (
+        [runs.run(c, "whole", report=None) for c in configs],
+        runs.run_together([(c, ()) for c in configs], "together", report=None),
+    )
     strip = lambda r: [{k: v for k, v in row.items() if k != "seconds"} for row in r.history]
     assert [strip(r) for r in together] == [strip(r) for r in alone]

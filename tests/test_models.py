@@ -1,4 +1,5 @@
 """All networks: sizes and shapes as listed, arithmetic as in the original, and usable as teachers and students."""
+
 import csv
 import json
 import subprocess
@@ -20,7 +21,8 @@ names = list(listed)
 
 
 @pytest.fixture(autouse=True)
-def seed(): torch.manual_seed(0)
+def seed():
+    torch.manual_seed(0)
 
 
 def test_names_are_those_listed():
@@ -36,7 +38,8 @@ def test_size_and_fingerprint_as_listed(name):
 @pytest.mark.parametrize("name", names)
 def test_arithmetic_as_in_the_original(name):
     model = fill(models.build(name)).train()
-    with torch.no_grad(): logits, features = model(pictures(), features=True)
+    with torch.no_grad():
+        logits, features = model(pictures(), features=True)
     ours = summary(features.stages, features.preact, features.pooled, logits)
     assert ours.keys() == golden[name].keys()
     for key, value in ours.items():
@@ -53,10 +56,14 @@ def test_features_agree_with_the_logits(name):
     assert isinstance(features, models.Features) and isinstance(model.head, torch.nn.Linear)
     torch.testing.assert_close(features.pooled @ model.head.weight.T + model.head.bias, logits, rtol=1e-4, atol=1e-5)
     assert [p.shape for p in features.preact] == [s.shape for s in features.stages[1:]]
-    entering = {"MobileNetV2": lambda f: model.conv2(f.stages[-1]),
-                "ShuffleV2": lambda f: F.relu(model.bn2(model.conv2(f.stages[-1])))}
-    if name.startswith("wrn"): last = F.relu(features.preact[-1])
-    else: last = entering.get(name, lambda f: f.stages[-1])(features)
+    entering = {
+        "MobileNetV2": lambda f: model.conv2(f.stages[-1]),
+        "ShuffleV2": lambda f: F.relu(model.bn2(model.conv2(f.stages[-1]))),
+    }
+    if name.startswith("wrn"):
+        last = F.relu(features.preact[-1])
+    else:
+        last = entering.get(name, lambda f: f.stages[-1])(features)
     torch.testing.assert_close(features.pooled, last.mean((2, 3)), rtol=1e-4, atol=1e-5)
     assert torch.equal(features.last, last)
 
@@ -64,13 +71,16 @@ def test_features_agree_with_the_logits(name):
 @pytest.mark.parametrize("name", names)
 @pytest.mark.parametrize("side", [16, 32, 64])
 def test_a_network_can_be_entered_after_every_stage(name, side):
-    if side == 64 and name not in ("vgg8", "resnet8", "wrn_16_1", "MobileNetV2", "ShuffleV1", "ShuffleV2"): return  # slow
+    if side == 64 and name not in ("vgg8", "resnet8", "wrn_16_1", "MobileNetV2", "ShuffleV1", "ShuffleV2"):
+        return  # slow
     model = models.build(name, num_classes=5).eval()
     with torch.no_grad():
         logits, features = model(torch.randn(2, 3, side, side), features=True)
-        for i, x in enumerate(features.stages): assert torch.equal(model.tail(i, x), logits), i
+        for i, x in enumerate(features.stages):
+            assert torch.equal(model.tail(i, x), logits), i
     for wrong in (-1, len(features.stages), 1.0):
-        with pytest.raises(ValueError, match=f"i={wrong}.* to {len(features.stages) - 1}"): model.tail(wrong, x)
+        with pytest.raises(ValueError, match=f"i={wrong}.* to {len(features.stages) - 1}"):
+            model.tail(wrong, x)
 
 
 @pytest.mark.parametrize("name", names)
@@ -89,7 +99,8 @@ def test_other_picture_sizes(name, side):
     described = models.describe(name, num_classes=3, side=side)  # shapes alone
     assert described["pooled"] == int(listed[name]["pooled"])
     if side == 16:
-        with torch.no_grad(): logits = models.build(name, 3).eval()(torch.randn(2, 3, side, side))
+        with torch.no_grad():
+            logits = models.build(name, 3).eval()(torch.randn(2, 3, side, side))
         assert logits.shape == (2, 3) and logits.isfinite().all()
 
 
@@ -102,7 +113,8 @@ def test_asking_for_features_leaves_training_as_it_is(name):
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(a(x), b(x, features=True)[0])
     ours, theirs = a.state_dict(), b.state_dict()
-    for key in ours: assert torch.equal(ours[key], theirs[key]), key
+    for key in ours:
+        assert torch.equal(ours[key], theirs[key]), key
 
 
 @pytest.mark.parametrize("name", ["resnet8x4", "wrn_16_2", "vgg8", "MobileNetV2", "ResNet50"])
@@ -113,9 +125,12 @@ def test_starting_weights(name):
             sigma = (2 / (module.kernel_size[0] ** 2 * module.out_channels)) ** 0.5
             assert module.weight.std().item() == pytest.approx(sigma, rel=0.04), key
             assert module.bias is None or not module.bias.any()
-        if isinstance(module, torch.nn.BatchNorm2d): assert (module.weight == 1).all() and not module.bias.any()
-    if name in ("wrn_16_2", "vgg8", "MobileNetV2"): assert not model.head.bias.any()
-    if name in ("vgg8", "MobileNetV2"): assert model.head.weight.std().item() == pytest.approx(0.01, rel=0.04)
+        if isinstance(module, torch.nn.BatchNorm2d):
+            assert (module.weight == 1).all() and not module.bias.any()
+    if name in ("wrn_16_2", "vgg8", "MobileNetV2"):
+        assert not model.head.bias.any()
+    if name in ("vgg8", "MobileNetV2"):
+        assert model.head.weight.std().item() == pytest.approx(0.01, rel=0.04)
 
 
 @pytest.mark.parametrize("name", ["resnet8", "ShuffleV1", "ShuffleV2"])
@@ -125,16 +140,29 @@ def test_channels_last_and_bfloat16_agree(name):
         plain = model(x)
         model.to(memory_format=torch.channels_last)
         fast = model(x.to(memory_format=torch.channels_last))
-        with torch.autocast("cpu", torch.bfloat16): half = model(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = model(x)
     torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(half.float(), plain, rtol=0.1, atol=0.1)
 
 
-@pytest.mark.parametrize("paper, ours", [
-    ("ResNet8x4", "resnet8x4"), ("ResNet8×4", "resnet8x4"), ("RESNET-110", "resnet110"), ("WRN-16-2", "wrn_16_2"),
-    ("wrn_40_1", "wrn_40_1"), ("VGG-13", "vgg13"), ("MobileNet-V2", "MobileNetV2"), ("mobile_half", "MobileNetV2"),
-    ("ShuffleNetV1", "ShuffleV1"), ("ShuffleNet-V2", "ShuffleV2"), ("shufflev2", "ShuffleV2"),
-    ("resnet50", "ResNet50")])
+@pytest.mark.parametrize(
+    "paper, ours",
+    [
+        ("ResNet8x4", "resnet8x4"),
+        ("ResNet8×4", "resnet8x4"),
+        ("RESNET-110", "resnet110"),
+        ("WRN-16-2", "wrn_16_2"),
+        ("wrn_40_1", "wrn_40_1"),
+        ("VGG-13", "vgg13"),
+        ("MobileNet-V2", "MobileNetV2"),
+        ("mobile_half", "MobileNetV2"),
+        ("ShuffleNetV1", "ShuffleV1"),
+        ("ShuffleNet-V2", "ShuffleV2"),
+        ("shufflev2", "ShuffleV2"),
+        ("resnet50", "ResNet50"),
+    ],
+)
 def test_names_as_papers_write_them(paper, ours):
     assert models.canonical(paper) == ours
 
@@ -144,17 +172,28 @@ def test_names_of_the_published_tables(name):
     assert models.canonical(listed[name]["paper_name"]) == models.canonical(name) == name
 
 
-@pytest.mark.parametrize("wrong, near", [
-    ("resnet21", "resnet20"), ("wrn_16_3", "wrn_16_2"), ("ShuffleNetV2x1.5", "ShuffleV2"), ("xyz", "resnet8"),
-    ("", "resnet8"), (None, "resnet20"), (20, "resnet20")])
+@pytest.mark.parametrize(
+    "wrong, near",
+    [
+        ("resnet21", "resnet20"),
+        ("wrn_16_3", "wrn_16_2"),
+        ("ShuffleNetV2x1.5", "ShuffleV2"),
+        ("xyz", "resnet8"),
+        ("", "resnet8"),
+        (None, "resnet20"),
+        (20, "resnet20"),
+    ],
+)
 def test_unknown_names_are_refused_with_the_nearest(wrong, near):
-    with pytest.raises(ValueError, match=near) as caught: models.build(wrong)
+    with pytest.raises(ValueError, match=near) as caught:
+        models.build(wrong)
     assert f"name={wrong!r}" in str(caught.value)
 
 
 @pytest.mark.parametrize("wrong", [0, -1, 10.0, "10", True, None])
 def test_wrong_number_of_classes_is_refused(wrong):
-    with pytest.raises(ValueError, match="num_classes"): models.build("resnet8", wrong)
+    with pytest.raises(ValueError, match="num_classes"):
+        models.build("resnet8", wrong)
 
 
 def test_needs_torch_alone():

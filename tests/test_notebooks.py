@@ -1,4 +1,5 @@
 """Every notebook runs from top to bottom, and its stored outputs are what running it gives."""
+
 import importlib.util
 import json
 import math
@@ -35,7 +36,8 @@ def texts(cell):
 
 def agree(stored: str, fresh: str, numbers: bool) -> bool:
     """The same words, and the same numbers to two per cent: another processor rounds differently."""
-    if NUMBER.sub("#", stored).split() != NUMBER.sub("#", fresh).split(): return False
+    if NUMBER.sub("#", stored).split() != NUMBER.sub("#", fresh).split():
+        return False
     pairs = zip(NUMBER.findall(stored), NUMBER.findall(fresh))
     return not numbers or all(math.isclose(float(a), float(b), rel_tol=0.02, abs_tol=1e-4) for a, b in pairs)
 
@@ -48,29 +50,42 @@ def test_agreement_can_fail():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
 def test_notebook(path, tmp_path, monkeypatch):
-    if path.stem != "index": monkeypatch.setenv("LDRLD_OUT", str(tmp_path))
+    if path.stem != "index" and path.parent.name != "pages":
+        monkeypatch.setenv("LDRLD_OUT", str(tmp_path))
     if path.parent.name in ("paper", "tutorials") or name_of(path) in READ_RECORDS:
-        for evidence in ("runs/quick", "bench", "tables/quick-tune"): shutil.copytree(ROOT / "data" / evidence, tmp_path / "data" / evidence)
+        for evidence in ("runs/quick", "bench", "tables/quick-tune"):
+            shutil.copytree(ROOT / "data" / evidence, tmp_path / "data" / evidence)
     stored = json.loads(path.read_text(encoding="utf-8"))
     fresh = nbformat.read(path, as_version=4)
     # the last cell exports; a test must not write into the package
     fresh.cells = [c for c in fresh.cells if "nbdev_export" not in c.source]
-    with_kernel(lambda: NotebookClient(fresh, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute())
-    if path.parent.name == "run": return  # its outputs are logs
+    with_kernel(
+        lambda: NotebookClient(
+            fresh, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}
+        ).execute()
+    )
+    if path.parent.name == "run":
+        return  # its outputs are logs
     if missing := [name for name in OPTIONAL.get(path.stem, ()) if importlib.util.find_spec(name) is None]:
         said, *rest = [text for c in fresh.cells for text in texts(c)]
         assert "pip install transformers accelerate" in said and not rest
         pytest.skip(f"{' and '.join(missing)} not installed")
     by_id = {c["id"]: c for c in fresh.cells}
     for cell in stored["cells"]:
-        if cell["cell_type"] != "code" or cell["id"] not in by_id: continue
+        if cell["cell_type"] != "code" or cell["id"] not in by_id:
+            continue
         numbers = "varies" not in cell["metadata"].get("tags", [])
         old, new = list(texts(cell)), list(texts(by_id[cell["id"]]))
         source = "".join(cell["source"])[:200]
         assert len(old) == len(new), f"{len(old)} stored outputs, {len(new)} now, of:\n{source}"
-        for a, b in zip(old, new): assert agree(a, b, numbers), f"stored:\n{a}\nnow:\n{b}\nof:\n{source}"
+        for a, b in zip(old, new):
+            assert agree(a, b, numbers), f"stored:\n{a}\nnow:\n{b}\nof:\n{source}"
 
 
 def test_nothing_is_left_behind():
-    assert not [p for p in NBS.rglob("*") if p.suffix not in (".ipynb", "") and ".ipynb_checkpoints" not in p.parts and p.is_file()]
+    assert not [
+        p
+        for p in NBS.rglob("*")
+        if p.suffix not in (".ipynb", "") and ".ipynb_checkpoints" not in p.parts and p.is_file()
+    ]
     assert os.environ.get("OMP_NUM_THREADS", "1") == "1"

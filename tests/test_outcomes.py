@@ -1,4 +1,5 @@
 """What is written down about a run: that it diverged, who trained it, and which code did."""
+
 import json
 import os
 import subprocess
@@ -24,8 +25,13 @@ BAD = RunConfig(dataset="digits", model="resnet8", recipe="onecycle", epochs=1, 
 
 
 def ldrld(*words, out):
-    return subprocess.run([sys.executable, "-c", "from ldrld.cli import main; main()", *words, "--out", str(out)], capture_output=True,
-                          text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    return subprocess.run(
+        [sys.executable, "-c", "from ldrld.cli import main; main()", *words, "--out", str(out)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
 
 
 @pytest.fixture
@@ -40,10 +46,15 @@ def out(tmp_path, monkeypatch):
 def test_a_diverged_run_on_the_command_line(out):
     """It says where, exits 1, leaves no record, and the folder can be read afterwards."""
     settings = ("dataset=digits", "model=resnet8", "recipe=onecycle", "epochs=1", "lr=1e6")
-    for _ in range(2):                                           # the second call knows it
+    for _ in range(2):  # the second call knows it
         got = ldrld("run", *settings, out=out)
-        assert got.returncode == 1 and "diverged in epoch 1, step" in got.stdout and "try a lower lr" in got.stdout, got.stdout + got.stderr
-    assert not list((out / "data/runs/try").glob("*.json")) and len(list((out / "data/runs/try/diverged").glob("*.json"))) == 1
+        assert got.returncode == 1 and "diverged in epoch 1, step" in got.stdout and "try a lower lr" in got.stdout, (
+            got.stdout + got.stderr
+        )
+    assert (
+        not list((out / "data/runs/try").glob("*.json"))
+        and len(list((out / "data/runs/try/diverged").glob("*.json"))) == 1
+    )
     assert ldrld("run", *settings[:4], "lr=0.1", out=out).returncode == 0
     got = ldrld("status", "--profile", "try", out=out)
     assert got.returncode == 0 and "digits-resnet8-ce" in got.stdout
@@ -52,7 +63,8 @@ def test_a_diverged_run_on_the_command_line(out):
 
 def test_the_others_of_a_cohort_go_on(out):
     config = GOOD.model_copy(update={"epochs": 1})
-    with pytest.raises(Diverged, match=name_of(BAD)): runs.run_together([(BAD, ()), (config, ())], "t", report=None)
+    with pytest.raises(Diverged, match=name_of(BAD)):
+        runs.run_together([(BAD, ()), (config, ())], "t", report=None)
     assert load_record(name_of(config), "t") and load_record(name_of(BAD), "t") is None
     found = load_divergence(name_of(BAD), "t")
     assert (found.epoch, found.term) == (1, "logits") and found.value in ("nan", "inf") and found.history == []
@@ -61,18 +73,22 @@ def test_the_others_of_a_cohort_go_on(out):
 
 def test_a_student_of_a_diverged_teacher(out):
     student = RunConfig(dataset="digits", model="resnet8", loss="kd", recipe="onecycle", epochs=1, lr=0.1, teacher=BAD)
-    with pytest.raises(Diverged, match=name_of(BAD)): runs.run(student, "t", report=None)
-    assert load_divergence(name_of(student), "t") is None        # it never began
+    with pytest.raises(Diverged, match=name_of(BAD)):
+        runs.run(student, "t", report=None)
+    assert load_divergence(name_of(student), "t") is None  # it never began
 
 
 def test_an_outcome_that_was_edited_is_refused(out):
-    with pytest.raises(Diverged): runs.run(BAD, "t", report=None)
+    with pytest.raises(Diverged):
+        runs.run(BAD, "t", report=None)
     path = divergence_path(name_of(BAD), "t")
     told = json.loads(path.read_text())
     path.write_text(json.dumps({**told, "config": {**told["config"], "seed": 3}}))
-    with pytest.raises(ValueError, match="holds the settings of"): load_divergence(name_of(BAD), "t")
+    with pytest.raises(ValueError, match="holds the settings of"):
+        load_divergence(name_of(BAD), "t")
     path.write_text("{")
-    with pytest.raises(ValueError, match="delete it and run again"): load_divergence(name_of(BAD), "t")
+    with pytest.raises(ValueError, match="delete it and run again"):
+        load_divergence(name_of(BAD), "t")
 
 
 def test_weights_that_break_in_the_last_step(out):
@@ -83,9 +99,11 @@ def test_weights_that_break_in_the_last_step(out):
 
     def last_step_breaks(self, batch, dtype):
         end(self, batch, dtype)
-        if self.seen == len(digits.train_labels): self.model.conv1.weight.data.fill_(float("nan"))
+        if self.seen == len(digits.train_labels):
+            self.model.conv1.weight.data.fill_(float("nan"))
+
     student.step = last_step_breaks.__get__(student)
-    assert [row for row, in train_together([student], digits, epochs=1)] == [None]
+    assert [row for (row,) in train_together([student], digits, epochs=1)] == [None]
     assert student.diverged.term == "test logits"
 
 
@@ -121,7 +139,8 @@ def test_a_run_begun_here_and_ended_there_names_both(out, monkeypatch):
     made = {"code": {"commit": "c"}, "libraries": {"torch": "1"}, "machine": machine}
     monkeypatch.setattr(runs, "provenance", lambda device="cpu": {**made, "machine": dict(machine)})
     monkeypatch.setenv("LDRLD_DEADLINE", "0")
-    with pytest.raises(runs.Paused): runs.run(GOOD, "t", report=None)
+    with pytest.raises(runs.Paused):
+        runs.run(GOOD, "t", report=None)
     monkeypatch.delenv("LDRLD_DEADLINE")
     machine["processor"] = "another"
     record = runs.run(GOOD, "t", report=None)
@@ -131,7 +150,8 @@ def test_a_run_begun_here_and_ended_there_names_both(out, monkeypatch):
 
 def test_a_run_of_one_machine_has_no_legs(out, monkeypatch):
     monkeypatch.setenv("LDRLD_DEADLINE", "0")
-    with pytest.raises(runs.Paused): runs.run(GOOD, "t", report=None)
+    with pytest.raises(runs.Paused):
+        runs.run(GOOD, "t", report=None)
     monkeypatch.delenv("LDRLD_DEADLINE")
     assert runs.run(GOOD, "t", report=None).legs == []
 
@@ -145,7 +165,10 @@ def test_unknown_is_not_unchanged(tmp_path, monkeypatch):
 
 
 def test_a_checkout_around_the_folder_is_not_ours(tmp_path, monkeypatch):
-    for words in (["init", "-q"], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "x"]):
+    for words in (
+        ["init", "-q"],
+        ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "x"],
+    ):
         subprocess.run(["git", "-C", tmp_path, *words], check=True)
     (tmp_path / "inside").mkdir()
     monkeypatch.setenv("LDRLD_ROOT", str(tmp_path / "inside"))
@@ -165,7 +188,7 @@ def test_a_packed_folder_knows_whether_it_is_what_was_packed(tmp_path, monkeypat
     assert code_of()["as_packed"] is False
     (tmp_path / "ldrld" / "a.py").write_text("x = 1\n")
     (tmp_path / "ldrld" / "b.py").write_text("")
-    assert code_of()["as_packed"] is False                       # a file more
+    assert code_of()["as_packed"] is False  # a file more
 
 
 def test_numerics_of_a_gpu_are_set():
@@ -182,4 +205,18 @@ def test_numerics_of_a_gpu_are_set():
 
 
 def test_a_divergence_is_strict():
-    with pytest.raises(ValueError): Divergence(name="x", config=BAD, epoch=0, step=1, term="ce", value="nan", lr=1.0, history=[], finished="", code={}, libraries={}, machine={})
+    with pytest.raises(ValueError):
+        Divergence(
+            name="x",
+            config=BAD,
+            epoch=0,
+            step=1,
+            term="ce",
+            value="nan",
+            lr=1.0,
+            history=[],
+            finished="",
+            code={},
+            libraries={},
+            machine={},
+        )

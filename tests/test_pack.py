@@ -1,4 +1,5 @@
 """Portable batches: packed, carried out elsewhere, killed, brought home, and what is damaged or foreign refused."""
+
 import json
 import os
 import random
@@ -23,7 +24,17 @@ TEACHER = {"model": "resnet14", "recipe": "onecycle", "epochs": 2, "lr": 0.1}
 
 def config(loss="kd", seed=0, epochs=2, **more):
     teacher = None if loss == "ce" else TEACHER
-    return RunConfig(dataset="digits", model="resnet8", loss=loss, recipe="onecycle", lr=0.1, epochs=epochs, seed=seed, teacher=teacher, **more)
+    return RunConfig(
+        dataset="digits",
+        model="resnet8",
+        loss=loss,
+        recipe="onecycle",
+        lr=0.1,
+        epochs=epochs,
+        seed=seed,
+        teacher=teacher,
+        **more,
+    )
 
 
 BATCH = [(config("kd"), ("logits",)), (config("ldrld", loss_args={"depth": 5}), ()), (config("ce"), ())]
@@ -34,8 +45,10 @@ def packed(tmp_path_factory):
     """A folder with three runs and the teacher that they need, of which nothing is finished here."""
     here = tmp_path_factory.mktemp("empty")
     before, os.environ["LDRLD_OUT"] = os.environ.get("LDRLD_OUT"), str(here)
-    try: yield pack(tmp_path_factory.mktemp("packed") / "batch", BATCH, "t", say=lambda line: None)
-    finally: os.environ.pop("LDRLD_OUT") if before is None else os.environ.update(LDRLD_OUT=before)
+    try:
+        yield pack(tmp_path_factory.mktemp("packed") / "batch", BATCH, "t", say=lambda line: None)
+    finally:
+        os.environ.pop("LDRLD_OUT") if before is None else os.environ.update(LDRLD_OUT=before)
 
 
 @pytest.fixture
@@ -46,8 +59,18 @@ def there(packed, tmp_path):
 
 def carry_out(folder, *more, **options):
     """Run a packed folder with nothing of this checkout on the path."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith("LDRLD_") and k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-P", "run.py", *more], cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+    env = {k: v for k, v in os.environ.items() if not k.startswith("LDRLD_") and k != "PYTHONPATH"} | {
+        "OMP_NUM_THREADS": "1"
+    }
+    return subprocess.Popen(
+        [sys.executable, "-P", "run.py", *more],
+        cwd=folder,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **options,
+    )
 
 
 def names():
@@ -90,8 +113,29 @@ sys.argv = ["run.py"]
 runpy.run_path("run.py", run_name="__main__")
 """
 WHEELS = {"pydantic", "typing_inspection", "annotated_types", "filelock", "numpy", "yaml", "safetensors"}
-HIDDEN = {"torchvision", "pandas", "matplotlib", "statsmodels", "PIL", "papermill", "tenacity", "optuna", "typer", "tqdm", "tabulate",
-          "ipykernel", "jupyterlab", "nbdev", "execnb", "fastcore", "nbconvert", "nbclient", "nbformat", "pytest", "triton"}
+HIDDEN = {
+    "torchvision",
+    "pandas",
+    "matplotlib",
+    "statsmodels",
+    "PIL",
+    "papermill",
+    "tenacity",
+    "optuna",
+    "typer",
+    "tqdm",
+    "tabulate",
+    "ipykernel",
+    "jupyterlab",
+    "nbdev",
+    "execnb",
+    "fastcore",
+    "nbconvert",
+    "nbclient",
+    "nbformat",
+    "pytest",
+    "triton",
+}
 
 
 def test_nothing_but_torch_and_the_wheels_is_needed(there):
@@ -99,10 +143,15 @@ def test_nothing_but_torch_and_the_wheels_is_needed(there):
     import re
 
     from ldrld.batch.pack import NEEDED
+
     assert {re.sub("-", "_", n).replace("pyyaml", "yaml") for n in NEEDED} == WHEELS
     bare = BARE.format(hidden=HIDDEN)
-    env = {k: v for k, v in os.environ.items() if not k.startswith("LDRLD_") and k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
-    got = subprocess.run([sys.executable, "-P", "-c", bare], cwd=there, env=env, capture_output=True, text=True, timeout=300)
+    env = {k: v for k, v in os.environ.items() if not k.startswith("LDRLD_") and k != "PYTHONPATH"} | {
+        "OMP_NUM_THREADS": "1"
+    }
+    got = subprocess.run(
+        [sys.executable, "-P", "-c", bare], cwd=there, env=env, capture_output=True, text=True, timeout=300
+    )
     assert got.returncode == 0 and "FAILED" not in got.stdout, got.stdout + got.stderr
     assert len(list((there / "out" / "data" / "runs" / "t").glob("*.json"))) == len(names())
 
@@ -144,6 +193,7 @@ def tampered(home, tmp_path, change):
     """A copy of the results whose records were changed by `change(name, text)`, hashed anew as a forger would."""
     import hashlib
     import io
+
     place = Path(shutil.copytree(home, tmp_path / "tampered"))
     room = io.BytesIO()
     with tarfile.open(place / "records.tar.gz") as old, tarfile.open(fileobj=room, mode="w:gz") as new:
@@ -159,20 +209,27 @@ def tampered(home, tmp_path, change):
     return place
 
 
-@pytest.mark.parametrize("change, said", [
-    (lambda n, c: (n, c[: len(c) // 2] if n.startswith("records") else c), "is no record"),
-    (lambda n, c: (n, c.replace(b'"seed": 0', b'"seed": 7') if "-kd-" in n else c), "settings of another run"),
-    (lambda n, c: (n.replace("kd-s0", "kd-s9"), c), "no run of this batch"),
-    (lambda n, c: (f"../{n}", c), "which results never do"),
-    (lambda n, c: (n, c.replace(b'"commit": "', b'"commit": "0')), "was made by commit 0"),
-    (lambda n, c: (n, c.replace(b'"last_accuracy": ', b'"last_accuracy": 1') if "-kd-" in n else c), "kd-s0"),
-    (lambda n, c: (n, c.replace(b"sha256: ", b"sha256: 0") if n.startswith("cards") else c), "not those of their model card"),
-])
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda n, c: (n, c[: len(c) // 2] if n.startswith("records") else c), "is no record"),
+        (lambda n, c: (n, c.replace(b'"seed": 0', b'"seed": 7') if "-kd-" in n else c), "settings of another run"),
+        (lambda n, c: (n.replace("kd-s0", "kd-s9"), c), "no run of this batch"),
+        (lambda n, c: (f"../{n}", c), "which results never do"),
+        (lambda n, c: (n, c.replace(b'"commit": "', b'"commit": "0')), "was made by commit 0"),
+        (lambda n, c: (n, c.replace(b'"last_accuracy": ', b'"last_accuracy": 1') if "-kd-" in n else c), "kd-s0"),
+        (
+            lambda n, c: (n, c.replace(b"sha256: ", b"sha256: 0") if n.startswith("cards") else c),
+            "not those of their model card",
+        ),
+    ],
+)
 def test_damaged_and_foreign_results_are_refused(home, packed, tmp_path, monkeypatch, change, said):
     monkeypatch.setenv("LDRLD_OUT", str(tmp_path / "here"))
     merged = merge(tampered(home, tmp_path, change), packed, say=lambda line: None)
     assert any(said in line for line in merged.refused), merged.refused
-    for name in merged.added: assert load_record(name, "t")          # what was taken is sound
+    for name in merged.added:
+        assert load_record(name, "t")  # what was taken is sound
 
 
 def test_a_flipped_bit_is_seen(home, packed, tmp_path, monkeypatch):
@@ -199,11 +256,13 @@ def test_limits_of_what_comes_back(tmp_path):
     out, home = tmp_path / "out", tmp_path / "home"
     place = out / "data" / "teachers" / "t"
     place.mkdir(parents=True)
-    for k, size in enumerate((18, 5, 5, 40)): (place / f"run{k}.safetensors").write_bytes(random.Random(k).randbytes(size * MIB))
+    for k, size in enumerate((18, 5, 5, 40)):
+        (place / f"run{k}.safetensors").write_bytes(random.Random(k).randbytes(size * MIB))
     left = collect(out, "t", home, Limits(files=6, file=16 * MIB), [f"run{k}" for k in range(4)])
     assert left == ["weights/run3.safetensors: 40.0 MiB"]
     assert len(list(home.iterdir())) <= 6 and all(p.stat().st_size <= 16 * MIB for p in home.iterdir())
     from ldrld.batch.pack import _joined, _members
+
     found = {n: c for p in home.glob("part-*.tar") for n, c in _members(p.read_bytes(), p.name).items()}
     whole = _joined(found)
     assert all(whole[f"weights/run{k}.safetensors"] == (place / f"run{k}.safetensors").read_bytes() for k in range(3))
@@ -216,25 +275,35 @@ def test_deliveries(packed):
     assert sorted(n for g in groups for n in g) == sorted(everything)
     assert all(sum((packed / n).stat().st_size for n in g) <= size or len(g) == 1 for g in groups)
     import lzma
+
     content = random.Random(0).randbytes(100_000)
     pieces = in_pieces(content, 30_000)
     assert len(pieces) == 4 and lzma.decompress(b"".join(pieces)) == content
 
 
 def test_a_folder_that_is_not_empty_is_left_alone(packed):
-    with pytest.raises(ValueError, match="is not empty"): pack(packed, BATCH, "t")
+    with pytest.raises(ValueError, match="is not empty"):
+        pack(packed, BATCH, "t")
 
 
 def test_nothing_is_begun_that_cannot_be_ended_or_brought_home():
     teacher = config("kd").teacher
-    batch = [(teacher, ()), (config("kd"), ()), (config("kd", 1), ()), (config("kd", epochs=1000), ()), (config("ce", epochs=1000), ())]
+    batch = [
+        (teacher, ()),
+        (config("kd"), ()),
+        (config("kd", 1), ()),
+        (config("kd", epochs=1000), ()),
+        (config("ce", epochs=1000), ()),
+    ]
     costs = {kind_of(c): Cost(begin=1.0, epoch=1.0, table=4.0 if c.teacher else 0.0) for c, _ in batch}
     chosen, reasons = fitting(batch, 60.0, costs, {}, largest=MIB)
-    assert [c.epochs for c, _ in chosen] == [2, 2, 2, 1000] and chosen[3][0].loss == "kd"   # the last one's checkpoint comes home
+    assert [c.epochs for c, _ in chosen] == [2, 2, 2, 1000] and chosen[3][
+        0
+    ].loss == "kd"  # the last one's checkpoint comes home
     assert "its checkpoint comes home" in reasons[0] and "0 s are left" in reasons[1]
     chosen, _ = fitting(batch, 60.0, costs, {}, largest=1000)
-    assert len(chosen) == 3                                       # a checkpoint that cannot be brought home is not begun
+    assert len(chosen) == 3  # a checkpoint that cannot be brought home is not begun
     chosen, reasons = fitting(batch, 3.0, costs, {}, largest=1000)
     assert not chosen and "its teacher will not be finished" in reasons[1]
     chosen, _ = fitting(batch, 60.0, costs, {name_of(batch[3][0]): 990}, largest=1000)
-    assert len(chosen) == 4                                       # what it has behind it counts
+    assert len(chosen) == 4  # what it has behind it counts

@@ -1,4 +1,5 @@
 """The plan of decisions: what it may say, what it runs, and a check that notices a changed digit."""
+
 import shutil
 from pathlib import Path
 
@@ -35,37 +36,64 @@ def test_what_is_planned_extends_what_is_there():
 def test_no_number_before_all_seeds():
     few, stage = {0: 5.0, 1: 5.1, 2: 4.9}, plan.Stage(experiment="adw", seeds=20)
     line = plan.decided(few, stage, plan.plan_of("small"))
-    assert line["verdict"] == "waiting" and line["n"] == 3 and all(np.isnan(line[k]) for k in ("difference", "low", "high", "p", "new seeds"))
+    assert (
+        line["verdict"] == "waiting"
+        and line["n"] == 3
+        and all(np.isnan(line[k]) for k in ("difference", "low", "high", "p", "new seeds"))
+    )
 
 
-@pytest.mark.parametrize("differences, verdict", [
-    ([1.0, 1.1, 0.9, 1.05], "supported"), ([-1.0, -1.1, -0.9, -1.05], "refuted"), ([0.1, -0.1, 0.05, -0.05], "equivalent"),
-    ([3.0, -3.0, 2.0, -2.5], "inconclusive"), ([0.5, 0.5, 0.5, 0.5], "inconclusive"), ([float("nan"), 1.0, 1.1, 0.9], "inconclusive")])
+@pytest.mark.parametrize(
+    "differences, verdict",
+    [
+        ([1.0, 1.1, 0.9, 1.05], "supported"),
+        ([-1.0, -1.1, -0.9, -1.05], "refuted"),
+        ([0.1, -0.1, 0.05, -0.05], "equivalent"),
+        ([3.0, -3.0, 2.0, -2.5], "inconclusive"),
+        ([0.5, 0.5, 0.5, 0.5], "inconclusive"),
+        ([float("nan"), 1.0, 1.1, 0.9], "inconclusive"),
+    ],
+)
 def test_the_rule(differences, verdict):
     assert plan.decide(np.array(differences), 4, 0.7) == verdict
 
 
-@pytest.mark.parametrize("text, said", [
-    ("stages: []", "declared"), ("smallest_effect: 0", "smallest_effect"), ("stages:\n - {experiment: adv, seeds: 3}", "Did you mean 'adw'"),
-    ("stages:\n - {experiment: adw, seeds: 3, only: {weight: [adw]}}", "Did you mean 'weighting'"),
-    ("stages:\n - {experiment: adw, seeds: 3}\n - {experiment: adw, seeds: 4}", "only once")])
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("stages: []", "declared"),
+        ("smallest_effect: 0", "smallest_effect"),
+        ("stages:\n - {experiment: adv, seeds: 3}", "Did you mean 'adw'"),
+        ("stages:\n - {experiment: adw, seeds: 3, only: {weight: [adw]}}", "Did you mean 'weighting'"),
+        ("stages:\n - {experiment: adw, seeds: 3}\n - {experiment: adw, seeds: 4}", "only once"),
+    ],
+)
 def test_a_plan_that_cannot_be_read_says_why(tmp_path, monkeypatch, text, said):
-    whole = {"declared": "declared: 2026-11-27", "smallest_effect": "smallest_effect: 1", "stages": "stages:\n - {experiment: adw, seeds: 3}", "primary": "primary: []"}
+    whole = {
+        "declared": "declared: 2026-11-27",
+        "smallest_effect": "smallest_effect: 1",
+        "stages": "stages:\n - {experiment: adw, seeds: 3}",
+        "primary": "primary: []",
+    }
     whole[text.split(":")[0]] = text
-    if said == "declared": del whole["declared"]
+    if said == "declared":
+        del whole["declared"]
     (tmp_path / "quick.yaml").write_text("\n".join(whole.values()))
     monkeypatch.setattr(plan.paths, "plans", lambda: tmp_path)
-    with pytest.raises(ValueError, match="quick.yaml") as told: plan.plan_of("quick")
+    with pytest.raises(ValueError, match="quick.yaml") as told:
+        plan.plan_of("quick")
     assert said in str(told.value)
 
 
 def test_a_profile_without_a_plan():
     assert plan.plan_of("paper") is None and plan.decisions("paper").empty and "no plan" in plan.caption("paper")
-    with pytest.raises(ValueError, match="has no plan"): plan.planned("paper")
+    with pytest.raises(ValueError, match="has no plan"):
+        plan.planned("paper")
 
 
 def test_a_changed_digit_is_found(tmp_path, monkeypatch):
-    for folder in ("runs", "tables"): shutil.copytree(ROOT / "data" / folder / "quick", tmp_path / "data" / folder / "quick")
+    for folder in ("runs", "tables"):
+        shutil.copytree(ROOT / "data" / folder / "quick", tmp_path / "data" / folder / "quick")
     monkeypatch.setenv("LDRLD_OUT", str(tmp_path))
     assert plan.verify("quick") == []
     path = tmp_path / "data" / "tables" / "quick" / "decisions.csv"

@@ -1,4 +1,5 @@
 """Before a batch starts, and around it: what is missing is said at once, what was left is swept, and one meaning of finished."""
+
 import json
 import os
 import shutil
@@ -36,8 +37,13 @@ experiments: [same_architecture, probability_gap]
 
 def ldrld(*words, cwd=ROOT, **env):
     started = time.time()
-    got = subprocess.run([sys.executable, "-c", "from ldrld.cli import main; main()", *map(str, words)], capture_output=True, text=True, cwd=cwd,
-                         env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", **env})
+    got = subprocess.run(
+        [sys.executable, "-c", "from ldrld.cli import main; main()", *map(str, words)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", **env},
+    )
     got.seconds = time.time() - started
     return got
 
@@ -60,43 +66,82 @@ def pretend(p, without=()):
         write_whole(paths.records(folder) / f"{record.name}.json", record.model_dump_json())
         for kind in keep:
             path = KEPT[kind](record.name, folder)
-            if kind not in without: write_whole(path, "pretended")
+            if kind not in without:
+                write_whole(path, "pretended")
         names.append(record.name)
     return names
 
 
 # ---- what is missing is said before anything starts -----------------------------------------------------------------
 
+
 def test_without_the_data_nothing_starts(tmp_path):
     got = ldrld("reproduce", "--profile", "small", "--out", tmp_path / "out", LDRLD_DATA=str(tmp_path / "none"))
     assert got.returncode == 1 and got.stderr.count("data: cifar100:") == 1 and "ldrld data cifar100" in got.stderr
-    assert "Traceback" not in got.stderr and len(got.stderr) < 1500 and got.seconds < 60 and not list((tmp_path / "out").rglob("*.ipynb"))
+    assert (
+        "Traceback" not in got.stderr
+        and len(got.stderr) < 1500
+        and got.seconds < 60
+        and not list((tmp_path / "out").rglob("*.ipynb"))
+    )
 
 
 @pytest.mark.parametrize("command", ["reproduce", "report"])
 def test_outside_of_a_checkout_the_notebooks_are_missing(tmp_path, mine, command):
     got = ldrld(command, "--profile", mine, cwd=tmp_path, LDRLD_ROOT=str(tmp_path))
-    assert got.returncode == 1 and got.stderr.count("notebooks: ") == 1 and "LDRLD_ROOT" in got.stderr and "Traceback" not in got.stderr, got.stderr
+    assert (
+        got.returncode == 1
+        and got.stderr.count("notebooks: ") == 1
+        and "LDRLD_ROOT" in got.stderr
+        and "Traceback" not in got.stderr
+    ), got.stderr
     assert not list(tmp_path.rglob("*.ipynb")) and not list(tmp_path.rglob("*.json"))
 
 
 def test_outside_of_a_checkout_training_works_without_notebooks(tmp_path, mine):
-    got = ldrld("reproduce", "--profile", mine, "--only", "probability_gap", "--direct", "--jobs", 1, cwd=tmp_path, LDRLD_ROOT=str(tmp_path))
-    assert got.returncode == 0 and "no tables and figures: their notebooks are not here" in got.stdout and "1 done" in got.stdout, got.stdout + got.stderr
+    got = ldrld(
+        "reproduce",
+        "--profile",
+        mine,
+        "--only",
+        "probability_gap",
+        "--direct",
+        "--jobs",
+        1,
+        cwd=tmp_path,
+        LDRLD_ROOT=str(tmp_path),
+    )
+    assert (
+        got.returncode == 0
+        and "no tables and figures: their notebooks are not here" in got.stdout
+        and "1 done" in got.stdout
+    ), got.stdout + got.stderr
 
 
 def test_benchmarks_outside_of_a_checkout_keep_what_they_measured(tmp_path):
-    got = ldrld("bench", "loss-memory", "--small", "--out", tmp_path, cwd=tmp_path, LDRLD_ROOT=str(tmp_path), LDRLD_DEVICE="cpu")
-    assert got.returncode == 1 and "no tables and figures:" in got.stderr and "notebooks: " in got.stderr and "Traceback" not in got.stderr, got.stderr
+    got = ldrld(
+        "bench", "loss-memory", "--small", "--out", tmp_path, cwd=tmp_path, LDRLD_ROOT=str(tmp_path), LDRLD_DEVICE="cpu"
+    )
+    assert (
+        got.returncode == 1
+        and "no tables and figures:" in got.stderr
+        and "notebooks: " in got.stderr
+        and "Traceback" not in got.stderr
+    ), got.stderr
     assert list(tmp_path.rglob("loss-memory.json"))
 
 
 def test_a_full_disk_and_one_that_is_read_only(mine, monkeypatch):
     todo = [config for config, _ in runs_of(mine)]
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6))
+    monkeypatch.setattr(
+        preflight.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6)
+    )
     (problem,) = preflight.needs_of(todo, [], "mine")
     assert problem.startswith("disk: ") and "0.0 GB left" in problem and "--out" in problem
-    def refuse(dir): raise PermissionError(13, "Permission denied")
+
+    def refuse(dir):
+        raise PermissionError(13, "Permission denied")
+
     monkeypatch.setattr(preflight.tempfile, "TemporaryFile", refuse)
     (problem,) = preflight.needs_of(todo, [], "mine")
     assert "cannot be written to (Permission denied)" in problem
@@ -105,12 +150,16 @@ def test_a_full_disk_and_one_that_is_read_only(mine, monkeypatch):
 def test_the_room_for_a_teachers_logits_is_counted_once(mine):
     images, teacher = data.load("digits"), RunConfig(dataset="digits", model="resnet14", epochs=1)
     config = RunConfig(dataset="digits", model="resnet8", loss="kd", teacher=teacher, epochs=1)
-    (folder, size), = preflight._table_bytes(config, images).items()
+    ((folder, size),) = preflight._table_bytes(config, images).items()
     crops = runs.Crops(images.train_images, images.mean, images.std, images.padding, images.flip)
     assert size == crops.n * crops.views * 11 * 2 and folder == paths.work(name_of(teacher))
-    assert preflight._table_bytes(teacher, images) == {} and preflight._table_bytes(config.model_copy(update={"loss": "at", "loss_args": {}}), images) == {}
+    assert (
+        preflight._table_bytes(teacher, images) == {}
+        and preflight._table_bytes(config.model_copy(update={"loss": "at", "loss_args": {}}), images) == {}
+    )
     folder.mkdir(parents=True)
-    with open(folder / "logits-0.bin", "wb") as file: file.truncate(size)
+    with open(folder / "logits-0.bin", "wb") as file:
+        file.truncate(size)
     assert preflight._table_bytes(config, images) == {}
 
 
@@ -120,7 +169,8 @@ def test_other_images_and_an_odd_teacher_are_told(mine, tmp_path):
     (paths.records("mine") / f"{student}.json").unlink()
     path = paths.records("mine") / f"{next(n for n in names if n not in (teacher, student))}.json"
     path.write_text(path.read_text().replace(data.load("digits").fingerprint, "0" * 64))
-    with pytest.raises(preflight.NotReady, match="its pictures have changed") as error: scheduler.reproduce(mine, notebooks=False)
+    with pytest.raises(preflight.NotReady, match="its images have changed") as error:
+        scheduler.reproduce(mine, notebooks=False)
     assert str(error.value).count("\n") == 1
     path.write_text(path.read_text().replace("0" * 64, data.load("digits").fingerprint))
     own = next(config for config, _ in runs_of(mine) if name_of(config) == student)
@@ -135,19 +185,33 @@ def test_an_odd_record_fails_alone(mine):
     names = pretend(mine)
     (paths.records("mine") / f"{names[-1]}.json").write_text("{}")
     got = ldrld("reproduce", "--profile", mine, "--direct", "--only", "same_architecture")
-    assert got.returncode == 1 and f"failed: {names[-1]}" in got.stdout and "1 done, 0 paused, 1 failed" in got.stdout and "Traceback" not in got.stdout, got.stdout + got.stderr
+    assert (
+        got.returncode == 1
+        and f"failed: {names[-1]}" in got.stdout
+        and "1 done, 0 paused, 1 failed" in got.stdout
+        and "Traceback" not in got.stdout
+    ), got.stdout + got.stderr
 
 
 # ---- finished -------------------------------------------------------------------------------------------------------
 
+
 def test_one_number_for_what_is_finished(mine):
     names = pretend(mine, without=("logits",))
-    for name in names[-2:]: (paths.records("mine") / f"{name}.json").unlink()
+    for name in names[-2:]:
+        (paths.records("mine") / f"{name}.json").unlink()
     n = len(names)
     assert f"{n - 2} of the {n} runs of profile `mine` are finished" in what_waits(mine)
     status = ldrld("status", "--profile", mine)
-    assert f"{n - 2} of the {n} runs that are run always are finished, 2 are missing" in status.stdout, status.stdout + status.stderr
-    lacks = [name for name in names[:-2] if not KEPT["logits"](name, "mine").exists() and any(name_of(c) == name and "logits" in k for c, k in runs_of(mine))]
+    assert f"{n - 2} of the {n} runs that are run always are finished, 2 are missing" in status.stdout, (
+        status.stdout + status.stderr
+    )
+    lacks = [
+        name
+        for name in names[:-2]
+        if not KEPT["logits"](name, "mine").exists()
+        and any(name_of(c) == name and "logits" in k for c, k in runs_of(mine))
+    ]
     assert lacks and all(name in status.stdout.split("taken up again: logits of ")[1] for name in lacks)
 
 
@@ -157,7 +221,9 @@ def test_a_fresh_clone_runs_nothing_again_for_weights_that_nobody_needs(mine):
     student = next(n for n in names if "-kd-" in n)
     (paths.records("mine") / f"{student}.json").unlink()
     todo = scheduler.missing(mine)
-    assert [name_of(c) for c, _ in todo] == [student, names[names.index(name_of(todo[0][0].teacher))]] and todo[1][1] == ("weights",)
+    assert [name_of(c) for c, _ in todo] == [student, names[names.index(name_of(todo[0][0].teacher))]] and todo[1][
+        1
+    ] == ("weights",)
     assert scheduler.taken_up_again(todo, "mine").endswith(f"weights of {name_of(todo[0][0].teacher)}")
     write_whole(KEPT["weights"](name_of(todo[0][0].teacher), "mine"), "pretended")
     assert [name_of(c) for c, _ in scheduler.missing(mine)] == [student]
@@ -174,22 +240,51 @@ def test_the_committed_profiles_count_alike():
 
 # ---- leftovers ------------------------------------------------------------------------------------------------------
 
+
 def test_what_a_killed_process_left_is_swept(mine):
     names = pretend(mine)
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     old = time.time() - 120
-    places = [paths.records("mine") / f"a.json.{gone.pid}.tmp", paths.tables("mine") / f"t.md.{gone.pid}.tmp", paths.figures("mine") / f"f.md.{gone.pid}.tmp", paths.weights("mine") / f".w.safetensors.{gone.pid}.part",
-              paths.records("mine") / "logits" / f"l.npz.{gone.pid}.tmp", paths.work("x") / f"weights.{gone.pid}.tmp", paths.work(names[0]) / "checkpoint.pt", paths.work(names[0]) / "checkpoint.pt.tmp"]
-    kept = [paths.records("mine") / f"b.json.{os.getpid()}.tmp", paths.records("mine") / "my.tmp", paths.records("mine") / "notes.part", paths.work("another") / "checkpoint.pt"]
+    places = [
+        paths.records("mine") / f"a.json.{gone.pid}.tmp",
+        paths.tables("mine") / f"t.md.{gone.pid}.tmp",
+        paths.figures("mine") / f"f.md.{gone.pid}.tmp",
+        paths.weights("mine") / f".w.safetensors.{gone.pid}.part",
+        paths.records("mine") / "logits" / f"l.npz.{gone.pid}.tmp",
+        paths.work("x") / f"weights.{gone.pid}.tmp",
+        paths.work(names[0]) / "checkpoint.pt",
+        paths.work(names[0]) / "checkpoint.pt.tmp",
+    ]
+    kept = [
+        paths.records("mine") / f"b.json.{os.getpid()}.tmp",
+        paths.records("mine") / "my.tmp",
+        paths.records("mine") / "notes.part",
+        paths.work("another") / "checkpoint.pt",
+    ]
     for path in (*places, *kept):
         write_whole(path, "half")
         os.utime(path, (old, old))
-    young = paths.tables("mine") / f"u.md.{gone.pid}.tmp"       # perhaps another machine's, at it now
+    young = paths.tables("mine") / f"u.md.{gone.pid}.tmp"  # perhaps another machine's, at it now
     write_whole(young, "half")
     assert sorted(scheduler.sweep(mine)) == sorted(places)
-    assert all(path.exists() for path in (*kept, young)) and not any(path.exists() for path in places) and (paths.records("mine") / f"{names[0]}.json").exists()
-    ignored = subprocess.run(["git", "check-ignore", f"data/runs/quick/a.json.{gone.pid}.tmp", f"figures/quick/f.md.{gone.pid}.tmp", f"data/teachers/quick/.w.safetensors.{gone.pid}.part"], cwd=ROOT, capture_output=True, text=True)
+    assert (
+        all(path.exists() for path in (*kept, young))
+        and not any(path.exists() for path in places)
+        and (paths.records("mine") / f"{names[0]}.json").exists()
+    )
+    ignored = subprocess.run(
+        [
+            "git",
+            "check-ignore",
+            f"data/runs/quick/a.json.{gone.pid}.tmp",
+            f"figures/quick/f.md.{gone.pid}.tmp",
+            f"data/teachers/quick/.w.safetensors.{gone.pid}.part",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert len(ignored.stdout.splitlines()) == 3
 
 
@@ -198,7 +293,13 @@ def test_a_checkpoint_that_is_in_use_or_needed_stays(mine):
     checkpoint = paths.work(names[0]) / "checkpoint.pt"
     write_whole(checkpoint, "half")
     with runs.lock_of(names[0]):
-        busy = subprocess.run([sys.executable, "-c", f"from ldrld.batch import scheduler; print(scheduler.sweep({mine!r}))"], capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        busy = subprocess.run(
+            [sys.executable, "-c", f"from ldrld.batch import scheduler; print(scheduler.sweep({mine!r}))"],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
     assert busy.stdout.strip() == "[]", busy.stderr
     (paths.records("mine") / f"{names[0]}.json").unlink()
     assert scheduler.sweep(mine) == [] and checkpoint.exists()
@@ -209,33 +310,71 @@ def test_a_checkpoint_that_is_in_use_or_needed_stays(mine):
 ASCII = {"PYTHONIOENCODING": "ascii"}
 
 
-@pytest.mark.parametrize(("env", "words"), [
-    (ASCII, ("status", "--profile", "small")), (ASCII, ("verify", "--profile", "small")), (ASCII, ("--help",)),
-    (ASCII, ("run", "loss=kd→", "lr=α")), (ASCII, ("tune", "--space", "alpha=β")), (ASCII, ("data", "α")),
-    ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, ("status",)),
-    ({"PYTHONIOENCODING": "latin-1"}, ("status",)),
-], ids=lambda value: " ".join(value))
+@pytest.mark.parametrize(
+    ("env", "words"),
+    [
+        (ASCII, ("status", "--profile", "small")),
+        (ASCII, ("verify", "--profile", "small")),
+        (ASCII, ("--help",)),
+        (ASCII, ("run", "loss=kd→", "lr=α")),
+        (ASCII, ("tune", "--space", "alpha=β")),
+        (ASCII, ("data", "α")),
+        ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, ("status",)),
+        ({"PYTHONIOENCODING": "latin-1"}, ("status",)),
+    ],
+    ids=lambda value: " ".join(value),
+)
 def test_terminals_without_our_letters(env, words):
-    got = subprocess.run([sys.executable, "-c", "from ldrld.cli import main; main()", *words], capture_output=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", **env})
-    assert b"Traceback" not in got.stderr and b"UnicodeEncodeError" not in got.stderr + got.stdout and got.returncode in (0, 1, 2), got.stderr
-    if "latin-1" not in env.values(): (got.stdout + got.stderr).decode("ascii")
+    got = subprocess.run(
+        [sys.executable, "-c", "from ldrld.cli import main; main()", *words],
+        capture_output=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", **env},
+    )
+    assert (
+        b"Traceback" not in got.stderr
+        and b"UnicodeEncodeError" not in got.stderr + got.stdout
+        and got.returncode in (0, 1, 2)
+    ), got.stderr
+    if "latin-1" not in env.values():
+        (got.stdout + got.stderr).decode("ascii")
     assert got.returncode == 0 or words[0] in ("run", "tune", "data")
 
 
 def test_a_broken_kernelspec_of_ones_own_does_not_matter(tmp_path, monkeypatch):
     spec = tmp_path / "jupyter" / "kernels" / "python3" / "kernel.json"
     spec.parent.mkdir(parents=True)
-    spec.write_text(json.dumps({"argv": ["/nowhere/python", "-m", "ipykernel_launcher", "-f", "{connection_file}"], "display_name": "mine", "language": "python"}))
+    spec.write_text(
+        json.dumps(
+            {
+                "argv": ["/nowhere/python", "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+                "display_name": "mine",
+                "language": "python",
+            }
+        )
+    )
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
     monkeypatch.setenv("LDRLD_ROOT", str(tmp_path))
     monkeypatch.setenv("LDRLD_OUT", str(tmp_path))
     (tmp_path / "nbs").mkdir()
-    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("import sys; print(sys.executable)")]), tmp_path / "nbs" / "one.ipynb")
+    nbformat.write(
+        nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("import sys; print(sys.executable)")]),
+        tmp_path / "nbs" / "one.ipynb",
+    )
     assert scheduler.execute("one.ipynb", "once", {}, "try").status == "done"
     assert sys.executable in (tmp_path / "runs/executed/try/once.ipynb").read_text()
 
 
-@pytest.mark.parametrize("content", ["lib_name = straße".encode("utf-16"), "naïve".encode("latin-1"), b"\xff" * 100, b"lib_name = ldrld-fork\n", b"# lib_name = ldrld is not this\n"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "lib_name = straße".encode("utf-16"),
+        "naïve".encode("latin-1"),
+        b"\xff" * 100,
+        b"lib_name = ldrld-fork\n",
+        b"# lib_name = ldrld is not this\n",
+    ],
+)
 def test_a_foreign_settings_ini_is_passed_by(tmp_path, monkeypatch, content):
     (tmp_path / "settings.ini").write_bytes(content)
     (tmp_path / "below").mkdir()
@@ -266,19 +405,33 @@ def test_another_drive_has_no_relative_path(tmp_path, monkeypatch):
 
 # ---- a last batch of one image --------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("model", "batch_size", "refused"), [
-    ("MobileNetV2", 64, True), ("resnet8", 64, False), ("vgg8", 64, False), ("MobileNetV2", 63, False),
-    ("MobileNetV2", 1, True), ("resnet8", 1, False),
-])
+
+@pytest.mark.parametrize(
+    ("model", "batch_size", "refused"),
+    [
+        ("MobileNetV2", 64, True),
+        ("resnet8", 64, False),
+        ("vgg8", 64, False),
+        ("MobileNetV2", 63, False),
+        ("MobileNetV2", 1, True),
+        ("resnet8", 1, False),
+    ],
+)
 def test_a_last_batch_of_one_image_is_told_before_training(model, batch_size, refused):
     digits = data.load("digits")
-    images = 641                                              # ten batches of 64, and one image
-    one_left = data.ImageData(**{f: getattr(digits, f) for f in digits.__dataclass_fields__} | {"train_images": digits.train_images[:images], "train_labels": digits.train_labels[:images]})
+    images = 641  # ten batches of 64, and one image
+    one_left = data.ImageData(
+        **{f: getattr(digits, f) for f in digits.__dataclass_fields__}
+        | {"train_images": digits.train_images[:images], "train_labels": digits.train_labels[:images]}
+    )
     config = RunConfig(dataset="digits", model=model, epochs=1, batch_size=batch_size)
     if not refused:
         runs.start(config, one_left, "cpu")
         return
-    with pytest.raises(ValueError, match=rf"batch_size={batch_size}: of 641 training images one is left.*would work") as error: runs.start(config, one_left, "cpu")
+    with pytest.raises(
+        ValueError, match=rf"batch_size={batch_size}: of 641 training images one is left.*would work"
+    ) as error:
+        runs.start(config, one_left, "cpu")
     fits = int(str(error.value).split("; ")[1].split()[0])
     assert images % fits != 1
     runs.start(config.model_copy(update={"batch_size": fits}), one_left, "cpu")

@@ -1,4 +1,5 @@
 """What holds the project together: pins, tags, exports, README, and no trace of one particular machine."""
+
 import configparser
 import json
 import os
@@ -17,7 +18,9 @@ BIN = Path(sys.executable).parent
 
 
 def tracked():
-    listed = subprocess.run(["git", "-C", ROOT, "ls-files", "-co", "--exclude-standard"], capture_output=True, text=True)
+    listed = subprocess.run(
+        ["git", "-C", ROOT, "ls-files", "-co", "--exclude-standard"], capture_output=True, text=True
+    )
     return [ROOT / name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
 
 
@@ -59,10 +62,14 @@ def test_run_and_paper_notebooks_have_one_parameters_cell(notebook):
 def test_notebooks_are_readable(notebook):
     for c in cells(notebook):
         source = "".join(c["source"])
-        if re.search(r"^#\|\s*export", source, re.M): assert len(source.splitlines()) <= 60
+        if re.search(r"^#\|\s*export", source, re.M):
+            assert len(source.splitlines()) <= 60
         assert not any(o["output_type"] == "error" for o in c["outputs"])
-    shown = [c for c in cells(notebook) if not re.search(r"^#\|\s*(export|hide|default_exp)", "".join(c["source"]), re.M)]
-    if notebook.parent.name != "run" and len(shown) > 4: assert any(c["outputs"] for c in shown), "a reader on the web sees nothing"
+    shown = [
+        c for c in cells(notebook) if not re.search(r"^#\|\s*(export|hide|default_exp)", "".join(c["source"]), re.M)
+    ]
+    if notebook.parent.name != "run" and len(shown) > 4:
+        assert any(c["outputs"] for c in shown), "a reader on the web sees nothing"
 
 
 def test_export_clean_and_readme_change_nothing(tmp_path):
@@ -70,13 +77,17 @@ def test_export_clean_and_readme_change_nothing(tmp_path):
     copy = tmp_path / "copy"
     for file in tracked():
         target = copy / file.relative_to(ROOT)
-        if target.suffix in (".npz", ".safetensors", ".png", ".svg"): continue
+        if target.suffix in (".npz", ".safetensors", ".png", ".svg"):
+            continue
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, target)
     before = {p: p.read_bytes() for p in copy.rglob("*") if p.suffix in (".py", ".ipynb", ".md") and p.is_file()}
     env = {**os.environ, "PYTHONPATH": str(copy)}
-    for command in ("nbdev_export", "nbdev_clean"): subprocess.run([BIN / command], cwd=copy, env=env, check=True, capture_output=True)
-    made = subprocess.run(["make", "-s", "-o", ".venv/ready", "readme", f"BIN={BIN}"], cwd=copy, env=env, capture_output=True, text=True)
+    for command in ("nbdev_export", "nbdev_clean"):
+        subprocess.run([BIN / command], cwd=copy, env=env, check=True, capture_output=True)
+    made = subprocess.run(
+        ["make", "-s", "-o", ".venv/ready", "readme", f"BIN={BIN}"], cwd=copy, env=env, capture_output=True, text=True
+    )
     assert made.returncode == 0, made.stderr
     changed = [str(p.relative_to(copy)) for p, content in before.items() if p.read_bytes() != content]
     changed += [str(p.relative_to(copy)) for p in (copy / "ldrld").rglob("*.py") if p not in before]
@@ -85,21 +96,33 @@ def test_export_clean_and_readme_change_nothing(tmp_path):
 
 def test_no_trace_of_one_machine():
     for file in tracked():
-        if file.suffix in (".py", ".ipynb", ".md", ".ini", ".yml", ".toml", ".json", ".csv", ".txt", ".cff") or file.name == "Makefile":
+        if (
+            file.suffix in (".py", ".ipynb", ".md", ".ini", ".yml", ".toml", ".json", ".csv", ".txt", ".cff")
+            or file.name == "Makefile"
+        ):
             found = re.search(r"(?<![\w.])/(work|root|home)/\w+", file.read_text(encoding="utf-8"))
             assert not found or file == Path(__file__), f"{file.relative_to(ROOT)}: {found[0]}"
 
 
 def test_importing_the_loss_needs_torch_alone():
-    code = ("import sys, ldrld; ldrld.LDRLD(); bad = {'pandas', 'torchvision', 'matplotlib', 'pydantic', 'scipy', 'papermill', 'safetensors', 'PIL', 'sklearn', 'typer', 'transformers'} & set(sys.modules); "
-            "assert not bad, bad")
+    code = (
+        "import sys, ldrld; ldrld.LDRLD(); bad = "
+        "{'pandas', 'torchvision', 'matplotlib', 'pydantic', 'scipy', 'papermill', 'safetensors', 'PIL', 'sklearn', 'typer', 'transformers'} "
+        "& set(sys.modules); "
+        "assert not bad, bad"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_a_missing_extra_says_what_to_install(tmp_path):
     (tmp_path / "pydantic.py").write_text("raise ModuleNotFoundError(\"No module named 'pydantic'\", name='pydantic')")
-    got = subprocess.run([sys.executable, "-c", "import ldrld; ldrld.RunConfig"], env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
-                         capture_output=True, text=True, cwd=tmp_path)
+    got = subprocess.run(
+        [sys.executable, "-c", "import ldrld; ldrld.RunConfig"],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
     assert 'pip install "ldrld[run]"' in got.stderr
 
 
@@ -107,3 +130,18 @@ def test_a_missing_extra_says_what_to_install(tmp_path):
 def test_the_command_as_a_module(module):
     got = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, cwd=ROOT)
     assert got.returncode == 0 and "reproduce" in got.stdout
+
+
+def long_lines(path):
+    """Lines of code over 120 characters; what nbdev writes into `__all__` does not count."""
+    if path.suffix == ".ipynb":
+        lines = [line for cell in cells(path) for line in "".join(cell["source"]).split("\n")]
+    else:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    return [line for line in lines if len(line) > 120 and not line.startswith("__all__")]
+
+
+def test_no_line_of_code_is_longer_than_120_characters():
+    files = [p for p in tracked() if p.suffix in (".py", ".ipynb") and p.name != "_modidx.py"]
+    package = [p for p in files if p.relative_to(ROOT).parts[0] in ("ldrld", "nbs")]
+    assert not {str(p.relative_to(ROOT)): lines for p in package if (lines := long_lines(p))}

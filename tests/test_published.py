@@ -1,4 +1,5 @@
 """Published numbers: every row has a source, look-ups invent nothing, and our columns stay ours."""
+
 import math
 
 import pandas as pd
@@ -27,20 +28,24 @@ def test_text_of_the_files_is_fit_to_publish():
         assert text.endswith("\n") and "\r" not in text and "  " not in text
 
 
-@pytest.mark.parametrize("teacher, student, method, value, source", [
-    ("resnet56", "resnet20", "kd", 70.66, "CRD README"),
-    ("resnet56", "resnet20", "KD", 70.66, "CRD README"),
-    ("ResNet56", "ResNet20", "ldrld", 72.20, "LDRLD via Paper-Notes"),
-    ("wrn_40_2", "wrn_16_2", "crd", 75.48, "CRD README"),
-    ("WRN-40-2", "wrn_40_1", "dist", 74.43, "DIST README"),
-    ("resnet32x4", "ShuffleV1", "cat_kd", 78.26, "LDRLD via Paper-Notes"),
-    ("resnet32x4", "ShuffleV2", "catkd", 78.41, "LSKD paper"),
-    ("vgg13", "MobileNetV2", "lskd", 68.61, "LSKD paper"),
-    ("ResNet50", "vgg8", "sdd", 74.89, "SDD paper"),
-    (None, "resnet8x4", "ce", 72.50, "CRD README"),
-    ("wrn_40_2", "resnet8x4", "ce", 72.50, "CRD README"),
-    ("vgg13", None, "teacher", 74.64, "CRD README"),
-    (None, "wrn_40_2", "ce", 75.61, "LSKD paper")])
+@pytest.mark.parametrize(
+    "teacher, student, method, value, source",
+    [
+        ("resnet56", "resnet20", "kd", 70.66, "CRD README"),
+        ("resnet56", "resnet20", "KD", 70.66, "CRD README"),
+        ("ResNet56", "ResNet20", "ldrld", 72.20, "LDRLD via Paper-Notes"),
+        ("wrn_40_2", "wrn_16_2", "crd", 75.48, "CRD README"),
+        ("WRN-40-2", "wrn_40_1", "dist", 74.43, "DIST README"),
+        ("resnet32x4", "ShuffleV1", "cat_kd", 78.26, "LDRLD via Paper-Notes"),
+        ("resnet32x4", "ShuffleV2", "catkd", 78.41, "LSKD paper"),
+        ("vgg13", "MobileNetV2", "lskd", 68.61, "LSKD paper"),
+        ("ResNet50", "vgg8", "sdd", 74.89, "SDD paper"),
+        (None, "resnet8x4", "ce", 72.50, "CRD README"),
+        ("wrn_40_2", "resnet8x4", "ce", 72.50, "CRD README"),
+        ("vgg13", None, "teacher", 74.64, "CRD README"),
+        (None, "wrn_40_2", "ce", 75.61, "LSKD paper"),
+    ],
+)
 def test_lookup_finds(teacher, student, method, value, source):
     found = lookup(teacher, student, method)
     assert (found.value[0], found.source[0]) == (value, source)
@@ -61,10 +66,18 @@ def test_preference():
     assert lookup("resnet110", "resnet20", "dkd").value[0] == 71.06
 
 
-@pytest.mark.parametrize("question", [
-    ("wrn_40_2", "wrn_40_1", "ldrld"), ("resnet110", "resnet32", "ldrld"), ("resnet14", "resnet8", "kd"),
-    ("resnet56", "resnet20", "ldrld-without-adw"), ("resnet56", "resnet20", "kd", "glyphs"),
-    ("resnet56", "resnet20", "kd", "digits"), (None, "resnet8", "ce")])
+@pytest.mark.parametrize(
+    "question",
+    [
+        ("wrn_40_2", "wrn_40_1", "ldrld"),
+        ("resnet110", "resnet32", "ldrld"),
+        ("resnet14", "resnet8", "kd"),
+        ("resnet56", "resnet20", "ldrld-without-adw"),
+        ("resnet56", "resnet20", "kd", "glyphs"),
+        ("resnet56", "resnet20", "kd", "digits"),
+        (None, "resnet8", "ce"),
+    ],
+)
 def test_not_found_is_said_and_never_guessed(question):
     found = lookup(*question)
     assert len(found) == 1 and math.isnan(found.value[0]) and found.source[0] == "not found"
@@ -72,10 +85,14 @@ def test_not_found_is_said_and_never_guessed(question):
 
 def test_wrong_questions_are_refused():
     pair = ("resnet56", "resnet20", "kd")
-    with pytest.raises(ValueError, match="resnet5'.*nearest: .*ResNet56"): lookup("resnet5", *pair[1:])
-    with pytest.raises(ValueError, match="teacher=None: expected a network"): lookup(None, "resnet20", "kd")
-    with pytest.raises(ValueError, match="metric='accuracy'.*top1_acc"): lookup(*pair, metric="accuracy")
-    with pytest.raises(ValueError, match="prefer=.*'CRD'.*CRD README"): lookup(*pair, prefer="CRD")
+    with pytest.raises(ValueError, match="resnet5'.*nearest: .*ResNet56"):
+        lookup("resnet5", *pair[1:])
+    with pytest.raises(ValueError, match="teacher=None: expected a network"):
+        lookup(None, "resnet20", "kd")
+    with pytest.raises(ValueError, match="metric='accuracy'.*top1_acc"):
+        lookup(*pair, metric="accuracy")
+    with pytest.raises(ValueError, match="prefer=.*'CRD'.*CRD README"):
+        lookup(*pair, prefer="CRD")
 
 
 @pytest.mark.parametrize("name", models.available())
@@ -84,10 +101,15 @@ def test_every_network_of_ours_is_understood(name):
 
 
 def test_beside_adds_columns_and_touches_none():
-    ours = pd.DataFrame({"teacher": [None, "resnet56", "resnet56", "wrn_40_2", float("nan")],
-                         "student": ["resnet20", "resnet20", "resnet20", "wrn_40_1", "vgg8"],
-                         "method": ["ce", "kd", "ldrld", "ldrld", "ce"], "top1": [1., 2., 3., 4., 5.]},
-                        index=[7, 3, 3, 9, 1])
+    ours = pd.DataFrame(
+        {
+            "teacher": [None, "resnet56", "resnet56", "wrn_40_2", float("nan")],
+            "student": ["resnet20", "resnet20", "resnet20", "wrn_40_1", "vgg8"],
+            "method": ["ce", "kd", "ldrld", "ldrld", "ce"],
+            "top1": [1.0, 2.0, 3.0, 4.0, 5.0],
+        },
+        index=[7, 3, 3, 9, 1],
+    )
     kept = ours.copy()
     both = beside(ours)
     pd.testing.assert_frame_equal(ours, kept)
@@ -98,8 +120,9 @@ def test_beside_adds_columns_and_touches_none():
 
 
 def test_beside_withholds_what_cannot_be_compared():
-    ours = pd.DataFrame({"teacher": "resnet56", "student": "resnet20", "method": "kd",
-                         "profile": ["quick", "small", "paper"]})
+    ours = pd.DataFrame(
+        {"teacher": "resnet56", "student": "resnet20", "method": "kd", "profile": ["quick", "small", "paper"]}
+    )
     both = beside(ours)
     assert both.published.isna().tolist() == [True, True, False]
     assert both.published_source[0] == "not comparable (quick profile)"
@@ -108,9 +131,11 @@ def test_beside_withholds_what_cannot_be_compared():
 
 
 def test_beside_refuses_other_tables():
-    with pytest.raises(ValueError, match="no column 'student'"): beside(pd.DataFrame({"method": ["kd"]}))
+    with pytest.raises(ValueError, match="no column 'student'"):
+        beside(pd.DataFrame({"method": ["kd"]}))
     ours = pd.DataFrame({"student": ["resnet20"], "method": ["ce"]})
-    with pytest.raises(ValueError, match="'published'"): beside(beside(ours))
+    with pytest.raises(ValueError, match="'published'"):
+        beside(beside(ours))
     assert list(beside(ours[:0]))[2:] == ["published", "published_std", "published_source", "published_spread"]
 
 
@@ -125,4 +150,5 @@ def test_known_disagreements_are_found():
 
 def test_missing_files_are_explained(monkeypatch, tmp_path):
     monkeypatch.setenv("LDRLD_ROOT", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="LDRLD_ROOT"): load()
+    with pytest.raises(FileNotFoundError, match="LDRLD_ROOT"):
+        load()

@@ -1,4 +1,5 @@
 """The queue: what is run first, what waits for what, what a machine needs that only trains, and that work can move to another."""
+
 import os
 import shutil
 import signal
@@ -33,8 +34,13 @@ experiments: [same_architecture, search]
 
 
 def ldrld(*words, **env):
-    return subprocess.run([sys.executable, "-c", "from ldrld.cli import main; main()", *map(str, words)], capture_output=True, text=True, cwd=ROOT,
-                          env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", **env})
+    return subprocess.run(
+        [sys.executable, "-c", "from ldrld.cli import main; main()", *map(str, words)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", **env},
+    )
 
 
 @pytest.fixture
@@ -48,18 +54,29 @@ def searching(tmp_path, monkeypatch):
 
 # ---- what comes first -------------------------------------------------------------------------------------------
 
+
 def test_the_paper_profile_begins_with_what_is_worth_most():
     p = profile("paper")
     runs = [config for config, _ in runs_of("paper")]
-    first = [(c.model, c.loss, c.seed) for c in runs if not c.holdout][: 13]
-    assert first == [("resnet20", "ce", 0), ("resnet56", "ce", 0), *(("resnet20", loss, 0) for loss in ("kd", "dkd", "ldrld")),
-                     *(("resnet20", loss, seed) for seed in (1, 2) for loss in ("ce", "kd", "dkd", "ldrld"))]
+    first = [(c.model, c.loss, c.seed) for c in runs if not c.holdout][:13]
+    assert first == [
+        ("resnet20", "ce", 0),
+        ("resnet56", "ce", 0),
+        *(("resnet20", loss, 0) for loss in ("kd", "dkd", "ldrld")),
+        *(("resnet20", loss, seed) for seed in (1, 2) for loss in ("ce", "kd", "dkd", "ldrld")),
+    ]
     teachers = list(dict.fromkeys(c.teacher.model for c in runs if c.teacher))
-    assert teachers == list(dict.fromkeys(teacher for teacher, _ in p.pairs)), "pair by pair, in the order of the profile"
+    assert teachers == list(dict.fromkeys(teacher for teacher, _ in p.pairs)), (
+        "pair by pair, in the order of the profile"
+    )
     place = {name_of(c): i for i, c in enumerate(runs)}
     assert all(place[name_of(c.teacher)] < place[name_of(c)] for c in runs if c.teacher)
-    main = max(place[name_of(c)] for e in ("same_architecture", "different_architecture")
-               for c, m in EXPERIMENTS[e].plan("paper")[["config", "method"]].itertuples(index=False) if m in p.first)
+    main = max(
+        place[name_of(c)]
+        for e in ("same_architecture", "different_architecture")
+        for c, m in EXPERIMENTS[e].plan("paper")[["config", "method"]].itertuples(index=False)
+        if m in p.first
+    )
     other = min(place[name_of(c)] for c in EXPERIMENTS["depth"].plan("paper").query("depth != 7")["config"])
     assert main < other, "before every pair has its first methods, no ablation is begun"
 
@@ -72,15 +89,19 @@ def test_cohorts_keep_the_order_and_leave_teachers_alone():
     starts = [place[name_of(cohort[0][0])] for cohort in packed]
     assert starts == sorted(starts) and max(map(len, packed)) == 5
     assert all(len(cohort) == 1 for cohort in packed if any("weights" in keep for _, keep in cohort))
-    assert all(len({(c.model, c.teacher and name_of(c.teacher)) for c, _ in cohort}) == 1 for cohort in packed), "one pair a cohort"
+    assert all(len({(c.model, c.teacher and name_of(c.teacher)) for c, _ in cohort}) == 1 for cohort in packed), (
+        "one pair a cohort"
+    )
 
 
 # ---- what waits for what ----------------------------------------------------------------------------------------
 
+
 def task(folder: Path, name: str, status: str = "done"):
     """A stand-in for a training, which leaves the time at which it began; `killed` takes the process with it, `killed once` the first time."""
     (folder / name).write_text(str(time.time()))
-    if status == "killed": os._exit(1)
+    if status == "killed":
+        os._exit(1)
     if status == "killed once" and not (folder / f"{name} was killed").exists():
         (folder / f"{name} was killed").touch()
         os._exit(1)
@@ -93,12 +114,23 @@ def task(folder: Path, name: str, status: str = "done"):
 def test_what_needs_another_waits_for_it_and_nothing_else_does(tmp_path, monkeypatch):
     monkeypatch.setenv("LDRLD_OUT", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    names, needs = ["teacher", "student", "alone", "bad teacher", "its student"], {"student": {"teacher"}, "its student": {"bad teacher"}}
+    names, needs = (
+        ["teacher", "student", "alone", "bad teacher", "its student"],
+        {"student": {"teacher"}, "its student": {"bad teacher"}},
+    )
     tasks = [([name], task, tmp_path, name, "failed" if name == "bad teacher" else "done") for name in names]
     outcomes = {o.name: o.status for o in scheduler.in_parallel("tasks", tasks, 2, needs)}
-    assert outcomes == {"teacher": "done", "student": "done", "alone": "done", "bad teacher": "failed", "its student": "paused"}
+    assert outcomes == {
+        "teacher": "done",
+        "student": "done",
+        "alone": "done",
+        "bad teacher": "failed",
+        "its student": "paused",
+    }
     when = {name: float((tmp_path / name).read_text()) for name in names if (tmp_path / name).exists()}
-    assert "its student" not in when and when["student"] >= float((tmp_path / "teacher ended").read_text()) > when["alone"]
+    assert (
+        "its student" not in when and when["student"] >= float((tmp_path / "teacher ended").read_text()) > when["alone"]
+    )
 
 
 def test_a_killed_process_costs_only_its_own_task(tmp_path, monkeypatch):
@@ -109,7 +141,9 @@ def test_a_killed_process_costs_only_its_own_task(tmp_path, monkeypatch):
     tasks = [([name], task, tmp_path, name, status) for name, status in kinds]
     for jobs in (1, 2):
         outcomes = {o.name: o for o in scheduler.in_parallel("tasks", tasks, jobs)}
-        assert {name: o.status for name, o in outcomes.items()} == {name: "failed" if name == "second" else "done" for name, _ in kinds}
+        assert {name: o.status for name, o in outcomes.items()} == {
+            name: "failed" if name == "second" else "done" for name, _ in kinds
+        }
         assert "killed twice" in outcomes["second"].detail
         (tmp_path / "fourth was killed").unlink()
 
@@ -140,8 +174,10 @@ def sleeper(folder: Path, name: str):
 
 
 def alive(number: int) -> bool:
-    try: return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError): return False
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def heeds_signals():
@@ -151,7 +187,8 @@ def heeds_signals():
 
 def until(done, seconds: float = 300) -> bool:
     end = time.time() + seconds
-    while not (happened := done()) and time.time() < end: time.sleep(0.1)
+    while not (happened := done()) and time.time() < end:
+        time.sleep(0.1)
     return bool(happened)
 
 
@@ -161,7 +198,14 @@ def test_no_process_outlives_its_batch(tmp_path, number):
     """However the batch ends, its workers end with it."""
     (tmp_path / "parent.py").write_text(PARENT)
     env = {**os.environ, "PYTHONPATH": str(ROOT), "LDRLD_OUT": str(tmp_path)}
-    parent = subprocess.Popen([sys.executable, tmp_path / "parent.py", tmp_path], env=env, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=heeds_signals)
+    parent = subprocess.Popen(
+        [sys.executable, tmp_path / "parent.py", tmp_path],
+        env=env,
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=heeds_signals,
+    )
     assert until(lambda: all((tmp_path / f"{n}.pid").exists() for n in "ab")), "the workers did not begin"
     workers = [int((tmp_path / f"{n}.pid").read_text()) for n in "ab"]
     assert all(map(alive, workers))
@@ -174,8 +218,15 @@ def test_no_process_outlives_its_batch(tmp_path, number):
 def test_a_stopped_batch_says_that_it_can_go_on(searching, number, code):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
     words = ("reproduce", "--profile", str(searching), "--direct", "--jobs", "1")
-    stopped = subprocess.Popen([sys.executable, "-c", "from ldrld.cli import main; main()", *words], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               preexec_fn=heeds_signals)
+    stopped = subprocess.Popen(
+        [sys.executable, "-c", "from ldrld.cli import main; main()", *words],
+        cwd=ROOT,
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=heeds_signals,
+    )
     assert until(lambda: list(paths.work().glob("*/checkpoint.pt")) or list(paths.records("searching").glob("*.json")))
     stopped.send_signal(number)
     out, err = stopped.communicate(timeout=300)
@@ -183,6 +234,7 @@ def test_a_stopped_batch_says_that_it_can_go_on(searching, number, code):
 
 
 # ---- a search, and what follows from it -------------------------------------------------------------------------
+
 
 def test_a_search_decides_and_its_student_is_trained(searching):
     p = profile(str(searching))
@@ -192,12 +244,19 @@ def test_a_search_decides_and_its_student_is_trained(searching):
     got = ldrld("reproduce", "--profile", searching, "--direct", "--jobs", 1, LDRLD_OUT=os.environ["LDRLD_OUT"])
     assert got.returncode == 0 and "0 paused, 0 failed" in got.stdout, got.stdout + got.stderr
     tried = EXPERIMENTS["search"].plan(p)
-    held_out = {(a, b): load_record(name, p.name).last_accuracy for a, b, name in tried[["alpha", "beta", "name"]].itertuples(index=False)}
-    assert len(held_out) == len(GRID["alpha"]) * len(GRID["beta"]) and all(c.holdout == 0.1 and c.epochs == 1 for c in tried["config"])
+    held_out = {
+        (a, b): load_record(name, p.name).last_accuracy
+        for a, b, name in tried[["alpha", "beta", "name"]].itertuples(index=False)
+    }
+    assert len(held_out) == len(GRID["alpha"]) * len(GRID["beta"]) and all(
+        c.holdout == 0.1 and c.epochs == 1 for c in tried["config"]
+    )
     won = chosen(p, p.pairs[0])
     assert held_out[tuple(won.values())] == max(held_out.values())
     line = EXPERIMENTS["same_architecture"].plan(p).query("method == 'LDRLD, searched'")
-    assert {(c.loss_args["alpha"], c.loss_args["beta"], c.holdout, c.epochs) for c in line["config"]} == {(*won.values(), 0.0, 3)}
+    assert {(c.loss_args["alpha"], c.loss_args["beta"], c.holdout, c.epochs) for c in line["config"]} == {
+        (*won.values(), 0.0, 3)
+    }
     table = pd.read_csv(paths.tables(p.name) / "same_architecture.csv")
     assert table.set_index("method").loc["LDRLD, searched", "n"] == 2
     assert ldrld("verify", "--profile", searching, LDRLD_OUT=os.environ["LDRLD_OUT"]).returncode == 0
@@ -216,11 +275,28 @@ def test_training_needs_neither_papermill_nor_jupyter(searching, tmp_path):
     """Nor what tables, figures and searches are made with; the processes it starts do not need them either."""
     (tmp_path / "sitecustomize.py").write_text(ABSENT)
     bare = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "LDRLD_OUT": str(tmp_path / "out")}
-    assert "No module named 'papermill'" in subprocess.run([sys.executable, "-c", "import papermill"], capture_output=True, text=True, env={**os.environ, **bare}).stderr
-    got = ldrld("run", "dataset=digits", "model=resnet8", "loss=kd", "teacher=resnet8", "recipe=onecycle", "epochs=1", "lr=0.1", **bare)
+    assert (
+        "No module named 'papermill'"
+        in subprocess.run(
+            [sys.executable, "-c", "import papermill"], capture_output=True, text=True, env={**os.environ, **bare}
+        ).stderr
+    )
+    got = ldrld(
+        "run",
+        "dataset=digits",
+        "model=resnet8",
+        "loss=kd",
+        "teacher=resnet8",
+        "recipe=onecycle",
+        "epochs=1",
+        "lr=0.1",
+        **bare,
+    )
     assert got.returncode == 0 and len(list((tmp_path / "out/data/runs/try").glob("*.json"))) == 2, got.stderr
     got = ldrld("reproduce", "--profile", searching, "--only", "same_architecture", "--direct", "--jobs", 1, **bare)
-    assert got.returncode == 0 and "`ldrld report" in got.stdout and "7 done, 0 paused, 0 failed" in got.stdout, got.stdout + got.stderr
+    assert got.returncode == 0 and "`ldrld report" in got.stdout and "7 done, 0 paused, 0 failed" in got.stdout, (
+        got.stdout + got.stderr
+    )
 
 
 def test_work_goes_on_on_another_machine(searching, tmp_path, monkeypatch):
@@ -229,7 +305,8 @@ def test_work_goes_on_on_another_machine(searching, tmp_path, monkeypatch):
     whole = run(config, "searching", report=None)
     monkeypatch.setenv("LDRLD_OUT", str(tmp_path / "here"))
     monkeypatch.setenv("LDRLD_DEADLINE", "0")
-    with pytest.raises(Paused, match="paused after epoch 1 of 3"): run(config, "searching", report=None)
+    with pytest.raises(Paused, match="paused after epoch 1 of 3"):
+        run(config, "searching", report=None)
     monkeypatch.delenv("LDRLD_DEADLINE")
     shutil.move(tmp_path / "here", tmp_path / "there")
     there = {"LDRLD_OUT": str(tmp_path / "there")}

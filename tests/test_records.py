@@ -1,4 +1,5 @@
 """Records as they are found: edited, cut, renamed, copied, in the wrong place. The odd one is named, and the rest goes on."""
+
 import json
 import os
 import shutil
@@ -20,13 +21,23 @@ from ldrld.results import claims, report
 
 ROOT = Path(__file__).parent.parent
 SCHEDULE = dict(recipe="onecycle", epochs=2, lr=0.1)
-TOY = Profile(name="toy", data="nothing", dataset="digits", pairs=(("resnet14", "resnet8"),), teacher=SCHEDULE, student=SCHEDULE)
-YAML = "data: nothing\ndataset: digits\npairs: [[resnet14, resnet8]]\nteacher: {recipe: onecycle, epochs: 2, lr: 0.1}\nstudent: {recipe: onecycle, epochs: 2, lr: 0.1}\n"
+TOY = Profile(
+    name="toy", data="nothing", dataset="digits", pairs=(("resnet14", "resnet8"),), teacher=SCHEDULE, student=SCHEDULE
+)
+YAML = (
+    "data: nothing\ndataset: digits\npairs: [[resnet14, resnet8]]\nteacher: "
+    "{recipe: onecycle, epochs: 2, lr: 0.1}\nstudent: {recipe: onecycle, epochs: 2, lr: 0.1}\n"
+)
 
 
 def ldrld(*words, **env):
-    return subprocess.run([sys.executable, "-c", "from ldrld.cli import main; main()", *map(str, words)], capture_output=True, text=True, cwd=ROOT,
-                          env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", **env})
+    return subprocess.run(
+        [sys.executable, "-c", "from ldrld.cli import main; main()", *map(str, words)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", **env},
+    )
 
 
 @pytest.fixture
@@ -34,12 +45,14 @@ def made(tmp_path, monkeypatch):
     """Records of all runs of a table, and the table; their names."""
     monkeypatch.setenv("LDRLD_OUT", str(tmp_path))
     plan = EXPERIMENTS["same_architecture"].plan(TOY)
-    for i, config in enumerate(plan["config"]): keep(invented(config, round(60 + 1.1 * i + i * i % 5 / 10, 2)))
+    for i, config in enumerate(plan["config"]):
+        keep(invented(config, round(60 + 1.1 * i + i * i % 5 / 10, 2)))
     save()
     return plan["name"].tolist()
 
 
-def keep(record): write_whole(paths.records("toy") / f"{record.name}.json", record.model_dump_json(indent=1))
+def keep(record):
+    write_whole(paths.records("toy") / f"{record.name}.json", record.model_dump_json(indent=1))
 
 
 def save():
@@ -58,54 +71,75 @@ def change(name, how):
 
 def at(*keys, value):
     """An edit: the entry at these keys becomes `value`; without the value it is deleted."""
+
     def edit(given):
-        for key in keys[:-1]: given = given[key]
+        for key in keys[:-1]:
+            given = given[key]
         given[keys[-1]] = value
+
     return edit
 
 
 def without(*keys):
     def edit(given):
-        for key in keys[:-1]: given = given[key]
+        for key in keys[:-1]:
+            given = given[key]
         del given[keys[-1]]
+
     return edit
 
 
 EDITS = {
-    "best_epoch": at("best_epoch", value=99), "best_epoch of an equal one": at("best_epoch", value=2),
-    "together": at("together", value=-5), "no company": at("together", value=0),
-    "a false teacher": at("teacher", value="digits-resnet14-ce-s0-0000000000"), "no teacher": at("teacher", value=None),
-    "config": at("config", value=3), "config a list": at("config", value=[1]),
-    "no test_accuracy": without("history", 1, "test_accuracy"), "no terms": without("history", 0, "terms"),
-    "no epoch": without("history", 0, "epoch"), "epochs reordered": lambda r: r["history"].reverse(),
-    "an epoch twice": at("history", 1, "epoch", value=1), "no epochs": at("history", value=[]),
+    "best_epoch": at("best_epoch", value=99),
+    "best_epoch of an equal one": at("best_epoch", value=2),
+    "together": at("together", value=-5),
+    "no company": at("together", value=0),
+    "a false teacher": at("teacher", value="digits-resnet14-ce-s0-0000000000"),
+    "no teacher": at("teacher", value=None),
+    "config": at("config", value=3),
+    "config a list": at("config", value=[1]),
+    "no test_accuracy": without("history", 1, "test_accuracy"),
+    "no terms": without("history", 0, "terms"),
+    "no epoch": without("history", 0, "epoch"),
+    "epochs reordered": lambda r: r["history"].reverse(),
+    "an epoch twice": at("history", 1, "epoch", value=1),
+    "no epochs": at("history", value=[]),
     "an epoch more": lambda r: r["history"].append({**r["history"][-1], "epoch": 3}),
-    "history of text": at("history", 0, value="epoch 1"), "seconds": at("seconds", value=2.0001),
-    "negative seconds": at("history", 0, "seconds", value=-1.0), "no time at all": at("history", 0, "seconds", value=0),
+    "history of text": at("history", 0, value="epoch 1"),
+    "seconds": at("seconds", value=2.0001),
+    "negative seconds": at("history", 0, "seconds", value=-1.0),
+    "no time at all": at("history", 0, "seconds", value=0),
     "images_per_second": at("images_per_second", value=1.0),
     "above 100": at("history", 0, "test_accuracy", value=100.5),
     "below 0": at("history", 0, "train_accuracy", value=-0.1),
     "half an image": at("history", 0, "train_accuracy", value=50.005),
     "an accuracy of text": at("history", 0, "test_accuracy", value="60"),
     "last_accuracy": at("last_accuracy", value=99.0),
-    "best_accuracy": at("best_accuracy", value=99.0), "no fingerprint": without("data", "fingerprint"),
-    "no images": at("data", "train", value=0), "data a list": at("data", value=[]),
-    "seed": at("config", "seed", value=7), "another's name": at("name", value="digits-resnet8-ce-s1-0000000000"),
-    "schema": at("schema_version", value="1b"), "an unknown field": at("mood", value="good"),
-    "never finished": at("finished", value=""), "an infinite rate": at("history", 0, "lr", value=float("inf")),
+    "best_accuracy": at("best_accuracy", value=99.0),
+    "no fingerprint": without("data", "fingerprint"),
+    "no images": at("data", "train", value=0),
+    "data a list": at("data", value=[]),
+    "seed": at("config", "seed", value=7),
+    "another's name": at("name", value="digits-resnet8-ce-s1-0000000000"),
+    "schema": at("schema_version", value="1b"),
+    "an unknown field": at("mood", value="good"),
+    "never finished": at("finished", value=""),
+    "an infinite rate": at("history", 0, "lr", value=float("inf")),
     "a term that is none": at("history", 0, "terms", "ce", value=float("nan")),
 }
 
 
 @pytest.mark.parametrize("edit", EDITS)
 def test_an_edited_record_is_named_and_the_rest_goes_on(made, edit):
-    name = made[3]                                             # KD, seed 0
+    name = made[3]  # KD, seed 0
     path = change(name, EDITS[edit])
-    with pytest.raises(ValueError, match="move it away and run again") as error: load_record(name, "toy")
+    with pytest.raises(ValueError, match="move it away and run again") as error:
+        load_record(name, "toy")
     said = str(error.value)
     assert said.startswith(str(path)) and "\n" not in said and len(said) < 1500, said
     assert list(odd_records("toy")) == [name]
-    with pytest.warns(OddRecord, match=name): assert len(records("toy")) == len(made) - 1
+    with pytest.warns(OddRecord, match=name):
+        assert len(records("toy")) == len(made) - 1
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", OddRecord)
         table = report.summarise(report.collect("same_architecture", TOY), "same_architecture").set_index("method")
@@ -117,9 +151,17 @@ def test_an_edited_record_is_named_and_the_rest_goes_on(made, edit):
 
 
 FILES = {
-    "empty": b"", "cut": None, "a list": b"[]", "a number": b"3", "null": b"null", "not text": b"\x80\xff\x00",
-    "UTF-16": '{"name": 1}'.encode("utf-16"), "no JSON": b"name: x", "deep": b"[" * 100_000,
-    "NaN": b'{"last_accuracy": NaN}', "huge number": b'{"seconds": ' + b"9" * 5000 + b"}",
+    "empty": b"",
+    "cut": None,
+    "a list": b"[]",
+    "a number": b"3",
+    "null": b"null",
+    "not text": b"\x80\xff\x00",
+    "UTF-16": '{"name": 1}'.encode("utf-16"),
+    "no JSON": b"name: x",
+    "deep": b"[" * 100_000,
+    "NaN": b'{"last_accuracy": NaN}',
+    "huge number": b'{"seconds": ' + b"9" * 5000 + b"}",
 }
 
 
@@ -127,7 +169,8 @@ FILES = {
 def test_a_damaged_file_is_named(made, content):
     path = paths.records("toy") / f"{made[0]}.json"
     path.write_bytes(path.read_bytes()[:500] if content == "cut" else FILES[content])
-    with pytest.raises(ValueError, match="move it away and run again") as error: load_record(made[0], "toy")
+    with pytest.raises(ValueError, match="move it away and run again") as error:
+        load_record(made[0], "toy")
     assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
     assert list(odd_records("toy")) == [made[0]]
 
@@ -138,7 +181,8 @@ def test_a_key_given_twice_is_refused(made, key):
     text = path.read_text()
     value = text.split(f'"{key}": ')[1].split(",")[0].split("\n")[0]
     path.write_text(text.replace(f'"{key}": {value}', f'"{key}": {value}, "{key}": {value}', 1))
-    with pytest.raises(ValueError, match=f"'{key}' is given twice"): load_record(made[0], "toy")
+    with pytest.raises(ValueError, match=f"'{key}' is given twice"):
+        load_record(made[0], "toy")
 
 
 def test_a_folder_in_its_place_a_foreign_file_and_hidden_ones(made):
@@ -166,24 +210,38 @@ def test_a_copy_under_another_seeds_name_is_found(made):
 
 def test_a_record_of_a_later_schema_asks_for_an_update(made):
     change(made[0], at("schema_version", value=99))
-    with pytest.raises(ValueError, match="a newer ldrld wrote; update ldrld"): load_record(made[0], "toy")
+    with pytest.raises(ValueError, match="a newer ldrld wrote; update ldrld"):
+        load_record(made[0], "toy")
 
 
 def test_committed_records_are_sound():
-    for profile in ("quick", "small", "quick-tune"): assert records(profile) and odd_records(profile) == {}
+    for profile in ("quick", "small", "quick-tune"):
+        assert records(profile) and odd_records(profile) == {}
     assert sum(len(records(p.name)) for p in (ROOT / "data" / "runs").iterdir() if p.is_dir()) >= 456
 
 
 def test_the_commands_name_the_odd_one_and_go_on(made, tmp_path):
     (tmp_path / "toy.yaml").write_text(YAML)
-    for name, edit in ((made[0], "config"), (made[4], "no test_accuracy")): change(name, EDITS[edit])
+    for name, edit in ((made[0], "config"), (made[4], "no test_accuracy")):
+        change(name, EDITS[edit])
     status = ldrld("status", "--profile", tmp_path / "toy.yaml", LDRLD_OUT=str(tmp_path))
-    assert status.returncode == 0 and all(made[i] in status.stdout for i in (0, 4)) and "Traceback" not in status.stderr + status.stdout, status.stdout + status.stderr
+    assert (
+        status.returncode == 0
+        and all(made[i] in status.stdout for i in (0, 4))
+        and "Traceback" not in status.stderr + status.stdout
+    ), status.stdout + status.stderr
     verify = ldrld("verify", "--profile", tmp_path / "toy.yaml", LDRLD_OUT=str(tmp_path))
-    assert verify.returncode == 1 and all(made[i] in verify.stdout for i in (0, 4)) and "1 tables checked" in verify.stdout and "Traceback" not in verify.stderr, verify.stdout + verify.stderr
+    assert (
+        verify.returncode == 1
+        and all(made[i] in verify.stdout for i in (0, 4))
+        and "1 tables checked" in verify.stdout
+        and "Traceback" not in verify.stderr
+    ), verify.stdout + verify.stderr
     assert "OddRecord" not in status.stderr + verify.stderr
     listed = ldrld("status", "--profile", "toy", LDRLD_OUT=str(tmp_path))
-    assert listed.returncode == 0 and made[1] in listed.stdout and all(f"{made[i]}.json" in listed.stdout for i in (0, 4))
+    assert (
+        listed.returncode == 0 and made[1] in listed.stdout and all(f"{made[i]}.json" in listed.stdout for i in (0, 4))
+    )
 
 
 # ---- statistics at their edges --------------------------------------------------------------------------------------
@@ -191,17 +249,30 @@ def test_the_commands_name_the_odd_one_and_go_on(made, tmp_path):
 NAN, INF = float("nan"), float("inf")
 
 
-def of(*values): return pd.Series(values, dtype=float)
+def of(*values):
+    return pd.Series(values, dtype=float)
 
 
-@pytest.mark.parametrize(("ours", "theirs", "pairs", "interval"), [
-    (of(), of(), 0, False), (of(1), of(0), 1, False), (of(1, 1.5), of(0, 0), 2, True), (of(1, 1), of(0, 0), 2, False),
-    (of(1, 2, 3), of(0, 1, 2), 3, False), (of(5, 5, 5), of(5, 5, 5), 3, False),
-    (of(1, NAN, 2), of(0, 0, 0), 2, True), (of(1, INF, 2), of(0, 0, 0), 2, True), (of(1, INF), of(0, INF), 1, False),
-    (of(NAN, NAN), of(1, 2), 0, False), (of(), of(1, 2), 0, False),
-    (of(1, 2, 3), of(), 0, False), (of(1, 1 + 1e-12, 1), of(0, 0, 0), 3, False), (of(1, 2, 4), of(0, 0, 0), 3, True),
-    (of(0.3, 0.3, 0.3), of(0.1, 0.1, 0.1), 3, False),
-])
+@pytest.mark.parametrize(
+    ("ours", "theirs", "pairs", "interval"),
+    [
+        (of(), of(), 0, False),
+        (of(1), of(0), 1, False),
+        (of(1, 1.5), of(0, 0), 2, True),
+        (of(1, 1), of(0, 0), 2, False),
+        (of(1, 2, 3), of(0, 1, 2), 3, False),
+        (of(5, 5, 5), of(5, 5, 5), 3, False),
+        (of(1, NAN, 2), of(0, 0, 0), 2, True),
+        (of(1, INF, 2), of(0, 0, 0), 2, True),
+        (of(1, INF), of(0, INF), 1, False),
+        (of(NAN, NAN), of(1, 2), 0, False),
+        (of(), of(1, 2), 0, False),
+        (of(1, 2, 3), of(), 0, False),
+        (of(1, 1 + 1e-12, 1), of(0, 0, 0), 3, False),
+        (of(1, 2, 4), of(0, 0, 0), 3, True),
+        (of(0.3, 0.3, 0.3), of(0.1, 0.1, 0.1), 3, False),
+    ],
+)
 def test_no_interval_and_no_p_without_a_spread(ours, theirs, pairs, interval):
     """And the check by hand says the same."""
     with warnings.catch_warnings():
@@ -210,23 +281,47 @@ def test_no_interval_and_no_p_without_a_spread(ours, theirs, pairs, interval):
         both = [(a, b) for a, b in zip(ours, theirs)]
         again = report.expected_line([], [], both)
     assert got["pairs"] == pairs and [got[k] == got[k] for k in ("low", "high", "p")] == [interval] * 3
-    for k in got: assert report.same(got[k], again[k]), k
+    for k in got:
+        assert report.same(got[k], again[k]), k
 
 
 def test_a_seed_given_twice_is_refused():
-    with pytest.raises(ValueError, match="seed 1 is given twice"): report.paired(pd.Series([1.0, 2.0], index=[1, 1]), of(0, 0))
+    with pytest.raises(ValueError, match="seed 1 is given twice"):
+        report.paired(pd.Series([1.0, 2.0], index=[1, 1]), of(0, 0))
 
 
-@pytest.mark.parametrize(("values", "verdict"), [
-    ([], "not run"), ([5.0], "undecided"), ([5.0, 5.1], "undecided"), ([5.0, 5.0], "undecided"),
-    ([5.0, 5.0, 5.0], "undecided"), ([0.0, 0.0, 0.0], "undecided"), ([5.0, 5.1, NAN], "undecided"),
-    ([NAN, NAN], "not run"), ([5.0, 5.1, 5.2], "held"), ([-5.0, -5.1, -5.2], "did not hold"),
-    ([5.0, -5.0, 0.1], "undecided"), ([5.0, 5.1, 5.2, INF], "held"),
-])
+@pytest.mark.parametrize(
+    ("values", "verdict"),
+    [
+        ([], "not run"),
+        ([5.0], "undecided"),
+        ([5.0, 5.1], "undecided"),
+        ([5.0, 5.0], "undecided"),
+        ([5.0, 5.0, 5.0], "undecided"),
+        ([0.0, 0.0, 0.0], "undecided"),
+        ([5.0, 5.1, NAN], "undecided"),
+        ([NAN, NAN], "not run"),
+        ([5.0, 5.1, 5.2], "held"),
+        ([-5.0, -5.1, -5.2], "did not hold"),
+        ([5.0, -5.0, 0.1], "undecided"),
+        ([5.0, 5.1, 5.2, INF], "held"),
+    ],
+)
 def test_no_verdict_is_stronger_than_the_data(tmp_path, monkeypatch, values, verdict):
     """Judged, written, and reckoned again by `verify`."""
     monkeypatch.setenv("LDRLD_OUT", str(tmp_path))
-    line = {"claim": "kd", "teacher": "resnet14", "student": "resnet8", "ours": "LDRLD", "theirs": "KD", "unit": "points", "of": "seeds", "values": values, "runs": ["a"], "published": NAN}
+    line = {
+        "claim": "kd",
+        "teacher": "resnet14",
+        "student": "resnet8",
+        "ours": "LDRLD",
+        "theirs": "KD",
+        "unit": "points",
+        "of": "seeds",
+        "values": values,
+        "runs": ["a"],
+        "published": NAN,
+    }
     monkeypatch.setattr(claims, "compared", lambda p: [dict(line)])
     monkeypatch.setattr(claims, "_seeds_again", lambda *given: (values, ["a"]))
     with warnings.catch_warnings():
@@ -244,7 +339,10 @@ def test_no_verdict_is_stronger_than_the_data(tmp_path, monkeypatch, values, ver
 
 
 def test_the_detectable_difference_at_the_edges():
-    found = [claims.detectable(values) for values in ([], [1.0], [1.0, 1.0], [1.0, NAN], [1.0, 1.0 + 1e-12], [1.0, 2.0], [1.0, 2.0, NAN])]
+    found = [
+        claims.detectable(values)
+        for values in ([], [1.0], [1.0, 1.0], [1.0, NAN], [1.0, 1.0 + 1e-12], [1.0, 2.0], [1.0, 2.0, NAN])
+    ]
     assert [value == value for value in found] == [False] * 5 + [True] * 2 and found[5] == found[6]
     for n in (2, 3, 4, 7, 30, 1000, 20_000):
         values = [float(i % 2) for i in range(n)]
@@ -255,15 +353,25 @@ def test_one_arm_missing(tmp_path, monkeypatch):
     """Of a table's baseline there is nothing: no difference, no p, and the check agrees; what there is of one arm is shown."""
     monkeypatch.setenv("LDRLD_OUT", str(tmp_path))
     plan = EXPERIMENTS["same_architecture"].plan(TOY)
-    for i, config in enumerate(plan[plan["method"] == "LDRLD"]["config"]): keep(invented(config, 60.0 + i))
+    for i, config in enumerate(plan[plan["method"] == "LDRLD"]["config"]):
+        keep(invented(config, 60.0 + i))
     save()
     table = report.summarise(report.collect("same_architecture", TOY), "same_architecture").set_index("method")
-    assert table["n"].to_dict() == {"CE": 0, "KD": 0, "LDRLD": 3} and table["pairs"].sum() == 0 and table[["difference", "low", "high", "p_holm"]].isna().all(axis=None)
+    assert (
+        table["n"].to_dict() == {"CE": 0, "KD": 0, "LDRLD": 3}
+        and table["pairs"].sum() == 0
+        and table[["difference", "low", "high", "p_holm"]].isna().all(axis=None)
+    )
     assert report.verify_table("same_architecture", TOY) == []
-    assert report.said(table.loc["LDRLD"], "LDRLD", "KD") == "LDRLD against KD: not both run." and claims.judged(TOY)["verdict"].eq("not run").all()
+    assert (
+        report.said(table.loc["LDRLD"], "LDRLD", "KD") == "LDRLD against KD: not both run."
+        and claims.judged(TOY)["verdict"].eq("not run").all()
+    )
     two_pairs = TOY.model_copy(update={"pairs": (("resnet14", "resnet8"), ("resnet20", "resnet8"))})
     runs_of = report.collect("same_architecture", two_pairs)
-    partly = report.summarise(runs_of[~((runs_of["teacher"] == "resnet20") & (runs_of["method"] == "KD"))], "same_architecture")
+    partly = report.summarise(
+        runs_of[~((runs_of["teacher"] == "resnet20") & (runs_of["method"] == "KD"))], "same_architecture"
+    )
     assert partly["pairs"].dtype.kind == "i" and report.said(partly.iloc[-1], "LDRLD", "KD").endswith("not both run.")
 
 
@@ -277,4 +385,5 @@ def test_lost_or_damaged_logits_are_named(tmp_path, monkeypatch):
     wrong = claims.verify("quick")
     assert len(wrong) == 1 and kept.stem in wrong[0] and "are not here" in wrong[0]
     kept.write_bytes(content[:5000])
-    with pytest.raises(ValueError, match=f"{kept.name} is damaged"): claims.verify("quick")
+    with pytest.raises(ValueError, match=f"{kept.name} is damaged"):
+        claims.verify("quick")

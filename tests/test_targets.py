@@ -1,4 +1,5 @@
 """DKD, NKD, WSLD, RLD, SLD: identities on random logits, slow references, extremes, refusals; and the two views' pictures."""
+
 import json
 from types import SimpleNamespace
 
@@ -28,6 +29,7 @@ def gradient(loss, z_s, *rest):
 
 # ---- identities and slow references ------------------------------------------------------------------------------
 
+
 def test_log_odds_are_the_logarithm_of_the_odds():
     z, _, y = sample()
     p = (z / 3).softmax(1).gather(1, y[:, None])[:, 0]
@@ -39,7 +41,7 @@ def test_log_odds_are_the_logarithm_of_the_odds():
 def test_dkd_is_kd_with_the_weight_that_kd_gives_the_others(classes):
     z_s, z_t, y = sample(classes=classes)
     for k in range(len(y)):
-        one = z_s[k:k + 1], z_t[k:k + 1], y[k:k + 1]
+        one = z_s[k : k + 1], z_t[k : k + 1], y[k : k + 1]
         dkd = losses.build("dkd", ce_weight=0.0, beta=1 - (z_t[k] / 4).softmax(0)[y[k]].item())
         kd = losses.build("kd", ce_weight=0.0, kd_weight=1.0)
         torch.testing.assert_close(dkd(*one), kd(*one), rtol=1e-9, atol=1e-10)
@@ -49,9 +51,12 @@ def test_dkd_is_kd_with_the_weight_that_kd_gives_the_others(classes):
 def test_nkd_is_its_formula():
     z_s, z_t, y = sample()
     p_s, p_t = (z.softmax(1)[torch.arange(16), y] for z in (z_s, z_t))
-    others = lambda z: torch.stack([torch.cat([r[:k], r[k + 1:]]) for r, k in zip(z, y)]) / 3
-    expected = (F.cross_entropy(z_s, y) - (p_t * p_s.log()).mean()
-                - 3.5 * 9 * (others(z_t).softmax(1) * others(z_s).log_softmax(1)).sum(1).mean())
+    others = lambda z: torch.stack([torch.cat([r[:k], r[k + 1 :]]) for r, k in zip(z, y)]) / 3
+    expected = (
+        F.cross_entropy(z_s, y)
+        - (p_t * p_s.log()).mean()
+        - 3.5 * 9 * (others(z_t).softmax(1) * others(z_s).log_softmax(1)).sum(1).mean()
+    )
     torch.testing.assert_close(losses.build("nkd")(z_s, z_t, y), expected)
 
 
@@ -99,7 +104,9 @@ def test_kl_within_by_rows():
     keep[3], keep[4] = False, False
     keep[4, 7] = True
     for k, kl in enumerate(kl_within(z_s, z_t, keep, 2.0)):
-        torch.testing.assert_close(kl, dway_kl(z_s[k, keep[k]], z_t[k, keep[k]], 2.0) if keep[k].any() else torch.zeros_like(kl))
+        torch.testing.assert_close(
+            kl, dway_kl(z_s[k, keep[k]], z_t[k, keep[k]], 2.0) if keep[k].any() else torch.zeros_like(kl)
+        )
 
 
 def test_swapping_puts_the_true_class_first_and_back():
@@ -124,24 +131,39 @@ def test_warm_up(name):
     loss, full = losses.build(name), losses.build(name).terms(z_s, z_t, y)
     for epoch, epochs, ramp in ((1, 240, 0.05), (20, 240, 1.0), (240, 240, 1.0), (1, 24, 0.5)):
         loss.at_epoch(epoch, epochs)
-        for term, value in loss.terms(z_s, z_t, y).items(): torch.testing.assert_close(value, full[term] * (1 if term == "ce" else ramp))
+        for term, value in loss.terms(z_s, z_t, y).items():
+            torch.testing.assert_close(value, full[term] * (1 if term == "ce" else ramp))
 
 
 @pytest.mark.parametrize("name", ["dkd", "nkd", "wsld", "rld", "sld"])
 def test_labels_are_asked_for(name):
     z_s, z_t, _ = sample()
-    with pytest.raises(ValueError, match=f"target must be given for '{name}'.* got None"): losses.build(name)(z_s, z_t)
+    with pytest.raises(ValueError, match=f"target must be given for '{name}'.* got None"):
+        losses.build(name)(z_s, z_t)
 
 
-@pytest.mark.parametrize("name, arguments", [("dkd", {"temperature": 0}), ("dkd", {"warmup": -1}), ("nkd", {"gamma": -1}), ("wsld", {"alpha": -1}),
-                                             ("rld", {"scd_temperature": 0}), ("sld", {"temperatures": 4.0}), ("sld", {"temperatures": []}),
-                                             ("sld", {"temperatures": [1, 0]}), ("sld", {"student_from": -1})])
+@pytest.mark.parametrize(
+    "name, arguments",
+    [
+        ("dkd", {"temperature": 0}),
+        ("dkd", {"warmup": -1}),
+        ("nkd", {"gamma": -1}),
+        ("wsld", {"alpha": -1}),
+        ("rld", {"scd_temperature": 0}),
+        ("sld", {"temperatures": 4.0}),
+        ("sld", {"temperatures": []}),
+        ("sld", {"temperatures": [1, 0]}),
+        ("sld", {"student_from": -1}),
+    ],
+)
 def test_wrong_hyperparameters(name, arguments):
-    (argument, value), = arguments.items()
-    with pytest.raises(ValueError, match=argument): losses.build(name, **arguments)
+    ((argument, value),) = arguments.items()
+    with pytest.raises(ValueError, match=argument):
+        losses.build(name, **arguments)
 
 
 # ---- two views --------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("name", WITH_VIEWS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -172,9 +194,11 @@ def test_views_padding_compile_and_hyperparameters(name):
     value = loss(z, z_t.masked_fill(~counts[:, None], torch.inf), y)
     torch.testing.assert_close(value, wanted)
     assert (torch.autograd.grad(value, z)[0][~counts] == 0).all()
-    with torch.autocast("cpu", dtype=torch.bfloat16): assert torch.equal(loss(z_s, z_t, y), value)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(loss(z_s, z_t, y), value)
     assert loss(z_s, z_t, torch.full_like(y, -100)) == 0
-    with pytest.raises(ValueError, match="target must have shape"): loss(z_s, z_t, y[:7])
+    with pytest.raises(ValueError, match="target must have shape"):
+        loss(z_s, z_t, y[:7])
 
 
 def test_sld_swaps_the_student_late():
@@ -187,7 +211,7 @@ def test_sld_swaps_the_student_late():
     expected = 0.9 * sum(T**2 * dway_kl(z_s, swapped(z_s, y[:, None]), T).mean() for T in range(1, 7))
     torch.testing.assert_close(loss.terms(z_s, z_t, y)["student"], expected)
     late = {}
-    for epoch in (150, 151):                           # the official code compares with > 150, epochs counted from 1
+    for epoch in (150, 151):  # the official code compares with > 150, epochs counted from 1
         loss.at_epoch(epoch, 240)
         late[epoch] = loss.late
     assert late == {150: False, 151: True}
@@ -204,7 +228,8 @@ def test_slds_swapped_student_is_a_constant():
 @pytest.mark.parametrize("name", WITH_VIEWS)
 def test_pictures_depend_on_seed_epoch_and_call_alone(name):
     x, loss = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0)), losses.build(name)
-    with pytest.raises(ValueError, match="data must be given to prepare"): loss.pictures(x)
+    with pytest.raises(ValueError, match="data must be given to prepare"):
+        loss.pictures(x)
     assert loss.prepare(None, None, x, DATA) is loss
     before, made = torch.get_rng_state(), {}
     for seed, epoch in ((0, 1), (0, 2), (1, 1)):
@@ -224,7 +249,9 @@ def test_pictures_keep_type_memory_format_and_range():
     loss = losses.build("mlkd").prepare(None, None, None, DATA)
     for x in (torch.randn(4, 3, 12, 10).bfloat16(), torch.randn(4, 3, 12, 10).to(memory_format=torch.channels_last)):
         made = loss.pictures(x)
-        assert made.dtype == x.dtype and made.is_contiguous(memory_format=torch.channels_last) == x.is_contiguous(memory_format=torch.channels_last)
+        assert made.dtype == x.dtype and made.is_contiguous(memory_format=torch.channels_last) == x.is_contiguous(
+            memory_format=torch.channels_last
+        )
         back = made[4:].float() * torch.tensor(DATA.std).view(3, 1, 1) + torch.tensor(DATA.mean).view(3, 1, 1)
         assert back.min() > -0.01 and back.max() < 1.01
 
@@ -232,7 +259,8 @@ def test_pictures_keep_type_memory_format_and_range():
 def test_every_operation_keeps_a_picture_a_picture():
     x = torch.randint(256, (3, 16, 12), dtype=torch.uint8)
     for low, high, alter in operations().values():
-        for v in (low, (low + high) / 2, high): assert alter(x, v).shape == x.shape and alter(x, v).dtype == torch.uint8
+        for v in (low, (low + high) / 2, high):
+            assert alter(x, v).shape == x.shape and alter(x, v).dtype == torch.uint8
     assert torch.equal(operations()["Identity"][2](x, 0), x)
     many = strong_view(x.expand(64, -1, -1, -1), torch.Generator().manual_seed(0))
-    assert len({p.numpy().tobytes() for p in many}) > 60            # drawn for each picture
+    assert len({p.numpy().tobytes() for p in many}) > 60  # drawn for each picture

@@ -1,4 +1,5 @@
 """Self-distillation, tuned teachers, mixed pictures, two heads: their formulas row by row, extremes, resuming, refusals."""
+
 import copy
 import json
 from types import SimpleNamespace
@@ -20,7 +21,8 @@ from ldrld.models.evaluation import logits_of
 
 
 @pytest.fixture(autouse=True)
-def seed(): torch.manual_seed(0)
+def seed():
+    torch.manual_seed(0)
 
 
 def small(batch=6, dtype=torch.float32):
@@ -39,13 +41,15 @@ def test_kinds():
     assert {"uskd", "dho"} <= set(losses.available("features"))
     assert not {"mcmi", "partial-mixup", "uskd", "dho"} & set(losses.available("logits"))
     assert losses.registry._losses["mcmi"].needs_teacher and not losses.registry._losses["uskd"].needs_teacher
-    with pytest.raises(ValueError, match="kind must be 'logits', 'features', 'pictures' or 'teachers'"): losses.available("x")
+    with pytest.raises(ValueError, match="kind must be 'logits', 'features', 'pictures' or 'teachers'"):
+        losses.available("x")
     for name in ("mcmi", "partial-mixup", "uskd", "dho"):
         known = losses.build(name).hyperparameters
         assert losses.build(name, **json.loads(json.dumps(known))).hyperparameters == known
 
 
 # ---- USKD -------------------------------------------------------------------------------------------------------
+
 
 def test_uskd_is_its_formula():
     student, _, x, y = small(dtype=torch.float64)
@@ -61,16 +65,23 @@ def test_uskd_is_its_formula():
         order = (w[b] / (1 - w[b, t]) + s[b] / (1 - s[b, t])).argsort(descending=True).tolist()
         mass = torch.tensor([0.0 if c == t else 1 / (order.index(c) + 1) for c in range(10)], dtype=torch.float64)
         zeta, rest = mass / mass.sum(), [c for c in range(10) if c != t]
-        torch.testing.assert_close(zipf_labels(weak[b:b + 1], z[b:b + 1], y[b:b + 1])[0], zeta)
+        torch.testing.assert_close(zipf_labels(weak[b : b + 1], z[b : b + 1], y[b : b + 1])[0], zeta)
         others = others - (zeta[rest] * z[b, rest].log_softmax(0)).sum() / 6
         smooth = torch.full((10,), 0.01, dtype=torch.float64)
         smooth[t] += 0.9
         of_weak = of_weak - (smooth * w[b].log()).sum() / 6
-    expected = {"ce": 0.9 * F.cross_entropy(z, y), "target": 0.3 * target, "others": 0.7 * others, "weak": 0.2 * of_weak}
+    expected = {
+        "ce": 0.9 * F.cross_entropy(z, y),
+        "target": 0.3 * target,
+        "others": 0.7 * others,
+        "weak": 0.2 * of_weak,
+    }
     ours = uskd.terms(z, None, y, f)
     torch.testing.assert_close(ours, expected)
     parameters = [*student.parameters(), *uskd.parameters()]
-    for a, b in zip(*(torch.autograd.grad(sum(terms.values()), parameters, retain_graph=True) for terms in (ours, expected))):
+    for a, b in zip(
+        *(torch.autograd.grad(sum(terms.values()), parameters, retain_graph=True) for terms in (ours, expected))
+    ):
         torch.testing.assert_close(a, b)
 
 
@@ -78,7 +89,8 @@ def test_uskd_is_its_formula():
 def test_uskd_at_the_extremes(dtype):
     student, _, x, _ = small(32)
     uskd = losses.build("uskd").prepare(student, None, x)
-    with torch.no_grad(): f = student(x, features=True)[1]
+    with torch.no_grad():
+        f = student(x, features=True)[1]
     cases, y = extreme(dtype)
     for z, _ in cases:
         z = z.requires_grad_()
@@ -95,22 +107,26 @@ def test_uskd_needs_labels_alone():
     uskd = losses.build("uskd").prepare(student, None, x)
     z, f = student(x, features=True)
     assert torch.equal(uskd(z, None, y, f), uskd(z, None, y, f, None, torch.arange(6)))
-    with pytest.raises(ValueError, match="target must be given for 'uskd'"): uskd(z, None, None, f)
+    with pytest.raises(ValueError, match="target must be given for 'uskd'"):
+        uskd(z, None, None, f)
     y[1] = -100
     kept = torch.arange(6) != 1
     for name, value in uskd.terms(z, None, y, f).items():
-        if name == "ce": torch.testing.assert_close(value, F.cross_entropy(z[kept], y[kept]))
+        if name == "ce":
+            torch.testing.assert_close(value, F.cross_entropy(z[kept], y[kept]))
         assert value.isfinite()
 
 
 # ---- MCMI -------------------------------------------------------------------------------------------------------
+
 
 class Linear(nn.Module):
     def __init__(self, classes=4):
         super().__init__()
         self.norm, self.head = nn.BatchNorm1d(3), nn.Linear(3, classes)
 
-    def forward(self, x): return self.head(self.norm(x.mean((2, 3))))
+    def forward(self, x):
+        return self.head(self.norm(x.mean((2, 3))))
 
 
 def colours(n=40, classes=4):
@@ -177,14 +193,20 @@ def test_mcmi_at_the_extremes_and_with_rows_that_do_not_count(dtype):
 
 def test_mcmi_refuses():
     student, teacher, data, loss = prepared()
-    with pytest.raises(ValueError, match="prepare"): losses.build("mcmi")(torch.zeros(2, 4), None, torch.zeros(2).long())
-    with pytest.raises(ValueError, match="target must be given"): loss(torch.zeros(2, 4), None)
-    with pytest.raises(ValueError, match="data must be given"): losses.build("mcmi").prepare(student, teacher, None)
-    with pytest.raises(ValueError, match="student must be the network"): losses.build("mcmi").prepare(Linear(5), teacher, None, data)
-    with pytest.raises(ValueError, match="cmi_weight"): losses.build("mcmi", cmi_weight="x")
+    with pytest.raises(ValueError, match="prepare"):
+        losses.build("mcmi")(torch.zeros(2, 4), None, torch.zeros(2).long())
+    with pytest.raises(ValueError, match="target must be given"):
+        loss(torch.zeros(2, 4), None)
+    with pytest.raises(ValueError, match="data must be given"):
+        losses.build("mcmi").prepare(student, teacher, None)
+    with pytest.raises(ValueError, match="student must be the same network"):
+        losses.build("mcmi").prepare(Linear(5), teacher, None, data)
+    with pytest.raises(ValueError, match="cmi_weight"):
+        losses.build("mcmi", cmi_weight="x")
 
 
 # ---- partial mixup ----------------------------------------------------------------------------------------------
+
 
 def test_what_is_mixed():
     x = torch.rand(64, 3, 4, 4)
@@ -203,8 +225,13 @@ def test_partial_mixup_is_its_formula():
     partner, own = loss._mixture
     soft = own[:, None] * F.one_hot(y, 5) + (1 - own)[:, None] * F.one_hot(y[partner], 5)
     s, t = (z / z.std(1, keepdim=True) for z in (z_s, z_t))
-    torch.testing.assert_close(loss.terms(z_s, z_t, y), {
-        "ce": 0.1 * F.cross_entropy(s, soft), "kd": 0.9 * F.kl_div(s.log_softmax(1), t.softmax(1), reduction="batchmean")})
+    torch.testing.assert_close(
+        loss.terms(z_s, z_t, y),
+        {
+            "ce": 0.1 * F.cross_entropy(s, soft),
+            "kd": 0.9 * F.kl_div(s.log_softmax(1), t.softmax(1), reduction="batchmean"),
+        },
+    )
     assert list(loss.terms(z_s, z_t)) == ["kd"]
     torch.testing.assert_close(loss(7 * z_s - 2, 0.1 * z_t + 4, y), loss(z_s, z_t, y))
     mask = torch.arange(10) != 4
@@ -241,27 +268,38 @@ def test_mixtures_resume():
 
 def test_partial_mixup_refuses():
     loss = losses.build("partial-mixup")
-    with pytest.raises(ValueError, match="call x = loss.pictures"): loss(torch.zeros(4, 5), torch.zeros(4, 5))
+    with pytest.raises(ValueError, match="call x = loss.pictures"):
+        loss(torch.zeros(4, 5), torch.zeros(4, 5))
     loss.pictures(torch.rand(3, 3, 2, 2))
-    with pytest.raises(ValueError, match="got logits of 4 others"): loss(torch.zeros(4, 5), torch.zeros(4, 5))
+    with pytest.raises(ValueError, match="got logits of 4 other images"):
+        loss(torch.zeros(4, 5), torch.zeros(4, 5))
     for share in (-0.1, 1.1):
-        with pytest.raises(ValueError, match=f"share .*{share}"): losses.build("partial-mixup", share=share)
+        with pytest.raises(ValueError, match=f"share .*{share}"):
+            losses.build("partial-mixup", share=share)
 
 
 # ---- DHO --------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("inner", [n for n in losses.available("logits") if losses.registry._losses[n].needs_teacher])
 def test_the_second_head_learns_by_the_inner_loss_and_the_first_by_labels(inner):
     student, teacher, x, y = small(dtype=torch.float64)
     dho = losses.build("dho", loss=inner, loss_args={}).prepare(student, teacher, x).double()
     z_s, f_s = student(x, features=True)
-    with torch.no_grad(): z_t = teacher(x)
+    with torch.no_grad():
+        z_t = teacher(x)
     terms = dho.terms(z_s, z_t, y, f_s)
     alone = losses.build(inner).terms(dho.second(f_s.pooled), z_t, y)
-    torch.testing.assert_close(terms, {"ce": 0.5 * F.cross_entropy(z_s, y)} | {n: v for n, v in alone.items() if n != "ce"})
+    torch.testing.assert_close(
+        terms, {"ce": 0.5 * F.cross_entropy(z_s, y)} | {n: v for n, v in alone.items() if n != "ce"}
+    )
     inside = sum(v for n, v in terms.items() if n != "ce")
-    first, second = (torch.autograd.grad(v, [*student.head.parameters(), *dho.second.parameters()], retain_graph=True, allow_unused=True)
-                     for v in (terms["ce"], inside))
+    first, second = (
+        torch.autograd.grad(
+            v, [*student.head.parameters(), *dho.second.parameters()], retain_graph=True, allow_unused=True
+        )
+        for v in (terms["ce"], inside)
+    )
     assert all(g is not None for g in first[:2]) and first[2:] == (None, None)
     assert second[:2] == (None, None) and all(g is not None for g in second[2:])
 
@@ -270,15 +308,23 @@ def test_the_second_heads_loss_warms_up():
     student, teacher, x, y = small()
     dho = losses.build("dho", loss="dkd").prepare(student, teacher, x)
     z_s, f_s = student(x, features=True)
-    with torch.no_grad(): z_t = teacher(x)
+    with torch.no_grad():
+        z_t = teacher(x)
     whole = dho.terms(z_s, z_t, y, f_s)
     dho.at_epoch(1, 240)
-    for name, value in dho.terms(z_s, z_t, y, f_s).items(): torch.testing.assert_close(value, whole[name] / (1 if name == "ce" else 20))
+    for name, value in dho.terms(z_s, z_t, y, f_s).items():
+        torch.testing.assert_close(value, whole[name] / (1 if name == "ce" else 20))
 
 
 def test_dho_defaults_are_the_papers():
     dho = losses.build("dho")
-    assert dho.hyperparameters == {"loss": "kd", "loss_args": {"temperature": 2.0, "kd_weight": 0.5}, "alpha": 0.5, "beta": 1.0, "ce_weight": 0.5}
+    assert dho.hyperparameters == {
+        "loss": "kd",
+        "loss_args": {"temperature": 2.0, "kd_weight": 0.5},
+        "alpha": 0.5,
+        "beta": 1.0,
+        "ce_weight": 0.5,
+    }
     assert losses.build("dho", loss="ldrld").loss_args == {}
 
 
@@ -296,10 +342,19 @@ def test_the_mixture(alpha, beta):
     torch.testing.assert_close(far.exp(), torch.tensor([[0.5, 0.5]]))
 
 
-@pytest.mark.parametrize("arguments, parts", [
-    ({"loss": "ce"}, ("loss", "teacher", "'ce'")), ({"loss": "dho"}, ("loss", "'dho'")), ({"alpha": 1.5}, ("alpha", "1.5")),
-    ({"alpha": -0.5}, ("alpha", "-0.5")), ({"beta": 0}, ("beta", "0")), ({"ce_weight": -1}, ("ce_weight", "-1")),
-    ({"loss_args": {"tau": 1}}, ("'tau'",))])
+@pytest.mark.parametrize(
+    "arguments, parts",
+    [
+        ({"loss": "ce"}, ("loss", "teacher", "'ce'")),
+        ({"loss": "dho"}, ("loss", "'dho'")),
+        ({"alpha": 1.5}, ("alpha", "1.5")),
+        ({"alpha": -0.5}, ("alpha", "-0.5")),
+        ({"beta": 0}, ("beta", "0")),
+        ({"ce_weight": -1}, ("ce_weight", "-1")),
+        ({"loss_args": {"tau": 1}}, ("'tau'",)),
+    ],
+)
 def test_dho_refuses(arguments, parts):
-    with pytest.raises(ValueError) as error: losses.build("dho", **arguments)
+    with pytest.raises(ValueError) as error:
+        losses.build("dho", **arguments)
     assert all(part in str(error.value) for part in parts), error.value

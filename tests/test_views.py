@@ -1,4 +1,5 @@
 """The strong view of a batch: the bytes of torchvision's operations image by image, with few kernels and no waiting."""
+
 import numpy as np
 import pytest
 import torch
@@ -35,10 +36,12 @@ def reference(images, generator, changes=2):
             image = alter(image, low + (high - low) * share)
         altered.append(image)
     side = size * width
+
     def within(middle, length):
         start = (middle * length - side / 2).clamp(min=0).floor()[:, None]
         at = torch.arange(length)
         return (at >= start) & (at < start + side[:, None])
+
     square = within(centre[:, 0], height)[:, :, None] & within(centre[:, 1], width)[:, None, :]
     return torch.where(square[:, None], torch.tensor(COVER, dtype=torch.uint8).view(3, 1, 1), torch.stack(altered))
 
@@ -49,11 +52,16 @@ def images_of(kind, n, height, width, seed=0):
     if kind == "smooth":
         coarse = 255 * torch.rand(n, 3, 4, 4, generator=g)
         x = torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear").byte()
-    elif kind == "two values": x = x // 200 * 80
-    elif kind == "gray": x = x[:, :1].repeat(1, 3, 1, 1)
-    elif kind == "one colour": x = x[:, :, :1, :1].repeat(1, 1, height, width)
-    elif kind == "mostly white": x[torch.rand(x.shape, generator=g) < 0.8] = 255
-    elif kind == "nearly black": x = x // 128
+    elif kind == "two values":
+        x = x // 200 * 80
+    elif kind == "gray":
+        x = x[:, :1].repeat(1, 3, 1, 1)
+    elif kind == "one colour":
+        x = x[:, :, :1, :1].repeat(1, 1, height, width)
+    elif kind == "mostly white":
+        x[torch.rand(x.shape, generator=g) < 0.8] = 255
+    elif kind == "nearly black":
+        x = x // 128
     return x
 
 
@@ -116,8 +124,10 @@ def test_images_in_any_memory_format_and_of_any_number():
     x = images_of("noise", 9, 32, 32)
     made = strong_view(x, torch.Generator().manual_seed(0))
     assert torch.equal(strong_view(x.to(memory_format=torch.channels_last), torch.Generator().manual_seed(0)), made)
-    assert torch.equal(strong_view(x[:, :, :, ::2], torch.Generator().manual_seed(0)),
-                       strong_view(x[:, :, :, ::2].contiguous(), torch.Generator().manual_seed(0)))
+    assert torch.equal(
+        strong_view(x[:, :, :, ::2], torch.Generator().manual_seed(0)),
+        strong_view(x[:, :, :, ::2].contiguous(), torch.Generator().manual_seed(0)),
+    )
     assert strong_view(x[:0], torch.Generator()).shape == (0, 3, 32, 32)
     one = strong_view(x[:1], torch.Generator().manual_seed(0))
     assert torch.equal(one, reference(x[:1], torch.Generator().manual_seed(0)))
@@ -127,25 +137,29 @@ def test_the_images_are_left_alone_and_inference_does_no_harm():
     x = images_of("noise", 8, 24, 24)
     before = x.clone()
     fixed.cache_clear()
-    with torch.inference_mode(): made = strong_view(x, torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        made = strong_view(x, torch.Generator().manual_seed(0))
     assert torch.equal(x, before) and torch.equal(strong_view(x, torch.Generator().manual_seed(0)), made)
 
 
 class Counter(TorchDispatchMode):
     """Operations that compute something, and whether one of them reads a value on the host."""
+
     def __init__(self):
         super().__init__()
         self.names = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if not func.is_view: self.names.append(func._schema.name)
+        if not func.is_view:
+            self.names.append(func._schema.name)
         return func(*args, **(kwargs or {}))
 
 
 def test_few_kernels_and_no_host_read():
     x = images_of("noise", 64, 32, 32)
     strong_view(x, torch.Generator().manual_seed(0))
-    with Counter() as counter: strong_view(x, torch.Generator().manual_seed(0))
+    with Counter() as counter:
+        strong_view(x, torch.Generator().manual_seed(0))
     draws = {"aten::randint", "aten::rand"}
     assert len([name for name in counter.names if name not in draws]) <= 67
     assert not {"aten::_local_scalar_dense", "aten::nonzero", "aten::bincount", "aten::equal"} & set(counter.names)

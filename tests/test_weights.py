@@ -1,4 +1,5 @@
 """Checkpoint files: all layouts in use load; anything else is refused, runs no code, and leaves the model alone."""
+
 import argparse
 import builtins
 import datetime
@@ -22,7 +23,9 @@ from ldrld.models.weights import _bare, identify, read_weights
 
 class Hostile:
     """A pickle that leaves a mark when it is run."""
-    def __reduce__(self): return exec, ("import builtins; builtins.stranger_was_here = True",)
+
+    def __reduce__(self):
+        return exec, ("import builtins; builtins.stranger_was_here = True",)
 
 
 @pytest.fixture(autouse=True)
@@ -42,19 +45,22 @@ def trained(name="resnet8", classes=100):
 def same(a, b, counters=True):
     """Do two state dicts hold the same numbers?"""
     return a.keys() == b.keys() and all(
-        torch.equal(a[key], b[key]) for key in a if counters or not key.endswith("num_batches_tracked"))
+        torch.equal(a[key], b[key]) for key in a if counters or not key.endswith("num_batches_tracked")
+    )
 
 
 @pytest.fixture
-def source(): return trained()
+def source():
+    return trained()
 
 
-def renamed(prefix, state): return {prefix + key: value for key, value in state.items()}
+def renamed(prefix, state):
+    return {prefix + key: value for key, value in state.items()}
 
 
 layouts = {
     "bare": lambda s: s,
-    "model": lambda s: {"epoch": 240, "model": s, "accuracy": torch.tensor(59.), "optimizer": {"param_groups": []}},
+    "model": lambda s: {"epoch": 240, "model": s, "accuracy": torch.tensor(59.0), "optimizer": {"param_groups": []}},
     "state_dict": lambda s: {"state_dict": s},
     "namespace": lambda s: {"model": s, "opt": argparse.Namespace(lr=0.05, gpu=[0], more=argparse.Namespace(a="kd"))},
     "module": lambda s: renamed("module.", s),
@@ -65,23 +71,76 @@ layouts = {
     "compiled, then on several GPUs": lambda s: {"model": renamed("module._orig_mod.", s)},
     "on several GPUs, then compiled": lambda s: {"model": renamed("_orig_mod.module.", s)},
     "several GPUs, twice": lambda s: renamed("module.module.", s),
-    "Lightning": lambda s: {"epoch": 3, "state_dict": renamed("model.", s), "hyper_parameters": {"lr": 0.1}, "optimizer_states": [{}], "callbacks": {}},
-    "Lightning, with a criterion": lambda s: {"state_dict": renamed("model.", s) | {"criterion.weight": torch.ones(100), "train_acc.total": torch.tensor(3)}},
+    "Lightning": lambda s: {
+        "epoch": 3,
+        "state_dict": renamed("model.", s),
+        "hyper_parameters": {"lr": 0.1},
+        "optimizer_states": [{}],
+        "callbacks": {},
+    },
+    "Lightning, with a criterion": lambda s: {
+        "state_dict": renamed("model.", s) | {"criterion.weight": torch.ones(100), "train_acc.total": torch.tensor(3)}
+    },
     "Lightning, compiled": lambda s: {"state_dict": renamed("model._orig_mod.", s)},
     "Lightning, a distiller": lambda s: {"state_dict": renamed("student.model.", s) | renamed("teacher.model.", s)},
-    **{name: (lambda s, name=name: {name: s, "epoch": 1, "acc": 59.0}) for name in ("net", "network", "model_state_dict", "model_state", "net_state_dict", "weights", "params", "student")},
+    **{
+        name: (lambda s, name=name: {name: s, "epoch": 1, "acc": 59.0})
+        for name in (
+            "net",
+            "network",
+            "model_state_dict",
+            "model_state",
+            "net_state_dict",
+            "weights",
+            "params",
+            "student",
+        )
+    },
     "one within the other": lambda s: {"state_dict": {"model": s, "epoch": 1}},
     "three within": lambda s: {"net": {"state_dict": {"model": renamed("module.", s)}}},
     "an ordered dictionary": lambda s: OrderedDict(renamed("module.", s)),
-    "counted operations": lambda s: s | {"total_ops": torch.zeros(1), "conv1.total_ops": torch.zeros(1), "layer1.0.bn1.total_params": torch.zeros(1)},
-    "counted operations, several GPUs": lambda s: renamed("module.", s | {"total_ops": torch.zeros(1), "conv1.total_ops": torch.zeros(1)}),
-    "NumPy beside it": lambda s: {"net": s, "acc": np.float64(59.0), "best": np.float32(60), "epoch": np.int64(3), "ok": np.bool_(True), "losses": np.arange(5.0), "dtype": np.dtype("float32")},
-    "paths and dates beside it": lambda s: {"model": s, "folder": pathlib.PosixPath("/data/x"), "pure": pathlib.PurePosixPath("y"), "when": datetime.datetime(2026, 1, 2), "took": datetime.timedelta(1)},
-    "containers beside it": lambda s: {"model": s, "log": defaultdict(list, {"acc": [1.0, np.float64(2.0)]}), "tree": defaultdict(dict), "more": types.SimpleNamespace(a=1), "last": deque([1.0], 5)},
-    "a path as a key beside it": lambda s: {"model": s, "sizes": {pathlib.PosixPath("a"): 3, pathlib.PosixPath("b"): 4}},
+    "counted operations": lambda s: (
+        s
+        | {"total_ops": torch.zeros(1), "conv1.total_ops": torch.zeros(1), "layer1.0.bn1.total_params": torch.zeros(1)}
+    ),
+    "counted operations, several GPUs": lambda s: renamed(
+        "module.", s | {"total_ops": torch.zeros(1), "conv1.total_ops": torch.zeros(1)}
+    ),
+    "NumPy beside it": lambda s: {
+        "net": s,
+        "acc": np.float64(59.0),
+        "best": np.float32(60),
+        "epoch": np.int64(3),
+        "ok": np.bool_(True),
+        "losses": np.arange(5.0),
+        "dtype": np.dtype("float32"),
+    },
+    "paths and dates beside it": lambda s: {
+        "model": s,
+        "folder": pathlib.PosixPath("/data/x"),
+        "pure": pathlib.PurePosixPath("y"),
+        "when": datetime.datetime(2026, 1, 2),
+        "took": datetime.timedelta(1),
+    },
+    "containers beside it": lambda s: {
+        "model": s,
+        "log": defaultdict(list, {"acc": [1.0, np.float64(2.0)]}),
+        "tree": defaultdict(dict),
+        "more": types.SimpleNamespace(a=1),
+        "last": deque([1.0], 5),
+    },
+    "a path as a key beside it": lambda s: {
+        "model": s,
+        "sizes": {pathlib.PosixPath("a"): 3, pathlib.PosixPath("b"): 4},
+    },
     "a default dictionary": lambda s: defaultdict(float, {"model": s}),
-    "namespace of paths": lambda s: {"model": s, "opt": argparse.Namespace(root=pathlib.PosixPath("."), seed=np.int64(3))},
-    "parameters": lambda s: {"model": {key: torch.nn.Parameter(value, requires_grad=value.is_floating_point()) for key, value in s.items()}},
+    "namespace of paths": lambda s: {
+        "model": s,
+        "opt": argparse.Namespace(root=pathlib.PosixPath("."), seed=np.int64(3)),
+    },
+    "parameters": lambda s: {
+        "model": {key: torch.nn.Parameter(value, requires_grad=value.is_floating_point()) for key, value in s.items()}
+    },
     "half precision": lambda s: {key: value.half() if value.is_floating_point() else value for key, value in s.items()},
 }
 
@@ -93,11 +152,24 @@ def test_layouts(layout, zipped, source, tmp_path):
     model = models.build("resnet8")
     assert models.load_weights(model, str(tmp_path / "a.pth")) is model
     expected = source.state_dict()
-    if layout == "half precision": expected = {k: v.half().to(v.dtype) for k, v in expected.items()}
+    if layout == "half precision":
+        expected = {k: v.half().to(v.dtype) for k, v in expected.items()}
     assert same(model.state_dict(), expected)
 
 
-@pytest.mark.parametrize("name", ["teacher.pth.tar", "teacher.ckpt", "TEACHER.PTH", "teacher", "teacher.bin", "teacher.safetensors.pth", "a teacher's best (1).pth", "model_best.tar"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "teacher.pth.tar",
+        "teacher.ckpt",
+        "TEACHER.PTH",
+        "teacher",
+        "teacher.bin",
+        "teacher.safetensors.pth",
+        "a teacher's best (1).pth",
+        "model_best.tar",
+    ],
+)
 def test_a_checkpoint_may_have_any_name(name, source, tmp_path):
     torch.save({"model": source.state_dict()}, tmp_path / name)
     assert same(models.load_weights(models.build("resnet8"), tmp_path / name).state_dict(), source.state_dict())
@@ -105,29 +177,53 @@ def test_a_checkpoint_may_have_any_name(name, source, tmp_path):
     assert same(models.load_weights(models.build("resnet8"), tmp_path / name).state_dict(), source.state_dict())
 
 
-@pytest.mark.parametrize("package", ["easydict.EasyDict", "addict.addict.Dict", "yacs.config.CfgNode", "omegaconf.dictconfig.DictConfig", "pytorch_lightning.utilities.parsing.AttributeDict",
-                                     "lightning.fabric.utilities.data.AttributeDict", "lightning_fabric.utilities.data.AttributeDict"])
+@pytest.mark.parametrize(
+    "package",
+    [
+        "easydict.EasyDict",
+        "addict.addict.Dict",
+        "yacs.config.CfgNode",
+        "omegaconf.dictconfig.DictConfig",
+        "pytorch_lightning.utilities.parsing.AttributeDict",
+        "lightning.fabric.utilities.data.AttributeDict",
+        "lightning_fabric.utilities.data.AttributeDict",
+    ],
+)
 def test_settings_of_packages_that_need_not_be_here(package, source, tmp_path, monkeypatch):
     module, _, name = package.rpartition(".")
-    kind = type(name, (dict,), {"__module__": module}) if name != "DictConfig" else type(name, (types.SimpleNamespace,), {"__module__": module, "__reduce__": object.__reduce__})
-    for i in range(len(parts := module.split("."))): monkeypatch.setitem(sys.modules, ".".join(parts[: i + 1]), types.ModuleType("stand-in"))
+    kind = (
+        type(name, (dict,), {"__module__": module})
+        if name != "DictConfig"
+        else type(name, (types.SimpleNamespace,), {"__module__": module, "__reduce__": object.__reduce__})
+    )
+    for i in range(len(parts := module.split("."))):
+        monkeypatch.setitem(sys.modules, ".".join(parts[: i + 1]), types.ModuleType("stand-in"))
     setattr(sys.modules[module], name, kind)
-    torch.save({"state_dict": renamed("model.", source.state_dict()), "hyper_parameters": kind(lr=0.1, inner=kind(a=[1]))}, tmp_path / "a.ckpt")
+    torch.save(
+        {"state_dict": renamed("model.", source.state_dict()), "hyper_parameters": kind(lr=0.1, inner=kind(a=[1]))},
+        tmp_path / "a.ckpt",
+    )
     monkeypatch.undo()
     assert same(models.load_weights(models.build("resnet8"), tmp_path / "a.ckpt").state_dict(), source.state_dict())
 
 
 def test_nothing_that_lies_beside_the_weights_is_made(source, tmp_path, monkeypatch):
     """Not even the harmless: NumPy and pathlib are never called."""
-    torch.save({"model": source.state_dict(), "acc": np.float64(1), "path": pathlib.PosixPath("a"), "log": defaultdict(list)}, tmp_path / "a.pth")
+    torch.save(
+        {"model": source.state_dict(), "acc": np.float64(1), "path": pathlib.PosixPath("a"), "log": defaultdict(list)},
+        tmp_path / "a.pth",
+    )
     before = set(torch.serialization.get_safe_globals())  # PyTorch keeps them without order
     content = models.weights._read(tmp_path / "a.pth")
-    assert [type(content[key]).__bases__[0].__name__ for key in ("acc", "path")] == ["_StandIn"] * 2 and type(content["log"]) is OrderedDict
+    assert [type(content[key]).__bases__[0].__name__ for key in ("acc", "path")] == ["_StandIn"] * 2 and type(
+        content["log"]
+    ) is OrderedDict
     assert set(torch.serialization.get_safe_globals()) == before, "the permission ends with the call"
 
 
 def test_prefixes_that_are_the_model_s_own_stay(tmp_path):
     """A network of somebody's own with parts called `model` and `net`, as its own state dict names them."""
+
     class Own(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -141,12 +237,15 @@ def test_prefixes_that_are_the_model_s_own_stay(tmp_path):
 
 @pytest.mark.parametrize("name", models.available())
 def test_no_network_of_ours_has_a_name_like_a_prefix(name):
-    with torch.device("meta"): state = models.build(name).state_dict()
+    with torch.device("meta"):
+        state = models.build(name).state_dict()
     assert _bare(state) is state
 
 
-@pytest.mark.parametrize("name", ["resnet56", "resnet110", "resnet32x4", "wrn_40_2", "vgg13", "ResNet50", "MobileNetV2",
-                                  "ShuffleV1", "ShuffleV2"])
+@pytest.mark.parametrize(
+    "name",
+    ["resnet56", "resnet110", "resnet32x4", "wrn_40_2", "vgg13", "ResNet50", "MobileNetV2", "ShuffleV1", "ShuffleV2"],
+)
 def test_files_without_counters(name, tmp_path):
     state = models.build(name).state_dict()
     torch.save({"model": {k: v for k, v in state.items() if "num_batches" not in k}}, tmp_path / "a.pth")
@@ -200,17 +299,20 @@ def cut(part, zipped=True):
         torch.save({"model": source.state_dict()}, path, _use_new_zipfile_serialization=zipped)
         whole = path.read_bytes()
         path.write_bytes(whole[: int(part * len(whole))])
+
     return make
 
 
 def hostile(zipped):
-    return lambda path, source: torch.save({"model": source.state_dict(), "opt": Hostile()}, path,
-                                           _use_new_zipfile_serialization=zipped)
+    return lambda path, source: torch.save(
+        {"model": source.state_dict(), "opt": Hostile()}, path, _use_new_zipfile_serialization=zipped
+    )
 
 
 def bundle(path, source):
     torch.save(source.state_dict(), path.with_name("inner.pth"))
-    with tarfile.open(path, "w") as tar: tar.add(path.with_name("inner.pth"), "inner.pth")
+    with tarfile.open(path, "w") as tar:
+        tar.add(path.with_name("inner.pth"), "inner.pth")
 
 
 def damaged_safetensors(path, source):
@@ -219,7 +321,8 @@ def damaged_safetensors(path, source):
 
 
 def zipped_text(path, source):
-    with zipfile.ZipFile(path, "w") as archive: archive.writestr("readme.txt", "hello")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("readme.txt", "hello")
 
 
 def torchscript(path, source):
@@ -228,23 +331,30 @@ def torchscript(path, source):
 
 class Calls:
     """A pickle that calls a function when it is run."""
-    def __init__(self, *call): self.call = call
-    def __reduce__(self): return self.call[0], self.call[1:]
+
+    def __init__(self, *call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call[0], self.call[1:]
 
 
 def bomb(path, source):
     """A checkpoint, and in its archive 200 MB of zeros that pack to 200 kB."""
     torch.save({"model": source.state_dict()}, path)
-    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive: archive.writestr("archive/data/99", bytes(200_000_000))
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data/99", bytes(200_000_000))
 
 
 def zipped(path, source):
     torch.save(source.state_dict(), path.with_name("inner.pth"))
-    with zipfile.ZipFile(path, "w") as archive: archive.write(path.with_name("inner.pth"), "inner.pth")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.write(path.with_name("inner.pth"), "inner.pth")
 
 
 def nested(depth, content):
-    for _ in range(depth): content = {"model": content}
+    for _ in range(depth):
+        content = {"model": content}
     return content
 
 
@@ -264,28 +374,70 @@ refused = {  # how the file is made, and what its refusal says
     "hostile bare pickle, new": (lambda path, _: path.write_bytes(pickle.dumps(Hostile())), "not a PyTorch checkpoint"),
     "a whole module": (lambda path, source: torch.save(source, path), "ResNet.*save model.state_dict"),
     "a TorchScript program": (torchscript, "TorchScript"),
-    "hostile beside NumPy": (write(lambda s: {"model": s, "acc": np.float64(1), "opt": Hostile()}), "asks for builtins.exec.*could run code"),
-    "hostile within a default dictionary": (write(lambda s: {"model": s, "log": defaultdict(list, a=[Hostile()])}), "builtins.exec"),
-    "a system call": (write(lambda s: {"model": s, "opt": Calls(os.system, "touch /tmp/ldrld-was-here")}), "system.*|not a PyTorch checkpoint"),
-    "a method of a NumPy array": (write(lambda s: {"model": s, "opt": Calls(np.load, "x.npy")}), r"asks for numpy.load"),
+    "hostile beside NumPy": (
+        write(lambda s: {"model": s, "acc": np.float64(1), "opt": Hostile()}),
+        "references builtins.exec.*could run code",
+    ),
+    "hostile within a default dictionary": (
+        write(lambda s: {"model": s, "log": defaultdict(list, a=[Hostile()])}),
+        "builtins.exec",
+    ),
+    "a system call": (
+        write(lambda s: {"model": s, "opt": Calls(os.system, "touch /tmp/ldrld-was-here")}),
+        "system.*|not a PyTorch checkpoint",
+    ),
+    "a method of a NumPy array": (
+        write(lambda s: {"model": s, "opt": Calls(np.load, "x.npy")}),
+        r"references numpy.load",
+    ),
     "eval": (write(lambda s: {"model": s, "opt": Calls(eval, "1")}), "builtins.eval"),
     "getattr": (write(lambda s: {"model": s, "opt": Calls(getattr, s, "clear")}), "builtins.getattr"),
-    "an optimiser object": (write(lambda s: {"model": s, "optimizer": torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.1)}), "asks for torch.optim.*SGD"),
+    "an optimiser object": (
+        write(lambda s: {"model": s, "optimizer": torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.1)}),
+        "references torch.optim.*SGD",
+    ),
     "a zip bomb": (lambda path, source: bomb(path, source), "unpacks to 20.,...,... bytes, which no checkpoint does"),
-    "a zip archive of checkpoints": (lambda path, source: zipped(path, source), "a zip archive; unpack it and name the checkpoint inside"),
-    "a Git LFS pointer": (lambda path, _: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"), "Git LFS pointer.*git lfs pull"),
+    "a zip archive of checkpoints": (
+        lambda path, source: zipped(path, source),
+        "a zip archive; unpack it and name the checkpoint inside",
+    ),
+    "a Git LFS pointer": (
+        lambda path, _: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"),
+        "Git LFS pointer.*git lfs pull",
+    ),
     "gzip": (lambda path, _: path.write_bytes(b"\x1f\x8b\x08" + bytes(60)), "a gzip archive; unpack it first"),
     "Keras": (lambda path, _: path.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(60)), "an HDF5 file"),
-    "meta tensors": (write(lambda s: {"model": {key: value.to("meta") for key, value in s.items()}}), "without the numbers of conv1.weight.*meta device"),
+    "meta tensors": (
+        write(lambda s: {"model": {key: value.to("meta") for key, value in s.items()}}),
+        "without the numbers of conv1.weight.*meta device",
+    ),
     "one meta tensor": (replaced("fc.bias", torch.zeros(100, device="meta")), "without the numbers of fc.bias"),
-    "one number for many": (replaced("conv_test.weight", torch.zeros(1).expand(10**9, 64, 1, 1)), "without the numbers of conv_test.weight"),
+    "one number for many": (
+        replaced("conv_test.weight", torch.zeros(1).expand(10**9, 64, 1, 1)),
+        "without the numbers of conv_test.weight",
+    ),
     "a head of no dimension": (replaced("conv_test.weight", torch.zeros(())), "unexpected conv_test.weight"),
-    "a sparse head": (replaced("conv_test.weight", torch.zeros(9, 64, 1, 1).to_sparse()), "unexpected conv_test.weight"),
-    "a nested tensor": (replaced("fc.bias", torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])), r"'fc.bias' \(Tensor\)"),
-    "a NumPy array for weights": (replaced("fc.bias", np.zeros(100)), r"'fc.bias' \(_reconstruct\)|'fc.bias' \(ndarray\)"),
+    "a sparse head": (
+        replaced("conv_test.weight", torch.zeros(9, 64, 1, 1).to_sparse()),
+        "unexpected conv_test.weight",
+    ),
+    "a nested tensor": (
+        replaced("fc.bias", torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])),
+        r"'fc.bias' \(Tensor\)",
+    ),
+    "a NumPy array for weights": (
+        replaced("fc.bias", np.zeros(100)),
+        r"'fc.bias' \(_reconstruct\)|'fc.bias' \(ndarray\)",
+    ),
     "a path for weights": (replaced("fc.bias", pathlib.PosixPath("x")), r"'fc.bias' \(PosixPath\)"),
-    "two state dicts": (write(lambda s: {"model": s, "net": s}), "2 state dicts, under 'model', 'net'; save the one that you want alone"),
-    "two within": (write(lambda s: {"state_dict": {"student": s, "net": s}}), "under 'state_dict.net', 'state_dict.student'"),
+    "two state dicts": (
+        write(lambda s: {"model": s, "net": s}),
+        "2 state dicts, under 'model', 'net'; save only the one you want",
+    ),
+    "two within": (
+        write(lambda s: {"state_dict": {"student": s, "net": s}}),
+        "under 'state_dict.net', 'state_dict.student'",
+    ),
     "wrapped without end": (write(lambda s: nested(200, s)), "expected tensors by name"),
     "cut short": (cut(0.5), "cut short"),
     "nearly whole": (cut(0.999), "cut short"),
@@ -300,7 +452,10 @@ refused = {  # how the file is made, and what its refusal says
     "a number": (write(lambda s: 3), "holds a int; expected tensors by name"),
     "a list": (write(lambda s: list(s.values())), "holds a list"),
     "an empty dict": (write(lambda s: {}), "holds a dict; expected tensors"),
-    "no state dict": (write(lambda s: {"epoch": 3, "optimizer": {}}), r"'epoch' \(int\), 'optimizer' \(dict\).*expected tensors by name"),
+    "no state dict": (
+        write(lambda s: {"epoch": 3, "optimizer": {}}),
+        r"'epoch' \(int\), 'optimizer' \(dict\).*expected tensors by name",
+    ),
     "a text among the tensors": (replaced("fc.bias", "zero"), "'fc.bias'"),
     "numbered tensors": (write(lambda s: dict(enumerate(s.values()))), "expected tensors by name"),
     "other classes": (fresh("resnet8", 10), r"10 classes, .* resnet8 for 100 classes: it fits .*\('resnet8', 10\)"),
@@ -326,7 +481,8 @@ def test_refused_and_left_alone(case, source, tmp_path):
     make(path, source)
     model = models.build("resnet8")
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(models.WeightsError, match=says) as caught: models.load_weights(model, path)
+    with pytest.raises(models.WeightsError, match=says) as caught:
+        models.load_weights(model, path)
     assert str(path) in str(caught.value) and len(str(caught.value)) < 600 and "\n" not in str(caught.value)
     assert same(before, model.state_dict())
 
@@ -383,6 +539,7 @@ def test_saved_bytes_and_metadata(source, tmp_path):
 
 def test_foreign_safetensors_without_metadata(source, tmp_path):
     from safetensors.torch import save_file
+
     save_file(source.state_dict(), tmp_path / "plain.safetensors")
     path = (tmp_path / "plain.safetensors").rename(tmp_path / "misnamed.pth")
     assert models.read_metadata(path) == {}
@@ -390,14 +547,17 @@ def test_foreign_safetensors_without_metadata(source, tmp_path):
 
 
 def test_metadata_of_files_that_have_none(tmp_path):
-    with pytest.raises(FileNotFoundError): models.read_metadata(tmp_path / "none.safetensors")
+    with pytest.raises(FileNotFoundError):
+        models.read_metadata(tmp_path / "none.safetensors")
     text = tmp_path / "text.safetensors"
     text.write_text("hello")
-    with pytest.raises(models.WeightsError, match="text.safetensors"): models.read_metadata(text)
+    with pytest.raises(models.WeightsError, match="text.safetensors"):
+        models.read_metadata(text)
 
 
 def test_save_refuses_other_suffixes_and_other_metadata(source, tmp_path):
-    with pytest.raises(ValueError, match="path=.*safetensors"): models.save_weights(source, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="path=.*safetensors"):
+        models.save_weights(source, tmp_path / "a.pth")
     with pytest.raises(ValueError, match="metadata="):
         models.save_weights(source, tmp_path / "a.safetensors", {"a": object()})
     assert not list(tmp_path.iterdir())
@@ -407,13 +567,16 @@ def test_a_failed_save_keeps_the_old_file_and_leaves_nothing(source, tmp_path, m
     path = models.save_weights(source, tmp_path / "a.safetensors", {"run": 1})
     old = path.read_bytes()
 
-    def fail(_): raise OSError("disk full")
+    def fail(_):
+        raise OSError("disk full")
+
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="disk full"): models.save_weights(source, path, {"run": 2})
+    with pytest.raises(OSError, match="disk full"):
+        models.save_weights(source, path, {"run": 2})
     assert path.read_bytes() == old and [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 
 
 def test_metadata_is_plain_json_in_the_header(source, tmp_path):
     raw = models.save_weights(source, tmp_path / "a.safetensors", {"network": "resnet8"}).read_bytes()
-    header = json.loads(raw[8:8 + int.from_bytes(raw[:8], "little")])
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
     assert header["__metadata__"] == {"ldrld": '{"network": "resnet8"}'}

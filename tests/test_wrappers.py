@@ -1,4 +1,5 @@
 """Standardised logits and corrected teachers around every loss on logits: identities, the fast way, extremes, refusals."""
+
 import json
 
 import pytest
@@ -10,8 +11,11 @@ from ldrld.losses.logits.targets import swapped
 from ldrld.losses.wrappers import Standardized, standardized
 
 WRAPPED = sorted(set(losses.available("logits")) - {"ce", "standardized", "corrected"})
-EVERY = [(name, {"loss": loss} | more) for loss in WRAPPED for name, more in (
-    ("standardized", {}), ("corrected", {"rule": "swap"}), ("corrected", {"rule": "skip"}))]
+EVERY = [
+    (name, {"loss": loss} | more)
+    for loss in WRAPPED
+    for name, more in (("standardized", {}), ("corrected", {"rule": "swap"}), ("corrected", {"rule": "skip"}))
+]
 named = lambda given: given if isinstance(given, str) else "-".join(map(str, given.values()))
 
 
@@ -19,7 +23,9 @@ def sample(batch=16, classes=20, dtype=torch.float64, seed=0):
     g = torch.Generator().manual_seed(seed)
     z_s, z_t = (3 * torch.randn(batch, classes, generator=g, dtype=torch.float64) for _ in range(2))
     y = z_t.argmax(1)
-    y[batch // 2:] = torch.randint(classes, (batch - batch // 2,), generator=g)      # the teacher is right on half, at least
+    y[batch // 2 :] = torch.randint(
+        classes, (batch - batch // 2,), generator=g
+    )  # the teacher is right on half, at least
     return z_s.to(dtype), z_t.to(dtype), y
 
 
@@ -35,12 +41,13 @@ def test_around_every_loss(name, given):
     plain = losses.build(given["loss"], ce_weight=loss.ce_weight).terms(z_s, z_t, y)
     assert list(terms) == list(plain)
     torch.testing.assert_close(terms["ce"], plain["ce"])
-    right = z_t.argmax(1)                                          # nothing to correct
+    right = z_t.argmax(1)  # nothing to correct
     if name == "corrected":
         torch.testing.assert_close(loss(z_s, z_t, right), losses.build(given["loss"])(z_s, z_t, right))
-    else:                                                          # the size of the logits does not matter
+    else:  # the size of the logits does not matter
         unlike = lambda z: 0.3 * z + 2
-        for name in set(terms) - {"ce"}: torch.testing.assert_close(loss.terms(unlike(z_s), 2 * z_t, y)[name], terms[name], rtol=1e-5, atol=1e-5)
+        for name in set(terms) - {"ce"}:
+            torch.testing.assert_close(loss.terms(unlike(z_s), 2 * z_t, y)[name], terms[name], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name, given", EVERY, ids=named)
@@ -52,7 +59,8 @@ def test_extremes_and_padding(name, given, dtype):
     y[3] = -100
     for z_s, z_t in ((one, -one), (one, other), (0 * one, 0 * one + 5), (1e-9 * one, other)):
         # logits of 1e-5: what divides by 1e-3 at least and a correlation over it have a gradient of 7e4, beyond float16
-        if (name, given["loss"], dtype) == ("standardized", "dist", torch.float16) and 0 < z_s.abs().max() < 1: continue
+        if (name, given["loss"], dtype) == ("standardized", "dist", torch.float16) and 0 < z_s.abs().max() < 1:
+            continue
         z = z_s.to(dtype, copy=True)
         z[3] = torch.nan
         z.requires_grad_()
@@ -69,7 +77,12 @@ def test_tied_logits_have_a_finite_gradient_in_float16():
 
 def test_standardised_kd_is_the_published_recipe():
     loss = losses.build("standardized")
-    assert loss.hyperparameters == {"loss": "kd", "loss_args": {"temperature": 2.0, "kd_weight": 1.0}, "distill_weight": 9.0, "ce_weight": 0.1}
+    assert loss.hyperparameters == {
+        "loss": "kd",
+        "loss_args": {"temperature": 2.0, "kd_weight": 1.0},
+        "distill_weight": 9.0,
+        "ce_weight": 0.1,
+    }
     z_s, z_t, y = sample()
     Z = [(z - z.mean(1, keepdim=True)) / z.std(1, keepdim=True) for z in (z_s, z_t)]
     kd = losses.build("kd", temperature=2.0, kd_weight=9.0, ce_weight=0.1)
@@ -85,19 +98,25 @@ def test_skipping_divides_by_the_whole_batch():
     loss, kept = losses.build("corrected", loss="ldrld", rule="skip"), right & (y >= 0)
     plain = losses.build("ldrld")
     wanted, terms = plain.terms(z_s[kept], z_t[kept], y[kept]), loss.terms(z_s, z_t, y)
-    for name in ("pairs", "llki", "rntk"): torch.testing.assert_close(terms[name], wanted[name] * kept.sum() / 15)
+    for name in ("pairs", "llki", "rntk"):
+        torch.testing.assert_close(terms[name], wanted[name] * kept.sum() / 15)
     torch.testing.assert_close(terms["ce"], plain.terms(z_s, z_t, y)["ce"])
     wrong = (y + 1) % 20
     y = torch.where(z_t.argmax(1) == wrong, (wrong + 1) % 20, wrong)
-    assert loss(z_s, z_t, y) == loss.terms(z_s, z_t, y)["ce"]       # all wrong: the cross-entropy is left
+    assert loss(z_s, z_t, y) == loss.terms(z_s, z_t, y)["ce"]  # all wrong: the cross-entropy is left
 
 
 def test_swapping_is_a_corrected_teacher_and_commutes_with_standardising():
     z_s, z_t, y = sample()
     for loss in ("kd", "ldrld"):
-        torch.testing.assert_close(losses.build("corrected", loss=loss)(z_s, z_t, y), losses.build(loss)(z_s, swapped(z_t, y[:, None]), y))
+        torch.testing.assert_close(
+            losses.build("corrected", loss=loss)(z_s, z_t, y), losses.build(loss)(z_s, swapped(z_t, y[:, None]), y)
+        )
         args = {"loss": loss}
-        one, other = losses.build("standardized", loss="corrected", loss_args=args), losses.build("corrected", loss="standardized", loss_args=args)
+        one, other = (
+            losses.build("standardized", loss="corrected", loss_args=args),
+            losses.build("corrected", loss="standardized", loss_args=args),
+        )
         assert one.ce_weight == other.ce_weight == losses.build(loss).ce_weight
     torch.testing.assert_close(one(z_s, z_t, y), other(z_s, z_t, y))
 
@@ -124,52 +143,77 @@ def test_warm_up_and_what_is_trained_are_passed_on():
 
 
 def test_published_settings_build():
-    assert Standardized.pair_settings is Standardized.wrapped_pair_settings["kd"] and len(Standardized.wrapped_pair_settings) == 2
+    assert (
+        Standardized.pair_settings is Standardized.wrapped_pair_settings["kd"]
+        and len(Standardized.wrapped_pair_settings) == 2
+    )
     for table in Standardized.wrapped_pair_settings.values():
         assert len(table) == 14
         for given in table.values():
             loss = losses.build("standardized", **given)
-            assert loss.ce_weight == losses.build(given["loss"]).ce_weight and given["loss_args"].items() <= loss.loss_args.items()
-    assert losses.build("standardized", **Standardized.pair_settings["resnet110", "resnet20"]).loss_args["temperature"] == 4.0
+            assert (
+                loss.ce_weight == losses.build(given["loss"]).ce_weight
+                and given["loss_args"].items() <= loss.loss_args.items()
+            )
+    assert (
+        losses.build("standardized", **Standardized.pair_settings["resnet110", "resnet20"]).loss_args["temperature"]
+        == 4.0
+    )
 
 
 def test_published_settings_go_with_the_wrapped_loss():
     from ldrld.experiments.catalog import METHODS, VARIANTS, method_config, profile
+
     given = lambda method, *pair: method_config(profile("paper"), pair, method).loss_args
     kd, dkd = (given(METHODS[name], "vgg13", "vgg8") for name in ("KD+LS", "DKD+LS"))
     assert (kd["loss_args"]["temperature"], kd["distill_weight"]) == (3.0, 9.0)
     assert (dkd["loss_args"]["temperature"], dkd["distill_weight"], dkd["loss_args"]["beta"]) == (2.0, 15.0, 2.0)
-    assert given(VARIANTS["logits standardised"], "vgg13", "vgg8") == losses.build("standardized", loss="ldrld").hyperparameters
+    assert (
+        given(VARIANTS["logits standardised"], "vgg13", "vgg8")
+        == losses.build("standardized", loss="ldrld").hyperparameters
+    )
     assert losses.published_settings("standardized", "vgg13", "vgg8") == Standardized.pair_settings["vgg13", "vgg8"]
     assert losses.published_settings("corrected", "vgg13", "vgg8", loss="dkd") == {}
 
 
 @pytest.mark.parametrize("name", ["standardized", "corrected"])
-@pytest.mark.parametrize("arguments, parts", [
-    ({"loss": "mlkd"}, ("loss", "'mlkd'", "training images")),
-    ({"loss": "ce"}, ("loss", "'ce'", "teacher")),
-    ({"loss": "mcmi"}, ("loss", "'mcmi'", "tunes a teacher")),
-    ({"loss": "kdd"}, ("unknown loss", "'kd'")),
-    ({"loss_args": {"depth": 3}}, ("'kd'", "'depth'")),
-    ({"loss_args": {"ce_weight": 1.0}}, ("loss_args", "ce_weight")),
-    ({"loss_args": 3}, ("loss_args", "3")),
-    ({"ce_weight": -1}, ("ce_weight", "-1"))])
+@pytest.mark.parametrize(
+    "arguments, parts",
+    [
+        ({"loss": "mlkd"}, ("loss", "'mlkd'", "training images")),
+        ({"loss": "ce"}, ("loss", "'ce'", "teacher")),
+        ({"loss": "mcmi"}, ("loss", "'mcmi'", "tunes a teacher")),
+        ({"loss": "kdd"}, ("unknown loss", "'kd'")),
+        ({"loss_args": {"depth": 3}}, ("'kd'", "'depth'")),
+        ({"loss_args": {"ce_weight": 1.0}}, ("loss_args", "ce_weight")),
+        ({"loss_args": 3}, ("loss_args", "3")),
+        ({"ce_weight": -1}, ("ce_weight", "-1")),
+    ],
+)
 def test_refusals(name, arguments, parts):
-    with pytest.raises(ValueError) as error: losses.build(name, **arguments)
+    with pytest.raises(ValueError) as error:
+        losses.build(name, **arguments)
     assert all(part in str(error.value) for part in parts), error.value
 
 
 def test_a_loss_on_features_is_refused():
     from ldrld.losses.features.base import FeatureLoss
+
     try:
         losses.register("test-features")(type("TestFeatures", (FeatureLoss,), {}))
-        with pytest.raises(ValueError, match="loss must be a loss on student and teacher logits.*'test-features' uses features"): losses.build("standardized", loss="test-features")
+        with pytest.raises(
+            ValueError, match="loss must be a loss on student and teacher logits.*'test-features' uses features"
+        ):
+            losses.build("standardized", loss="test-features")
     finally:
         losses.registry._losses.pop("test-features", None)
 
 
 def test_other_refusals():
     z_s, z_t, _ = sample()
-    with pytest.raises(ValueError, match="target must be given for 'corrected'"): losses.build("corrected")(z_s, z_t)
-    with pytest.raises(ValueError, match="rule must be one of 'swap', 'skip', got 'drop'"): losses.build("corrected", rule="drop")
-    with pytest.raises(ValueError, match="distill_weight .* got -1"): losses.build("standardized", distill_weight=-1)
+    with pytest.raises(ValueError, match="target must be given for 'corrected'"):
+        losses.build("corrected")(z_s, z_t)
+    with pytest.raises(ValueError, match="rule must be one of 'swap', 'skip', got 'drop'"):
+        losses.build("corrected", rule="drop")
+    with pytest.raises(ValueError, match="distill_weight .* got -1"):
+        losses.build("standardized", distill_weight=-1)

@@ -1,1 +1,1 @@
-"""Many runs: a profile's batch, searches of hyper-parameters, and batches that travel to another machine."""
+"""Many runs: a profile's batch, hyper-parameter searches, and batches packed for another machine."""

@@ -1,7 +1,7 @@
-"""Carries out a packed batch on a bare machine: `python run.py --seconds 540 --home results`.
+"""Runs a packed batch on a bare machine: `python run.py --seconds 540 --home results`.
 
-`ldrld pack` copies this file beside the package as `run.py`. It begins with nothing but Python's own library: it checks
-what was delivered, puts data together, makes wheels importable, and only then imports PyTorch and `ldrld`.
+`ldrld pack` copies this file next to the package as `run.py`. It starts with the standard library only: it checks the
+delivered files, assembles the data, makes wheels importable, and only then imports PyTorch and `ldrld`.
 """
 import argparse
 import hashlib
@@ -15,22 +15,23 @@ import zipfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-MARGIN = 20.0  # seconds before the end by which everything has been brought home
-EVERY = 60.0  # seconds between two collections of what is there
+MARGIN = 20.0  # seconds before the end by which all results are collected
+EVERY = 60.0  # seconds between two collections of results
 
 
 def problems(folder: Path, packed: dict) -> list[str]:
-    """What was not delivered, or arrived damaged."""
+    """Missing and damaged files."""
     found = []
     for name, digest in packed["files"].items():
         path = folder / name
         if not path.exists(): found.append(f"{name} is missing: deliver it, too")
-        elif hashlib.sha256(path.read_bytes()).hexdigest() != digest: found.append(f"{name} is damaged: deliver it again")
+        elif hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+            found.append(f"{name} is damaged: deliver it again")
     return found
 
 
 def unpack_wheels(folder: Path) -> None:
-    """Make the wheels importable, after everything that the machine has itself."""
+    """Make the wheels importable, after the machine's own packages."""
     site = folder / "wheels" / "site"
     for wheel in sorted((folder / "wheels").glob("*.whl")):
         with zipfile.ZipFile(wheel) as archive: archive.extractall(site)
@@ -38,12 +39,13 @@ def unpack_wheels(folder: Path) -> None:
 
 
 def put_data_together(folder: Path, packed: dict) -> None:
-    """Write the files of the data sets from their pieces, each whole or not at all."""
+    """Assemble the files of the data sets from their pieces, atomically."""
     for name, part in packed["data"].items():
         target = folder / "data" / name
         if target.exists(): continue
         content = lzma.decompress(b"".join((folder / piece).read_bytes() for piece in part["pieces"]))
-        if hashlib.sha256(content).hexdigest() != part["sha256"]: sys.exit(f"{name}: the pieces do not give the file that was packed")
+        if hashlib.sha256(content).hexdigest() != part["sha256"]:
+            sys.exit(f"{name}: the pieces do not give the file that was packed")
         target.parent.mkdir(parents=True, exist_ok=True)
         beside = target.with_name(f"{target.name}.tmp")
         beside.write_bytes(content)
@@ -59,17 +61,20 @@ def budget(text: str) -> float:
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Carry out the runs that were packed here, as far as the time goes.")
-    parser.add_argument("--seconds", type=budget, default=float("inf"), help="time in all, checks included; results are home 20 seconds before its end")
-    parser.add_argument("--home", type=Path, default=HERE / "home", help="folder for what is to be brought home; default: home/ beside this file")
-    parser.add_argument("--at-once", type=int, default=8, help="students in flight on a GPU")
-    parser.add_argument("--check", action="store_true", help="check the engine on this machine first, for at most 90 seconds, and stop if it is wrong")
-    parser.add_argument("--only-check", action="store_true", help="check the engine, and carry out nothing")
+    parser = argparse.ArgumentParser(description="Train the packed runs, as far as the time allows.")
+    parser.add_argument("--seconds", type=budget, default=float("inf"),
+                        help="total time, including checks; results are collected 20 seconds before its end")
+    parser.add_argument("--home", type=Path, default=HERE / "home",
+                        help="folder for the results; default: home/ next to this file")
+    parser.add_argument("--at-once", type=int, default=8, help="students trained at the same time on a GPU")
+    parser.add_argument("--check", action="store_true",
+                        help="check the engine on this machine first, for at most 90 seconds, and stop if it fails")
+    parser.add_argument("--only-check", action="store_true", help="only check the engine")
     return parser.parse_args(given)
 
 
 class Said:
-    """What was said so far, with times; also printed."""
+    """The log: prints lines with times and keeps them."""
     def __init__(self):
         self.started, self.lines = time.monotonic(), []
 
@@ -79,7 +84,7 @@ class Said:
 
 
 class Home:
-    """Brings home what is there, every minute and at the end."""
+    """Collects results every minute and at the end."""
     def __init__(self, packed: dict, folder: Path, said: Said):
         from ldrld.batch.pack import Limits
         self.packed, self.folder, self.said, self.at = packed, folder, said, time.monotonic()
@@ -87,22 +92,23 @@ class Home:
         self.busy = threading.Lock()
 
     def bring(self) -> list[str]:
-        """Collect everything now; what does not fit is returned by name."""
+        """Collect everything now; returns the names of files that do not fit."""
         from ldrld.batch.pack import collect
         from ldrld.core import paths
         with self.busy:
             self.at = time.monotonic()
-            return collect(paths.out(), self.packed["profile"], self.folder, self.limits, self.names, "\n".join(self.said.lines) + "\n")
+            log = "\n".join(self.said.lines) + "\n"
+            return collect(paths.out(), self.packed["profile"], self.folder, self.limits, self.names, log)
 
     def now_and_then(self) -> None:
-        """Collect if a minute has passed, beside the training, which does not wait for it."""
+        """Collect in the background if a minute has passed."""
         if time.monotonic() - self.at < EVERY: return
         self.at = time.monotonic()
         threading.Thread(target=self.bring, daemon=True).start()
 
 
 def main(given: list[str] | None = None) -> int:
-    """Check, put together, carry out, bring home; returns the exit status."""
+    """Check, assemble, train and collect; returns the exit status."""
     said, chosen = Said(), arguments(given)
     packed = json.loads((HERE / "packed.json").read_text(encoding="utf-8"))
     if wrong := problems(HERE, packed):
@@ -110,7 +116,8 @@ def main(given: list[str] | None = None) -> int:
         return 1
     unpack_wheels(HERE)
     put_data_together(HERE, packed)
-    os.environ.update(LDRLD_ROOT=str(HERE), LDRLD_OUT=str(HERE / "out"), LDRLD_DATA=str(HERE / "data"), CUBLAS_WORKSPACE_CONFIG=":4096:8")
+    os.environ.update(LDRLD_ROOT=str(HERE), LDRLD_OUT=str(HERE / "out"), LDRLD_DATA=str(HERE / "data"),
+                      CUBLAS_WORKSPACE_CONFIG=":4096:8")
     sys.path.insert(0, str(HERE))
     import torch
 
@@ -119,7 +126,8 @@ def main(given: list[str] | None = None) -> int:
     from ldrld.experiments.config import RunConfig
     from ldrld.training.selfcheck import selfcheck
     home = Home(packed, chosen.home, said)
-    said(f"torch {torch.__version__}, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}, {len(packed['runs'])} runs packed")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    said(f"torch {torch.__version__}, {gpu}, {len(packed['runs'])} runs packed")
     if chosen.check or chosen.only_check:
         passed = selfcheck(said, seconds=min(90.0, chosen.seconds / 3))
         home.bring()
@@ -135,7 +143,7 @@ def main(given: list[str] | None = None) -> int:
 
 
 def carry_out(runs, profile: str, left, at_once: int, said: Said, home: Home, device: str) -> bool:
-    """Carry out the runs; a mistake in one of them must not keep the results of the others from coming home."""
+    """Train the runs; an error in one of them must not prevent collecting the results of the others."""
     from ldrld.experiments.runs import run_in_flight
     try: run_in_flight(runs, profile, at_once if device == "cuda" else 1, left(), said, after_row=home.now_and_then)
     except Exception as error: said(f"FAILED {type(error).__name__}: {error}")

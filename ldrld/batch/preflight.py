@@ -1,6 +1,6 @@
-"""What a batch needs, looked at in seconds before anything is started: notebooks, data, teachers, room on the disk.
+"""Checks before a batch starts, within seconds: notebooks, data, teachers, disk space.
 
-Each thing that is missing is said once, with what to do, in place of one traceback a run.
+Each problem is reported once, with instructions, instead of one traceback per run.
 """
 import shutil
 import tempfile
@@ -20,7 +20,7 @@ SPARE = 200e6  # bytes for records, checkpoints, tables and figures
 
 
 class NotReady(RuntimeError):
-    """Something that a batch needs is not there; the message says what, and what to do."""
+    """A requirement of a batch is missing; the message says which, and what to do."""
 
     def __init__(self, problems: list[str]):
         lines = "\n".join(problems).splitlines()
@@ -28,7 +28,7 @@ class NotReady(RuntimeError):
 
 
 def notebooks_for(names: Iterable[str]) -> list[str]:
-    """What stands in the way of executing notebooks; empty if nothing does.
+    """What prevents executing notebooks; empty if nothing does.
 
     names: paths under `nbs/`, such as "run/train.ipynb".
     """
@@ -42,7 +42,7 @@ def notebooks_for(names: Iterable[str]) -> list[str]:
 
 
 def _images(names: Iterable[str]) -> tuple[dict, list[str]]:
-    """The data sets by name, and what is wrong with the others; of Tiny-ImageNet, minutes to read, only whether it is there."""
+    """The data sets by name, and problems with the others; Tiny-ImageNet takes minutes to read: only located."""
     images, problems = {}, []
     for name in sorted(names):
         large = name == "tiny-imagenet"
@@ -53,8 +53,8 @@ def _images(names: Iterable[str]) -> tuple[dict, list[str]]:
 
 
 def _teacher(config: RunConfig, folder: str) -> list[str]:
-    """What is wrong with a teacher's record and weights, as far as they are there; what is not there is made."""
-    from ldrld.experiments.model_cards import (  # here, because that module is needed for nothing else
+    """Problems with a teacher's existing record and weights; missing ones will be made."""
+    from ldrld.experiments.model_cards import (  # not needed otherwise
         card_path,
         complaints,
     )
@@ -68,7 +68,7 @@ def _teacher(config: RunConfig, folder: str) -> list[str]:
 
 
 def _table_bytes(config: RunConfig, images) -> dict[Path, int]:
-    """Where a teacher's logits for a run lie, and how much is to be written of them; empty for a run that reads none."""
+    """The folder of a teacher's logits and the bytes still to be written; empty if the run reads none."""
     loss = losses.build(config.loss, **config.loss_args)
     if config.teacher is None or loss.needs_features or loss.alters_pictures: return {}
     folder = paths.work(name_of(config.teacher))
@@ -79,7 +79,7 @@ def _table_bytes(config: RunConfig, images) -> dict[Path, int]:
 
 
 def _disk(needed: float) -> list[str]:
-    """Whether results can be written, and whether there is room for so many bytes."""
+    """Problems with writing results or with the free space."""
     try:
         paths.out().mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=paths.out()).close()
@@ -87,19 +87,19 @@ def _disk(needed: float) -> list[str]:
         return [f"disk: {paths.out()} cannot be written to ({error.strerror}); choose another folder with --out"]
     free = shutil.disk_usage(paths.out()).free
     if free >= needed: return []
-    return [f"disk: {paths.out()} has {free / 1e9:.1f} GB left, about {needed / 1e9:.1f} GB are needed for the teachers' "
-            "logits and the results; make room, or choose another folder with --out"]
+    return [f"disk: {paths.out()} has {free / 1e9:.1f} GB left, about {needed / 1e9:.1f} GB are needed for the "
+            "teachers' logits and the results; make room, or choose another folder with --out"]
 
 
 def needs_of(todo: list[RunConfig], finished: list[RunConfig], folder: str) -> list[str]:
-    """What stands in the way of runs; empty if nothing does.
+    """What prevents runs; empty if nothing does.
 
-    todo: the runs.  finished: others of the profile, whose images new runs must share.  folder: of the records.
+    todo: the runs.  finished: other runs of the profile, whose images must be the same.  folder: of the records.
     """
     if not todo: return []
     images, problems = _images({config.dataset for config in todo})
     for config in finished:
-        if config.dataset not in images or config.dataset == "cifar100": continue    # its files are checked by loading
+        if config.dataset not in images or config.dataset == "cifar100": continue  # CIFAR-100 is checked when loaded
         try: same_pictures(load_record(name_of(config), folder), images[config.dataset])
         except ValueError as error: problems.append(f"data: {error}")
     teachers = {name_of(config.teacher): config.teacher for config in todo if config.teacher}

@@ -1,4 +1,4 @@
-"""What of a batch can be finished in a given time: measured on the machine itself, in the order of worth."""
+"""Which runs of a batch can be finished in a given time, by measurements on the machine itself."""
 import time
 from dataclasses import dataclass
 
@@ -18,16 +18,16 @@ from ldrld.training.teacher import TeacherLogits
 __all__ = ["Cost", "measured_costs", "plan_by_worth", "fitting"]
 
 MEASURING = 20.0  # seconds for all networks together
-SAFETY = 1.15  # a run may take so much longer than it was measured to
-CHECKPOINT = 2.2  # bytes of a checkpoint for each byte of float32 parameters: weights, momentum and history
+SAFETY = 1.15  # allowed factor over the measured time
+CHECKPOINT = 2.2  # bytes of a checkpoint per byte of float32 parameters: weights, momentum and history
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a run of a kind costs here.
+    """The cost of a kind of run on this machine.
 
-    begin: seconds before its first step.  epoch: seconds an epoch, with as many in flight as planned.
-    table: seconds for its teacher's logits, which the first of the teacher's students waits for.
+    begin: seconds before its first step.  epoch: seconds per epoch, with the planned number of concurrent students.
+    table: seconds for its teacher's logits, paid by the teacher's first student.
     """
     begin: float
     epoch: float
@@ -35,15 +35,17 @@ class Cost:
 
 
 def kind_of(config: RunConfig) -> tuple:
-    """What decides a run's cost: network, teacher, data, batch, and whether the loss looks inside the networks."""
-    return config.model, config.teacher and name_of(config.teacher), config.dataset, config.batch_size, config.loss if why_eager(config.loss, config.loss_args) else ""
+    """What determines a run's cost: network, teacher, data, batch size, and the loss if it cannot be captured."""
+    loss = config.loss if why_eager(config.loss, config.loss_args) else ""
+    return config.model, config.teacher and name_of(config.teacher), config.dataset, config.batch_size, loss
 
 
-def measured_costs(runs: list[tuple[RunConfig, tuple[str, ...]]], profile: str, at_once: int, seconds: float = MEASURING) -> dict[tuple, Cost]:
-    """The cost of every kind of run, from some steps of its students side by side, trained on cross-entropy alone.
+def measured_costs(runs: list[tuple[RunConfig, tuple[str, ...]]], profile: str, at_once: int,
+                   seconds: float = MEASURING) -> dict[tuple, Cost]:
+    """The cost of every kind of run, from some steps of concurrent students trained with cross-entropy.
 
-    runs: configurations and what is kept.  at_once: students in flight.  seconds: for all kinds together.
-    The loss is a small part of a step, and a teacher's table is computed once: a student without its teacher tells enough.
+    runs: configurations and what is kept.  at_once: concurrent students.  seconds: for all kinds together.
+    The loss is a small part of a step and a teacher's table is computed once, so students without a teacher suffice.
     """
     device, costs, tables = default_device(), {}, {}
     begin_on(device)
@@ -52,20 +54,22 @@ def measured_costs(runs: list[tuple[RunConfig, tuple[str, ...]]], profile: str, 
     for key, config in kinds.items():
         costs[key] = _measured(config, hangar, at_once if device == "cuda" else 1, seconds / len(kinds))
     for config, _ in runs:
-        if config.teacher and name_of(config.teacher) not in tables: tables[name_of(config.teacher)] = _table_seconds(config, hangar)
+        if not config.teacher or name_of(config.teacher) in tables: continue
+        tables[name_of(config.teacher)] = _table_seconds(config, hangar)
     of = lambda c: costs[c.model, c.dataset, c.batch_size]
-    return {kind_of(c): Cost(of(c).begin, of(c).epoch, tables[name_of(c.teacher)] if c.teacher else 0.0) for c, _ in runs}
+    table = lambda c: tables[name_of(c.teacher)] if c.teacher else 0.0
+    return {kind_of(c): Cost(of(c).begin, of(c).epoch, table(c)) for c, _ in runs}
 
 
 def _measured(config: RunConfig, hangar: Hangar, at_once: int, seconds: float) -> Cost:
-    """The cost of one network's runs, from steps of some students side by side."""
+    """The cost of one network's runs, from some steps of concurrent students."""
     device, began = hangar.device, time.perf_counter()
     alone = RunConfig(**{**config.model_dump(), "loss": "ce", "loss_args": {}, "teacher": None})
     task, images, _ = hangar.task_for(alone)
     flights = []
     for _ in range(at_once):
         student = start(alone, images, device)
-        student.checkpoint = None                               # a trial, which leaves nothing behind
+        student.checkpoint = None  # a trial without output
         flights.append(InFlight(student, task))
     for flight in flights: flight.advance()
     _settle(device)
@@ -80,13 +84,15 @@ def _measured(config: RunConfig, hangar: Hangar, at_once: int, seconds: float) -
 
 
 def _table_seconds(config: RunConfig, hangar: Hangar) -> float:
-    """How long a teacher's logits for every crop would take, from some of them; 0 where they are computed as they are needed."""
+    """Estimated seconds for a teacher's logits of every crop; 0 if they are computed lazily."""
     if hangar.device != "cuda": return 0.0
-    task, images, _ = hangar.task_for(RunConfig(**{**config.model_dump(), "loss": "ce", "loss_args": {}, "teacher": None}))
+    alone = RunConfig(**{**config.model_dump(), "loss": "ce", "loss_args": {}, "teacher": None})
+    task, images, _ = hangar.task_for(alone)
     network = models.build(config.teacher.model, len(images.classes)).to(hangar.device)
-    table = TeacherLogits(network, task.crops, len(images.classes), None, precision_used(config.precision, hangar.device), 4096)
+    dtype = precision_used(config.precision, hangar.device)
+    table = TeacherLogits(network, task.crops, len(images.classes), None, dtype, 4096)
     index = torch.arange(16384, device=hangar.device) % task.crops.n
-    table.compute(index[:4096], torch.zeros_like(index[:4096]))     # libraries choose their algorithms
+    table.compute(index[:4096], torch.zeros_like(index[:4096]))  # warm-up
     _settle(hangar.device)
     started = time.perf_counter()
     table.compute(index, torch.zeros_like(index))
@@ -99,18 +105,19 @@ def _settle(device: str) -> None:
 
 
 def checkpoint_bytes(config: RunConfig) -> float:
-    """About how large a run's checkpoint is."""
+    """The approximate size of a run's checkpoint."""
     with torch.device("meta"): size = sum(p.numel() for p in models.build(config.model, 100).parameters())
     return 4 * size * CHECKPOINT
 
 
-def fitting(runs: list[tuple[RunConfig, tuple[str, ...]]], seconds: float, costs: dict[tuple, Cost], done: dict[str, int],
-            largest: float) -> tuple[list, list[str]]:
-    """The runs to begin, in their order, and why each of the others is not begun.
+def fitting(runs: list[tuple[RunConfig, tuple[str, ...]]], seconds: float, costs: dict[tuple, Cost],
+            done: dict[str, int], largest: float) -> tuple[list, list[str]]:
+    """The runs to start, in order, and the reasons for not starting or not finishing others.
 
-    runs: in the order of worth, teachers before their students.  seconds: that are left.  costs: by kind of run.
-    done: epochs that each run has behind it.  largest: bytes of the largest checkpoint that can be brought home.
-    A run that can be finished is begun. One that cannot is begun only if nothing else is, and its checkpoint can be brought home.
+    runs: most valuable first, teachers before their students.  seconds: time left.  costs: by kind of run.
+    done: finished epochs of each run.  largest: bytes of the largest checkpoint that can be collected.
+    A run that fits is started. One that does not fit is started with the remaining time if its checkpoint can be
+    collected.
     """
     chosen, reasons, left, names = [], [], seconds, {name_of(c) for c, _ in runs}
     finished: set[str] = set()
@@ -131,25 +138,28 @@ def fitting(runs: list[tuple[RunConfig, tuple[str, ...]]], seconds: float, costs
             continue
         home = checkpoint_bytes(config) <= largest
         if home and left > table + 10 * cost.epoch and not why_eager(config.loss, config.loss_args):
-            chosen.append(run)                                    # what is left of the time makes a checkpoint
+            chosen.append(run)  # the remaining time goes into a checkpoint
             reasons.append(f"{name}: needs {need:.0f} s, {max(left, 0):.0f} s are left; its checkpoint comes home")
             left = 0.0
         else:
-            why = "" if home else f", and its checkpoint, {checkpoint_bytes(config) / MIB:.0f} MiB, is too large to be brought home"
+            size = checkpoint_bytes(config) / MIB
+            why = "" if home else f", and its checkpoint, {size:.0f} MiB, is too large to be brought home"
             reasons.append(f"{name}: needs {need:.0f} s, {max(left, 0):.0f} s are left{why}")
     return chosen, reasons
 
 
-def plan_by_worth(runs: list[tuple[RunConfig, tuple[str, ...]]], profile: str, seconds: float, at_once: int, limits: Limits, say) -> list:
-    """The runs that are begun in the time that is left; says which are not, and why.
+def plan_by_worth(runs: list[tuple[RunConfig, tuple[str, ...]]], profile: str, seconds: float, at_once: int,
+                  limits: Limits, say) -> list:
+    """The runs to start in the remaining time; reports which are not started, and why.
 
-    runs: in the order of worth.  seconds: that are left, measuring included.  at_once: students in flight.
-    limits: of what can be brought home.  say: called with each line.
+    runs: most valuable first.  seconds: time left, including measurements.  at_once: concurrent students.
+    limits: of what can be collected.  say: called with each line.
     """
     if seconds == float("inf"): return runs
     began = time.monotonic()
     costs = measured_costs(runs, profile, at_once, min(MEASURING, seconds / 10))
-    for network, epoch in {(kind[0], cost.epoch): None for kind, cost in costs.items()}: say(f"measured: {network}, {epoch:.2f} s an epoch")
+    for network, epoch in {(kind[0], cost.epoch): None for kind, cost in costs.items()}:
+        say(f"measured: {network}, {epoch:.2f} s per epoch")
     done = {name_of(c): epochs_trained(paths.work(name_of(c)) / "checkpoint.pt") for c, _ in runs}
     room = limits.file * max(limits.files - 3, 1)
     chosen, reasons = fitting(runs, seconds - (time.monotonic() - began), costs, done, room)

@@ -1,6 +1,6 @@
-"""Runs a whole profile: what is worth most first, several processes at a time, then the notebooks that make tables and figures.
+"""Runs a whole profile in several processes, the most valuable runs first, then the notebooks with tables and figures.
 
-Plain code rather than a notebook: it starts processes, and there is nothing in it to learn about distillation.
+Plain code rather than a notebook: it starts processes and teaches nothing about distillation.
 """
 import json
 import math
@@ -36,18 +36,18 @@ TRAIN, COHORT = "run/train.ipynb", "run/cohort.ipynb"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one notebook or run."""
+    """The outcome of one notebook or run."""
     name: str
     status: str  # "done", "paused", "diverged" or "failed"
     detail: str = ""
 
 
 def with_kernel(call, *arguments, **options):
-    """Call what starts a Jupyter kernel and executes a notebook there; anew, twice at most, where the kernel did not come up.
+    """Call a function that starts a Jupyter kernel and executes a notebook; retry at most twice if the kernel fails.
 
-    A kernel is told five ports before it binds them. Where several start side by side another may take one in between; this
-    one then dies of "Address already in use", before it has seen a cell.
-    call: with `arguments` and `options`; must start from scratch each time.
+    A kernel gets five ports before it binds them. If several kernels start at once, another may take one of the ports;
+    the kernel then dies of "Address already in use" before the first cell.
+    call: called with `arguments` and `options`; must start from scratch each time.
     """
     from tenacity import Retrying, retry_if_exception_message, stop_after_attempt
     again = retry_if_exception_message(match="Kernel died before replying to kernel_info")
@@ -56,7 +56,7 @@ def with_kernel(call, *arguments, **options):
 
 @cache
 def own_kernel() -> type:
-    """A manager of kernels that run this very Python, whatever somebody has registered under the name `python3`."""
+    """A manager of kernels that use this Python, whatever is registered under the name `python3`."""
     from ipykernel.kernelspec import get_kernel_dict
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
@@ -69,16 +69,19 @@ def own_kernel() -> type:
 
 
 def execute(notebook: str, name: str, parameters: dict, folder: str) -> Outcome:
-    """Execute a source notebook with papermill; a failure is told by cell and traceback.
+    """Execute a source notebook with papermill; failures are reported with cell and traceback.
 
     notebook: path under `nbs/`.  name: of the executed copy.  parameters: injected.  folder: below `runs/executed/`.
     """
     try: import papermill
-    except ModuleNotFoundError: return Outcome(name, "failed", 'papermill is not installed; pip install "ldrld[run]", or train with --direct')
+    except ModuleNotFoundError:
+        return Outcome(name, "failed", 'papermill is not installed; pip install "ldrld[run]", or train with --direct')
     target = paths.executed(folder) / f"{name}.ipynb"
     target.parent.mkdir(parents=True, exist_ok=True)
     source = paths.notebooks() / notebook
-    if not source.exists(): return Outcome(name, "failed", f"{notebook} is not under {paths.notebooks()}: call this in a checkout of ldrld, or set LDRLD_ROOT to one")
+    if not source.exists():
+        why = f"{notebook} is not under {paths.notebooks()}: call this in a checkout of ldrld, or set LDRLD_ROOT to one"
+        return Outcome(name, "failed", why)
     unknown = set(parameters) - set(papermill.inspect_notebook(str(source)))
     if unknown: return Outcome(name, "failed", f"{notebook} has no parameter {', '.join(sorted(unknown))}")
     try:
@@ -87,8 +90,9 @@ def execute(notebook: str, name: str, parameters: dict, folder: str) -> Outcome:
     except papermill.PapermillExecutionError as error:
         if error.ename in ("Paused", "Diverged"): return Outcome(name, error.ename.lower(), error.evalue)
         trace = "\n".join(error.traceback) if isinstance(error.traceback, list) else str(error.traceback)
-        return Outcome(name, "failed", f"{notebook}, cell {error.cell_index}: {error.ename}: {error.evalue}\n{trace}\nlog: {target}")
-    except Exception as error:  # a kernel that died, a full disk: reported like any other failure, the rest goes on
+        where = f"{notebook}, cell {error.cell_index}"
+        return Outcome(name, "failed", f"{where}: {error.ename}: {error.evalue}\n{trace}\nlog: {target}")
+    except Exception as error:  # a dead kernel, a full disk: reported like any other failure, the other runs continue
         return Outcome(name, "failed", f"{notebook}: {type(error).__name__}: {error}\nlog: {target}")
     return Outcome(name, "done")
 
@@ -99,22 +103,27 @@ def execute_one(*arguments) -> list[Outcome]:
 
 
 def free(name: str) -> bool:
-    """Whether nobody is carrying out this run; another machine may share this folder."""
+    """Whether no process, here or on a machine sharing this folder, holds the lock of a run."""
     try:
         with lock_of(name, timeout=0): return True
     except Timeout: return False
 
 
 def execute_runs(runs: list[tuple[dict, tuple[str, ...]]], profile_name: str, notebooks: bool) -> list[Outcome]:
-    """Carry out runs that share a pass, in a notebook or directly; if that fails, each alone, to know which one it is."""
+    """Train runs that share a data pass, in a notebook or directly; if that fails, each alone to find the cause."""
     names = [name_of(RunConfig(**config)) for config, _ in runs]
-    if time.time() > float(os.environ.get("LDRLD_DEADLINE", "inf")): return [Outcome(name, "paused", "the time budget is spent") for name in names]
+    if time.time() > float(os.environ.get("LDRLD_DEADLINE", "inf")):
+        return [Outcome(name, "paused", "the time budget is spent") for name in names]
     taken = [Outcome(name, "paused", "another process is at it") for name in names if not free(name)]
-    runs, names = [r for r, name in zip(runs, names) if name not in {o.name for o in taken}], [n for n in names if n not in {o.name for o in taken}]
+    busy = {outcome.name for outcome in taken}
+    runs = [run for run, name in zip(runs, names) if name not in busy]
+    names = [name for name in names if name not in busy]
     if not runs: return taken
     result = Outcome(names[0], "done")
     try:
-        if notebooks and len(runs) == 1: result = execute(TRAIN, names[0], {"profile": profile_name, "keep": list(runs[0][1]), **runs[0][0]}, profile_name)
+        if notebooks and len(runs) == 1:
+            given = {"profile": profile_name, "keep": list(runs[0][1]), **runs[0][0]}
+            result = execute(TRAIN, names[0], given, profile_name)
         elif notebooks:
             given = {"profile": profile_name, "runs": [{**config, "keep": list(keep)} for config, keep in runs]}
             result = execute(COHORT, f"{names[0]}-and-{len(names) - 1}-more", given, profile_name)
@@ -122,29 +131,32 @@ def execute_runs(runs: list[tuple[dict, tuple[str, ...]]], profile_name: str, no
     except Paused as pause: result = Outcome(names[0], "paused", str(pause))
     except Diverged as diverged: result = Outcome(names[0], "diverged", str(diverged))
     except Exception as error: result = Outcome(names[0], "failed", f"{type(error).__name__}: {error}")
-    if result.status in ("failed", "diverged") and len(runs) > 1: return taken + [o for r in runs for o in execute_runs([r], profile_name, notebooks)]
+    if result.status in ("failed", "diverged") and len(runs) > 1:
+        return taken + [o for r in runs for o in execute_runs([r], profile_name, notebooks)]
     return taken + [Outcome(name, result.status, result.detail) for name in names]
 
 
 def cohorts(runs: list[tuple[RunConfig, tuple[str, ...]]], size: int) -> list[list[tuple[RunConfig, tuple[str, ...]]]]:
-    """Pack runs of one network that can share a pass and a teacher into cohorts of at most `size`, as equal as they come.
+    """Group runs of one network that can share a data pass and a teacher into similar cohorts of at most `size`.
 
-    The cohorts stand in the order of their first runs in `runs`; a run whose weights others need stands alone. Other networks
-    could share the pass, too, but belong to other pairs: what is worth most would wait for them.
+    Cohorts are in the order of their first runs in `runs`; a run whose weights others need is alone. Other networks
+    could share the pass, too, but belong to other pairs, and the most valuable runs would wait for them.
     """
     groups: dict = {}
     for i, (config, keep) in enumerate(runs):
         alone = name_of(config) if "weights" in keep else None
-        groups.setdefault((company(config), config.model, config.teacher and name_of(config.teacher), alone), []).append((i, config, keep))
+        key = company(config), config.model, config.teacher and name_of(config.teacher), alone
+        groups.setdefault(key, []).append((i, config, keep))
     packed = []
     for group in groups.values():
         n = math.ceil(len(group) / size)
         packed += [group[k * len(group) // n : (k + 1) * len(group) // n] for k in range(n)]
-    return [[(config, keep) for _, config, keep in cohort] for cohort in sorted(packed, key=lambda cohort: cohort[0][0])]
+    packed.sort(key=lambda cohort: cohort[0][0])
+    return [[(config, keep) for _, config, keep in cohort] for cohort in packed]
 
 
 def odd(name: str, folder: str) -> str:
-    """What is wrong with a run's record; empty if nothing is, or if there is none."""
+    """What is wrong with a run's record; empty if it is valid or missing."""
     try: load_record(name, folder)
     except ValueError as error: return str(error)
     return ""
@@ -158,19 +170,19 @@ def wanted(p, only: tuple[str, ...] = (), plan: bool = False) -> list[tuple[RunC
 
 
 def missing(p, only: tuple[str, ...] = (), plan: bool = False) -> list[tuple[RunConfig, tuple[str, ...]]]:
-    """The runs of a profile that are to be carried out, each with what is to be kept of it; arguments as in `reproduce`.
+    """The missing runs of a profile, each with what to keep; arguments as in `reproduce`.
 
-    First those that are not finished, as `ldrld.experiments.runs.finished` says it, those that are worth most first. Then finished ones that
-    lack something that is needed: what a figure shows, or a teacher's weights while a student is still to be trained.
+    First the unfinished runs (see `ldrld.experiments.records.finished`), the most valuable first. Then finished runs
+    without a required file: data for a figure, or a teacher's weights while one of its students is unfinished.
     """
     folder, runs = profile(p).name, wanted(p, only, plan)
     made = {name_of(config) for config, _ in runs if finished(config, folder)}
     there = lambda kind, name: KEPT[kind](name, folder).exists()
     first, again, asked = [], [], set()
-    for config, keep in reversed(runs):                     # students before their teachers
+    for config, keep in reversed(runs):  # students before their teachers
         name = name_of(config)
         lacks = tuple(kind for kind in keep if not there(kind, name) and (kind != "weights" or name in asked))
-        if load_divergence(name, folder): continue             # that is what came of it
+        if load_divergence(name, folder): continue  # it has a result
         if name not in made: first.append((config, keep))
         elif lacks: again.append((config, lacks))
         else: continue
@@ -179,7 +191,7 @@ def missing(p, only: tuple[str, ...] = (), plan: bool = False) -> list[tuple[Run
 
 
 def taken_up_again(todo: list[tuple[RunConfig, tuple[str, ...]]], folder: str) -> str:
-    """Which finished runs of `todo`, from `missing`, lack what is needed, and what; empty if none does."""
+    """The finished runs of `todo` (from `missing`) that lack required files, and which; empty if none does."""
     of: dict[str, list[str]] = {}
     for config, lacks in todo:
         for kind in lacks if finished(config, folder) else (): of.setdefault(kind, []).append(name_of(config))
@@ -193,7 +205,7 @@ LEFT = re.compile(r"\.(\d+)\.(?:tmp|part)$")  # the process that wrote it
 
 
 def _is_left(path: Path) -> bool:
-    """Whether a half-written file was left by a process that is gone; one that may be at it, here or elsewhere, keeps its file."""
+    """Whether a partial file was left by a dead process; one that may be alive, here or elsewhere, keeps it."""
     try: age = time.time() - path.stat().st_mtime
     except FileNotFoundError: return False
     if age > 3600 or os.name != "posix": return age > 3600
@@ -204,13 +216,14 @@ def _is_left(path: Path) -> bool:
 
 
 def sweep(p, only: tuple[str, ...] = ()) -> list[Path]:
-    """Remove what killed processes left of a profile, and return it: half-written files, checkpoints of finished runs.
+    """Remove and return leftovers of killed processes: partial files and checkpoints of finished runs.
 
     Arguments as in `reproduce`.
     """
     folder, swept = profile(p).name, []
     records = paths.records(folder)
-    results = (records, records / "logits", records / "insight", paths.tables(folder), paths.figures(folder), paths.weights(folder))
+    results = (records, records / "logits", records / "insight",
+               paths.tables(folder), paths.figures(folder), paths.weights(folder))
     for place in (*results, *paths.work().glob("*")):
         if place.is_dir(): swept += [path for path in place.iterdir() if LEFT.search(path.name) and _is_left(path)]
     busy = {name_of(config) for config, _ in missing(p, only)}
@@ -222,12 +235,12 @@ def sweep(p, only: tuple[str, ...] = ()) -> list[Path]:
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM: a batch that is told to end ends its processes first."""
+    """SIGTERM: a batch stops its processes before it ends."""
 
 
 @contextmanager
 def terminable():
-    """Have SIGTERM raise `Terminated` within; where this is not the main thread, signals are left alone."""
+    """Let SIGTERM raise `Terminated`, but only in the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -240,19 +253,19 @@ def terminable():
 
 
 def end_with_parent() -> None:
-    """End this process as soon as the one that started it is gone, however it went; a kernel started here ends likewise."""
+    """End this process, and with it its kernels, as soon as its parent is gone."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
 
 def prepared(log_file: str) -> None:
-    """Make a process ready for tasks: it ends with its parent, and its standard error, and its kernels', goes to a log."""
+    """Prepare a worker process: it ends with its parent, and standard error, also of its kernels, goes to a log."""
     threading.Thread(target=end_with_parent, daemon=True).start()
     with open(log_file, "a", encoding="utf-8") as log: os.dup2(log.fileno(), 2)
 
 
 class Workers:
-    """So many processes, each a pool of its own: one that is killed takes no other with it, and is replaced."""
+    """A number of processes, each in its own pool, so that one that is killed does not affect the others."""
 
     def __init__(self, jobs: int, log: Path):
         self.log, self.others = log, multiprocessing.active_children()
@@ -267,29 +280,30 @@ class Workers:
         """Hand a task to an idle process."""
         pool = self.idle.pop()
         try: future = pool.submit(function, *arguments)
-        except BrokenProcessPool:                              # killed while it had nothing to do
+        except BrokenProcessPool:  # killed while idle
             pool = self.new()
             future = pool.submit(function, *arguments)
         self.busy[future] = pool
         return future
 
     def ended(self, future: Future) -> bool:
-        """Take back the process of a task that ended; whether it was killed."""
+        """Release the process of a finished task; returns whether it was killed."""
         pool, killed = self.busy.pop(future), isinstance(future.exception(), BrokenProcessPool)
         if killed: pool.shutdown(wait=False)
         self.idle.append(self.new() if killed else pool)
         return killed
 
     def close(self, at_once: bool = False) -> None:
-        """End all processes: when they have nothing left to do, or at once."""
+        """End all processes, after their tasks or at once."""
         if at_once:
             for child in multiprocessing.active_children():
                 if child not in self.others: child.terminate()
         for pool in (*self.idle, *self.busy.values()): pool.shutdown(wait=not at_once, cancel_futures=True)
 
 
-def in_flight(runs: list[tuple[RunConfig, tuple[str, ...]]], folder: str, seconds: float, at_once: int) -> list[Outcome]:
-    """Carry out runs side by side in this process, see `ldrld.experiments.runs.run_in_flight`; one outcome a run."""
+def in_flight(runs: list[tuple[RunConfig, tuple[str, ...]]], folder: str, seconds: float,
+              at_once: int) -> list[Outcome]:
+    """Train runs side by side in this process, see `ldrld.experiments.runs.run_in_flight`; one outcome per run."""
     run_in_flight(runs, folder, at_once, seconds, tqdm.write)
     outcomes = []
     for name in (name_of(config) for config, _ in runs):
@@ -300,7 +314,7 @@ def in_flight(runs: list[tuple[RunConfig, tuple[str, ...]]], folder: str, second
 
 
 def result_of(future, names: list[str], log: Path) -> list[Outcome]:
-    """What a process says came of its task; one that was killed twice fails, the others go on."""
+    """The outcomes of a task; a process that was killed twice fails, the others continue."""
     try: outcomes = future.result()
     except Exception as error:
         what = "a process was killed twice" if isinstance(error, BrokenProcessPool) else "its process failed"
@@ -311,16 +325,19 @@ def result_of(future, names: list[str], log: Path) -> list[Outcome]:
 
 
 def in_parallel(what: str, tasks: list[tuple], jobs: int, needs: dict[str, set[str]] | None = None) -> list[Outcome]:
-    """Carry out tasks (names, function, arguments) in `jobs` processes of one thread each, the first ones first.
+    """Execute tasks (names, function, arguments) in order, in `jobs` processes of one thread each.
 
-    needs: for a name those that must be done before it; what waits for a failed or paused one is left, as paused.
+    needs: per name the names that must be done before; tasks that need a failed or paused one are reported as paused.
     """
     if not tasks: return []
-    os.environ["OMP_NUM_THREADS"] = "1"  # two processes of two threads on two cores are slower than two of one
+    os.environ["OMP_NUM_THREADS"] = "1"  # on two cores, two processes with two threads are slower than with one
     outcomes, log = [], paths.executed("kernels.log")
     log.parent.mkdir(parents=True, exist_ok=True)
     task_of = {name: i for i, (names, *_) in enumerate(tasks) for name in names}
-    graph = TopologicalSorter({i: {task_of[n] for name in names for n in (needs or {}).get(name, ()) if n in task_of} for i, (names, *_) in enumerate(tasks)})
+    graph = TopologicalSorter()
+    for i, (names, *_) in enumerate(tasks):
+        needed = set().union(*((needs or {}).get(name, ()) for name in names))
+        graph.add(i, *(task_of[name] for name in needed if name in task_of))
     graph.prepare()
     ready, running, killed_once = [], {}, set()
     workers = Workers(max(1, min(jobs, len(tasks))), log)
@@ -348,39 +365,43 @@ def in_parallel(what: str, tasks: list[tuple], jobs: int, needs: dict[str, set[s
             raise
         workers.close()
     left = task_of.keys() - {o.name for o in outcomes}
-    return outcomes + [Outcome(name, "paused", "a run that it needs is not finished") for name in task_of if name in left]
+    waiting = [name for name in task_of if name in left]
+    return outcomes + [Outcome(name, "paused", "a run that it needs is not finished") for name in waiting]
 
 
 def report(p: str = "quick", only: tuple[str, ...] = (), jobs: int = 2) -> list[Outcome]:
-    """Make tables and figures of a profile from its records, see `ldrld.results.report.to_report`; one outcome a notebook.
+    """Make the tables and figures of a profile, see `ldrld.results.report.to_report`; one outcome per notebook.
 
-    Arguments as in `reproduce`. Raises `NotReady` where notebooks or papermill are not there.
+    Arguments as in `reproduce`. Raises `NotReady` if notebooks or papermill are missing.
     """
-    from ldrld.results.report import to_report  # here, since a machine that only trains need not have what it imports
+    from ldrld.results.report import to_report  # not needed on machines that only train
 
     p = str(Path(p).resolve()) if p.endswith((".yaml", ".yml")) else p
     chosen = [EXPERIMENTS[name] for name in (only or to_report(p))]
     if problems := notebooks_for(f"paper/{e.notebook}.ipynb" for e in chosen): raise NotReady(problems)
-    tasks = [([e.notebook], execute_one, f"paper/{e.notebook}.ipynb", e.notebook, {"profile": p}, profile(p).name) for e in chosen]
+    folder = profile(p).name
+    tasks = [([e.notebook], execute_one, f"paper/{e.notebook}.ipynb", e.notebook, {"profile": p}, folder)
+             for e in chosen]
     return in_parallel("tables and figures", tasks, jobs)
 
 
 def reproduce(p: str = "quick", only: tuple[str, ...] = (), jobs: int = 2, seconds: float = math.inf,
               notebooks: bool = True, together: int = 5, plan: bool = False,
               graphs: bool = False, at_once: int = 8) -> list[Outcome]:
-    """Make every run of a profile that is not finished (see `missing`), those that are worth most first, then its tables and figures.
+    """Make the missing runs of a profile (see `missing`), the most valuable first, then its tables and figures.
 
-    p: "quick", "small", "paper" or a YAML file.  only: names of experiments, none for those that the profile selects.  jobs: processes at a time.
-    seconds: time budget; runs pause after the epoch in which it ends, and go on at the next call, on this machine or, with the folder of
-    results, on another.
-    notebooks: run training in its notebook through papermill, else directly; then papermill is needed for tables and figures alone, which
-    are left out where it is not installed.
-    together: students at most that share a pass over the pictures.
-    plan: make the runs of the profile's plan (`ldrld.experiments.plan`) in place of those of its experiments, and no tables.
-    graphs: train in this process, every student as a recording on a stream of its own (`ldrld.training.graphs`), without notebooks.
-    at_once: students in flight then.
-    Returns one outcome for each run and notebook; a run whose record is odd is not tried, and failed.
-    Raises `NotReady`, before anything is started, where data, notebooks, a teacher or room on the disk are missing.
+    p: "quick", "small", "paper" or a YAML file.  only: names of experiments; by default those of the profile.
+    jobs: parallel processes.
+    seconds: time budget; runs pause at its end and resume at the next call, on this machine or, with a copy of the
+    output folder, on another.
+    notebooks: train in notebooks with papermill, else directly; then papermill is needed only for tables and figures,
+    which are skipped if it is not installed.
+    together: maximum number of students that share a data pass.
+    plan: make the runs of the profile's plan (`ldrld.experiments.plan`) instead of its experiments, and no tables.
+    graphs: train in this process with CUDA graphs on separate streams (`ldrld.training.graphs`), without notebooks.
+    at_once: number of concurrent students for `graphs`.
+    Returns one outcome per run and notebook; a run with an invalid record is not repeated, and reported as failed.
+    Raises `NotReady`, before anything is started, if data, notebooks, a teacher or disk space are missing.
     """
     folder, runs, tried = profile(p).name, wanted(p, only, plan), set()
     sweep(p, only)
@@ -398,12 +419,15 @@ def reproduce(p: str = "quick", only: tuple[str, ...] = (), jobs: int = 2, secon
     if math.isfinite(seconds): os.environ["LDRLD_DEADLINE"] = str(time.time() + 0.9 * seconds)
     ends = time.monotonic() + seconds
     while todo:
-        task = lambda runs: ([name_of(c) for c, _ in runs], execute_runs, [(c.model_dump(), k) for c, k in runs], folder, notebooks)
+        def task(runs):
+            given = [(c.model_dump(), k) for c, k in runs]
+            return [name_of(c) for c, _ in runs], execute_runs, given, folder, notebooks
         needs = {name_of(c): {name_of(c.teacher)} for c, _ in todo if c.teacher}
         if graphs: outcomes += in_flight(todo, folder, ends - time.monotonic(), at_once)
         else: outcomes += in_parallel("runs", [task(runs) for runs in cohorts(todo, together)], jobs, needs)
         tried |= {name_of(c) for c, _ in todo} | not_tried
-        todo = [(c, k) for c, k in missing(p, only, plan) if name_of(c) not in tried]  # a search that is finished says what to run next
+        # a finished search determines further runs
+        todo = [(c, k) for c, k in missing(p, only, plan) if name_of(c) not in tried]
     os.environ.pop("LDRLD_DEADLINE", None)
     if plan: return outcomes
     why = "papermill is not installed here"
@@ -417,16 +441,16 @@ def reproduce(p: str = "quick", only: tuple[str, ...] = (), jobs: int = 2, secon
 
 
 def compare_with_committed(profile_name: str) -> str | None:
-    """How the records made now differ from those committed with the project; None if they are the same files."""
+    """How the new records differ from those committed with the project; None if they are the same files."""
     made, committed = paths.records(profile_name), paths.root() / "data" / "runs" / profile_name
     if made.resolve() == committed.resolve() or not committed.exists(): return None
     def accuracy(file: Path) -> float | None:
         try: return float(json.loads(file.read_text(encoding="utf-8"))["last_accuracy"])
-        except (OSError, ValueError, KeyError, TypeError): return None      # odd, which is told elsewhere
+        except (OSError, ValueError, KeyError, TypeError): return None  # invalid, reported elsewhere
     both = [(accuracy(file), accuracy(committed / file.name)) for file in sorted(made.glob("*.json"))]
     both = [pair for pair in both if None not in pair]
     if not both: return "none of these runs has a committed record to compare with"
     equal, largest = sum(a == b for a, b in both), max(abs(a - b) for a, b in both)
     mean = sum(a - b for a, b in both) / len(both)
-    return (f"{len(both)} runs have a committed record: {equal} repeat it exactly; the largest difference is {largest:.2f} points, "
-            f"the mean over all {mean:+.3f}")
+    return (f"{len(both)} runs have a committed record: {equal} repeat it exactly; "
+            f"the largest difference is {largest:.2f} points, the mean over all {mean:+.3f}")

@@ -31,12 +31,15 @@ KINDS = ("no teacher", "logits", "features", "pictures")
 CONTENDERS = {name: m for name, m in METHODS.items() if m.teacher == "plain"}
 CONTENDERS["KD, teacher corrected"] = Method("corrected", {"loss": "kd"})
 
+
 def kind_of(
     loss: nn.Module,  # from `ldrld.losses`
 ) -> str:  # one of `KINDS`
     "What a method looks at."
-    if not loss.needs_teacher: return "no teacher"
+    if not loss.needs_teacher:
+        return "no teacher"
     return "pictures" if loss.alters_pictures else "features" if loss.needs_features else "logits"
+
 
 def teacher_asked(
     loss: nn.Module,  # from `ldrld.losses`
@@ -53,15 +56,30 @@ def random_pictures(
     "A data set of noise, by default with the sizes of CIFAR-100."
     images = torch.randint(256, (n, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     labels, names = torch.arange(n) % classes, tuple(map(str, range(classes)))
-    return ImageData("noise", images, labels, images[:64], labels[:64], names, names, torch.arange(classes),
-                     mean=(0.5,) * 3, std=(0.29,) * 3, padding=4, flip=True, fingerprint="")
+    return ImageData(
+        "noise",
+        images,
+        labels,
+        images[:64],
+        labels[:64],
+        names,
+        names,
+        torch.arange(classes),
+        mean=(0.5,) * 3,
+        std=(0.29,) * 3,
+        padding=4,
+        flip=True,
+        fingerprint="",
+    )
 
 # %% ../../nbs/bench/methods.ipynb #3354a783
 EPOCHS = 240  # of which a lesson is the last
 
+
 @dataclass
 class Lesson:
     "One optimisation step of a method, as training takes it, ready to be repeated."
+
     student: Student
     batch: Batch  # whose `look` asks the teacher
     answered: Batch  # the same with every answer at hand
@@ -75,8 +93,10 @@ class Lesson:
     def step_live(self) -> None:
         "A step in which a method that must ask the teacher itself does so."
         batch = self.batch
-        if self.student.loss.needs_features and self.asked: batch = batch._replace(inside=batch.look(batch.x))
+        if self.student.loss.needs_features and self.asked:
+            batch = batch._replace(inside=batch.look(batch.x))
         self.student.step(batch, self.dtype)
+
 
 def lesson(
     method: Method,
@@ -96,9 +116,10 @@ def lesson(
         loss.at_epoch(EPOCHS, EPOCHS, 0)
         answer = teacher.look(loss.pictures(x))
         answered = batch._replace(look=lambda _: answer)
-    student.begin_epoch(EPOCHS, EPOCHS, seed=0)                   # what a loss draws begins anew
+    student.begin_epoch(EPOCHS, EPOCHS, seed=0)  # what a loss draws begins anew
     n = 0 if teacher_asked(loss) != "live" else len(answer[0]) if loss.alters_pictures else len(x)
     return Lesson(student, batch, answered, n, teacher.dtype)
+
 
 def teacher_of(
     s: Setting,
@@ -113,6 +134,7 @@ def teacher_of(
 def count(module: nn.Module, trained: bool = False) -> int:
     "Parameters of a module; with `trained` those that learn."
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
+
 
 def kept_bytes(
     loss: nn.Module,
@@ -136,8 +158,16 @@ def size_of(
 ) -> dict:  # as points tell it
     "What all methods share."
     n, side, *_ = s.images.train_images.shape
-    return {"teacher": s.teacher, "student": s.student, "batch": s.batch_size, "side": side,
-            "classes": len(s.images.classes), "pictures": n, "precision": precision}
+    return {
+        "teacher": s.teacher,
+        "student": s.student,
+        "batch": s.batch_size,
+        "side": side,
+        "classes": len(s.images.classes),
+        "pictures": n,
+        "precision": precision,
+    }
+
 
 def step_costs(
     s: Setting,
@@ -150,9 +180,15 @@ def step_costs(
     for name in names:
         l = lesson(CONTENDERS[name], s, teacher)
         loss, used = l.student.loss, l.student.loss.deployed(l.student.model)
-        sizes[name] = size | {"kind": kind_of(loss), "asks": teacher_asked(loss), "asked": l.asked,
-                              "extra": count(loss, trained=True), "used": count(used)}
-        for _ in range(2): l.step_live()
+        sizes[name] = size | {
+            "kind": kind_of(loss),
+            "asks": teacher_asked(loss),
+            "asked": l.asked,
+            "extra": count(loss, trained=True),
+            "used": count(used),
+        }
+        for _ in range(2):
+            l.step_live()
         weights.append(point(name, [step_bytes(l, s.device) for _ in range(min(s.rounds, 3))], "B", **sizes[name]))
         made[name] = clock(l.step, seconds=seconds)
     for n in sorted({of["asked"] for of in sizes.values()} - {0}):
@@ -163,13 +199,17 @@ def step_costs(
         made[name] = clock(partial(teacher.look, x), seconds=seconds)
     return weights + [point(name, values, **sizes[name]) for name, values in alternate(made, s.rounds).items()]
 
+# %% ../../nbs/bench/methods.ipynb #e11a2993
 @benchmark("methods", "What a step of each method costs", "98_method_cost")
 def methods(scale, device):
     "Noise as large as CIFAR-100, batches of 64, two pairs; on a GPU and at the full scale a third."
     pairs, pause = [("resnet14", "resnet8"), ("resnet56", "resnet20"), ("resnet32x4", "resnet8x4")], pace(scale)
-    if scale != "full" and torch.device(device).type != "cuda": pairs = pairs[:2]
-    if scale == "small": images, batch, pairs = random_pictures(16, 320, 10), 16, pairs[:1]
-    else: images, batch = random_pictures(), 64
+    if scale != "full" and torch.device(device).type != "cuda":
+        pairs = pairs[:2]
+    if scale == "small":
+        images, batch, pairs = random_pictures(16, 320, 10), 16, pairs[:1]
+    else:
+        images, batch = random_pictures(), 64
     settings = [Setting(images, *pair, batch_size=batch, rounds=pause["rounds"], device=device) for pair in pairs]
     return [partial(step_costs, s, pause["seconds"]) for s in settings]
 
@@ -182,13 +222,21 @@ def costs_of(
     seconds, bytes_ = (of_pair[of_pair["unit"] == unit].set_index("contender") for unit in ("s", "B"))
     line, kd, memory = seconds.loc[name], seconds.loc["KD", "values"], bytes_.loc[name, "values"]
     whole = np.array(line["values"])
-    if line["asked"]: whole = whole + np.array(seconds.loc[f"teacher, {line['asked']} pictures", "values"])
+    if line["asked"]:
+        whole = whole + np.array(seconds.loc[f"teacher, {line['asked']} pictures", "values"])
     steps = -(-line["pictures"] // line["batch"])
-    found = {"step": spread(line["values"]), "times": ratio(line["values"], kd), "whole": spread(whole),
-             "whole_times": ratio(whole, kd), "epoch": spread(whole * steps),
-             "memory": spread(memory), "memory_times": ratio(memory, bytes_.loc["KD", "values"])}
+    found = {
+        "step": spread(line["values"]),
+        "times": ratio(line["values"], kd),
+        "whole": spread(whole),
+        "whole_times": ratio(whole, kd),
+        "epoch": spread(whole * steps),
+        "memory": spread(memory),
+        "memory_times": ratio(memory, bytes_.loc["KD", "values"]),
+    }
     numbers = {f"{what} {k}": v for what, r in found.items() for k, v in r.items()}
     return {"method": name} | {k: line[k] for k in ("teacher", "student", "kind", "asks", "extra", "used")} | numbers
+
 
 def costs(
     points: pd.DataFrame,  # from `ldrld.bench.timing.frame`, of one machine

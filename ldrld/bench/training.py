@@ -46,12 +46,16 @@ from ..training.teacher import TeacherLogits
 # %% ../../nbs/bench/training.ipynb #8f3bad98
 class Pictures(Dataset):
     "Training pictures one at a time, each through a transform."
+
     def __init__(self, images: ImageData, transform: Callable):
         self.images, self.labels, self.transform = images.train_images.numpy(), images.train_labels.tolist(), transform
 
-    def __len__(self): return len(self.labels)
+    def __len__(self):
+        return len(self.labels)
 
-    def __getitem__(self, i): return self.transform(Image.fromarray(self.images[i])), self.labels[i]
+    def __getitem__(self, i):
+        return self.transform(Image.fromarray(self.images[i])), self.labels[i]
+
 
 def usual_transform(
     images: ImageData,
@@ -59,7 +63,9 @@ def usual_transform(
     "Padded random crop, coin-flip mirror, tensor, normalised."
     t, size = torchvision.transforms, tuple(images.train_images.shape[1:3])
     flip = [t.RandomHorizontalFlip()] if images.flip else []
-    return t.Compose([t.RandomCrop(size, padding=images.padding), *flip, t.ToTensor(), t.Normalize(images.mean, images.std)])
+    return t.Compose(
+        [t.RandomCrop(size, padding=images.padding), *flip, t.ToTensor(), t.Normalize(images.mean, images.std)]
+    )
 
 # %% ../../nbs/bench/training.ipynb #ff78d858
 def usual_loop(
@@ -70,24 +76,35 @@ def usual_loop(
     batch_size: int = 64,
     workers: int = 0,  # processes that prepare pictures
     device: str = "cpu",
-    lr: float = 0.05, momentum: float = 0.9, weight_decay: float = 5e-4,  # of SGD
+    lr: float = 0.05,
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,  # of SGD
     epochs: int | None = None,  # under a one-cycle schedule; None: without end, at a constant rate
 ) -> Iterator[torch.Tensor]:  # the loss after each step
     "Distillation as it is usually written."
-    loader = DataLoader(Pictures(images, usual_transform(images)), batch_size, shuffle=True, num_workers=workers,
-                        drop_last=True, persistent_workers=workers > 0, pin_memory=device != "cpu")
+    loader = DataLoader(
+        Pictures(images, usual_transform(images)),
+        batch_size,
+        shuffle=True,
+        num_workers=workers,
+        drop_last=True,
+        persistent_workers=workers > 0,
+        pin_memory=device != "cpu",
+    )
     optimizer = SGD(student.parameters(), lr, momentum=momentum, weight_decay=weight_decay)
     scheduler = OneCycleLR(optimizer, lr, epochs * len(loader), cycle_momentum=False) if epochs else None
     student.train()
     for _ in range(epochs) if epochs else count():
         for x, y in loader:
             x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-            with torch.no_grad(): z_t = teacher(x)
+            with torch.no_grad():
+                z_t = teacher(x)
             value = loss(student(x), z_t, y)
             optimizer.zero_grad()
             value.backward()
             optimizer.step()
-            if scheduler: scheduler.step()
+            if scheduler:
+                scheduler.step()
             yield value.detach()
 
 # %% ../../nbs/bench/training.ipynb #8d125956
@@ -97,12 +114,19 @@ def shortened(
 ) -> ImageData:
     "The same data with fewer pictures: epochs become short; 64 test pictures stay, since an epoch ends with a test."
     kept = torch.randperm(len(images.train_labels), generator=torch.Generator().manual_seed(0))[:n]
-    return replace(images, train_images=images.train_images[kept], train_labels=images.train_labels[kept],
-                   test_images=images.test_images[:64], test_labels=images.test_labels[:64])
+    return replace(
+        images,
+        train_images=images.train_images[kept],
+        train_labels=images.train_labels[kept],
+        test_images=images.test_images[:64],
+        test_labels=images.test_labels[:64],
+    )
+
 
 @dataclass(frozen=True)
 class Setting:
     "Who learns what from whom, and how long a slice is."
+
     images: ImageData
     teacher: str  # network
     student: str  # network
@@ -117,57 +141,84 @@ class Setting:
     def networks(self) -> tuple[nn.Module, nn.Module]:  # student, teacher
         "Both with random weights, which take as long as trained ones."
         torch.manual_seed(0)
-        student, teacher = (models.build(name, len(self.images.classes)).to(self.device) for name in (self.student, self.teacher))
+        student, teacher = (
+            models.build(name, len(self.images.classes)).to(self.device) for name in (self.student, self.teacher)
+        )
         return student, teacher.eval()
 
     @property
     def size(self) -> dict:  # as points tell it
-        return {"data": self.images.name, "teacher": self.teacher, "student": self.student, "loss": self.loss, "batch": self.batch_size, "steps": self.steps}
+        return {
+            "data": self.images.name,
+            "teacher": self.teacher,
+            "student": self.student,
+            "loss": self.loss,
+            "batch": self.batch_size,
+            "steps": self.steps,
+        }
 
 # %% ../../nbs/bench/training.ipynb #70fad2cb
 PARTS = ("data", "teacher", "student", "loss", "backward", "optimiser")
 
+
 class Stopwatch:
     "Seconds of each part of a training step."
-    def __init__(self, device: str = "cpu"): self.device, self.last = device, None
+
+    def __init__(self, device: str = "cpu"):
+        self.device, self.last = device, None
 
     def lap(self, part: str) -> None:
         "All time since the last lap went into `part`."
-        if self.last is None: return
-        if torch.device(self.device).type == "cuda": torch.cuda.synchronize()
+        if self.last is None:
+            return
+        if torch.device(self.device).type == "cuda":
+            torch.cuda.synchronize()
         now = time.perf_counter()
         self.seconds[part], self.last = self.seconds[part] + now - self.last, now
 
     def around(self, part: str, function: Callable) -> Callable:
         "The same function, timed."
+
         def timed(*args, **kwargs):
             self.lap("data")
             result = function(*args, **kwargs)
             self.lap(part)
             return result
+
         return timed
 
     def follow(self, student: nn.Module, loss: nn.Module) -> None:
         "Time the student's forward pass in training, and the loss whichever way it is called."
         student.register_forward_pre_hook(lambda m, _: self.lap("data") if m.training else None)
         student.register_forward_hook(lambda m, *_: self.lap("student") if m.training else None)
-        for call in ("terms", "value_and_terms", "forward"): setattr(loss, call, self.around("loss", getattr(loss, call)))
+        for call in ("terms", "value_and_terms", "forward"):
+            setattr(loss, call, self.around("loss", getattr(loss, call)))
 
     @contextmanager
     def running(self):
         "Time what happens inside; `seconds` and `steps` tell it afterwards."
+
         def step_done(*_):
             self.lap("optimiser")
             self.steps += 1
-        hooks = [register_optimizer_step_pre_hook(lambda *_: self.lap("backward")), register_optimizer_step_post_hook(step_done)]
+
+        hooks = [
+            register_optimizer_step_pre_hook(lambda *_: self.lap("backward")),
+            register_optimizer_step_post_hook(step_done),
+        ]
         self.seconds, self.steps, self.last = defaultdict(float), 0, time.perf_counter()
-        try: yield self
+        try:
+            yield self
         finally:
             self.last = None
-            for hook in hooks: hook.remove()
+            for hook in hooks:
+                hook.remove()
 
 # %% ../../nbs/bench/training.ipynb #c15ab14e
-WARM_UP = 2  # slices of ours before those that count; the clock of the usual loop takes as many steps before each of its own
+WARM_UP = (
+    2  # slices of ours before those that count; the clock of the usual loop takes as many steps before each of its own
+)
+
 
 @contextmanager
 def numerics(
@@ -178,10 +229,13 @@ def numerics(
     backends, names = torch.backends, ("allow_tf32", "deterministic", "benchmark")
     before, tf32 = {name: getattr(backends.cudnn, name) for name in names}, backends.cuda.matmul.allow_tf32
     set_numerics(device, deterministic)
-    try: yield
+    try:
+        yield
     finally:
-        for name, value in before.items(): setattr(backends.cudnn, name, value)
+        for name, value in before.items():
+            setattr(backends.cudnn, name, value)
         backends.cuda.matmul.allow_tf32 = tf32
+
 
 def answers(
     s: Setting,
@@ -196,14 +250,18 @@ def answers(
     at_once = 4096 if torch.device(s.device).type == "cuda" else 64
     return TeacherLogits(teacher, crops, len(s.images.classes), path, dtype, at_once, resident)
 
+
 def ask_ahead(table: TeacherLogits, epochs: int, batch_size: int) -> None:
     "Have at hand what these epochs will show."
     for epoch in range(1, epochs + 1):
         index, view = draw(0, epoch, table.crops.n, table.crops.views)
-        if table.held is not None: table.ahead(index, view)
+        if table.held is not None:
+            table.ahead(index, view)
         else:
-            for batch in zip(index.split(batch_size), view.split(batch_size)): table(*batch)
+            for batch in zip(index.split(batch_size), view.split(batch_size)):
+                table(*batch)
 
+# %% ../../nbs/bench/training.ipynb #7325e674
 def usual(
     s: Setting,
     folder: str,  # for files
@@ -237,16 +295,20 @@ def ours(
     dtype = precision_used(precision, s.device)
     crops = Crops(images.train_images, images.mean, images.std, images.padding, images.flip, s.device)
     table = answers(s, teacher, crops, dtype, folder, resident=torch.device(s.device).type == "cuda")
-    if at_hand: ask_ahead(table, WARM_UP + s.rounds, s.batch_size)
+    if at_hand:
+        ask_ahead(table, WARM_UP + s.rounds, s.batch_size)
     members = [Student(s.networks()[0], losses.build(s.loss).to(s.device), compiled=compiled) for _ in range(students)]
     if watch:
         table = watch.around("teacher", table)
         watch.follow(members[0].model, members[0].loss)
     epochs = train_together(members, images, table, batch_size=s.batch_size, dtype=dtype)
+
     def measure():
         with numerics(s.device), set_torch_threads(threads or s.cores):
             return sum(row["seconds"] for row in next(epochs)) / (crops.n * students)
-    for _ in range(WARM_UP): measure()
+
+    for _ in range(WARM_UP):
+        measure()
     return measure
 
 # %% ../../nbs/bench/training.ipynb #10f6fa42
@@ -255,9 +317,11 @@ def _prepare(*arguments, **more):
     global _ready
     _ready = ours(*arguments, **more)
 
+
 def _measure():
     "In a worker: take it."
     return _ready()
+
 
 def side_by_side(
     s: Setting,
@@ -265,13 +329,16 @@ def side_by_side(
     **more,  # arguments of `ours`
 ) -> Callable[[], float]:  # each call is a slice: seconds a picture and student, of all processes together
     "As many processes as cores, each with one thread and a cohort of its own."
-    if s.cores == 1: return ours(s, folder, **more)
+    if s.cores == 1:
+        return ours(s, folder, **more)
     few = replace(s, images=shortened(s.images, s.steps * s.batch_size))
     workers = [ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) for _ in range(s.cores)]
-    for done in [worker.submit(_prepare, few, folder, **more) for worker in workers]: done.result()
+    for done in [worker.submit(_prepare, few, folder, **more) for worker in workers]:
+        done.result()
     return lambda: max(done.result() for done in [worker.submit(_measure) for worker in workers]) / len(workers)
 
-# name -> function of a setting and a folder that gives a measurement in seconds a picture, summed over the students where there are several
+
+# name -> function of a setting and a folder that gives seconds per image, summed over the students
 TRAINERS: dict[str, Callable] = {
     "usual loop": usual,
     "usual loop, one thread": partial(usual, threads=1),
@@ -292,44 +359,73 @@ def throughput(
 ) -> list[Point]:
     "Seconds a picture of every contender, in turn."
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        made = {name: make(s, folder) for name, make in (contenders or TRAINERS).items() if s.compiler or "compiled" not in name}
+        made = {
+            name: make(s, folder)
+            for name, make in (contenders or TRAINERS).items()
+            if s.compiler or "compiled" not in name
+        }
         return [point(name, values, "s/picture", **s.size) for name, values in alternate(made, s.rounds).items()]
+
 
 def breakdown(
     s: Setting,
     names: tuple[str, ...] = ("usual loop", "usual loop, one thread", "ours"),  # in `TRAINERS`
 ) -> list[Point]:
     "Seconds a step of every part, in turn."
+
     def parts(watch, measure):
-        with watch.running(): measure()
+        with watch.running():
+            measure()
         return {part: watch.seconds[part] / watch.steps for part in PARTS}
+
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         watches = {name: Stopwatch(s.device) for name in names}
         made = {name: partial(parts, watch, TRAINERS[name](s, folder, watch=watch)) for name, watch in watches.items()}
         found = alternate(made, min(s.rounds, 5))
-    return [point(name, [v[part] for v in values], "s/step", part=part, **s.size) for name, values in found.items() for part in PARTS]
+    return [
+        point(name, [v[part] for v in values], "s/step", part=part, **s.size)
+        for name, values in found.items()
+        for part in PARTS
+    ]
+
 
 def with_workers(
     s: Setting,
 ) -> list[Point]:
     "The usual loop with two worker processes, beside the same without."
-    made = {f"usual loop, {w} workers, {t} thread{'s' * (t > 1)}": usual(s, "", workers=w, threads=t, steps=2)
-            for w in (0, 2) for t in sorted({1, s.cores})}
-    return [point(name, values, "s/picture", **s.size | {"steps": 2}) for name, values in alternate(made, min(s.rounds, 3)).items()]
+    made = {
+        f"usual loop, {w} workers, {t} thread{'s' * (t > 1)}": usual(s, "", workers=w, threads=t, steps=2)
+        for w in (0, 2)
+        for t in sorted({1, s.cores})
+    }
+    return [
+        point(name, values, "s/picture", **s.size | {"steps": 2})
+        for name, values in alternate(made, min(s.rounds, 3)).items()
+    ]
 
+# %% ../../nbs/bench/training.ipynb #18508d99
 @benchmark("training", "Pictures a second that a student learns from", "96_training_speed")
 def training(scale, device):
     "Pairs of the CIFAR-100 tables, throughput and parts; and workers. CIFAR-100 where it is, else glyphs."
     if scale == "small":
-        settings = [Setting(data.load("digits"), "resnet14", "resnet8", batch_size=16, steps=2, rounds=2, device=device, cores=1)]
+        settings = [
+            Setting(
+                data.load("digits"), "resnet14", "resnet8", batch_size=16, steps=2, rounds=2, device=device, cores=1
+            )
+        ]
     else:
-        try: images = data.load("cifar100")
-        except FileNotFoundError: images = data.load("glyphs")
+        try:
+            images = data.load("cifar100")
+        except FileNotFoundError:
+            images = data.load("glyphs")
         pairs, steps = [("resnet56", "resnet20"), ("resnet32", "resnet8")], 10
-        if torch.device(device).type == "cuda": pairs, steps = [("resnet32x4", "resnet8x4"), *pairs], 100
+        if torch.device(device).type == "cuda":
+            pairs, steps = [("resnet32x4", "resnet8x4"), *pairs], 100
         compiler = shutil.which("c++") is not None
         settings = [Setting(images, *pair, steps=steps, rounds=6, device=device, compiler=compiler) for pair in pairs]
-    return [partial(case, s) for s in settings for case in (throughput, breakdown)] + [partial(with_workers, settings[-1])]
+    return [partial(case, s) for s in settings for case in (throughput, breakdown)] + [
+        partial(with_workers, settings[-1])
+    ]
 
 # %% ../../nbs/bench/training.ipynb #8eb3a662
 def taught_by_the_usual(s: Setting, teacher: nn.Module, epochs: int, seed: int) -> float:  # per cent
@@ -337,9 +433,13 @@ def taught_by_the_usual(s: Setting, teacher: nn.Module, epochs: int, seed: int) 
     torch.manual_seed(seed)
     student = models.build(s.student, len(s.images.classes)).to(s.device)
     with set_torch_threads(s.cores):
-        for _ in usual_loop(student, teacher, losses.build(s.loss), s.images, s.batch_size, 0, s.device, lr=0.1, epochs=epochs): pass
+        for _ in usual_loop(
+            student, teacher, losses.build(s.loss), s.images, s.batch_size, 0, s.device, lr=0.1, epochs=epochs
+        ):
+            pass
     z = logits_of(student, s.images.test_images, s.images.mean, s.images.std)
     return accuracy(z, s.images.test_labels)
+
 
 def taught_by_ours(s: Setting, teacher: nn.Module, epochs: int, seed: int) -> float:  # per cent
     "Test accuracy of a student after ours."
@@ -354,16 +454,25 @@ def taught_by_ours(s: Setting, teacher: nn.Module, epochs: int, seed: int) -> fl
         *_, (row,) = train_together([member], images, table, epochs, s.batch_size, seed, dtype)
     return row["test_accuracy"]
 
+
 def teach(s: Setting, weights, epochs: int, seeds: int) -> list[Point]:
     "Both loops, seed by seed."
     network = models.build(s.teacher, len(s.images.classes))
     teacher = (models.load_weights(network, weights) if weights else network).to(s.device).eval()
-    found = {name: [taught(s, teacher, epochs, seed) for seed in range(seeds)] for name, taught in (("usual loop", taught_by_the_usual), ("ours", taught_by_ours))}
-    return [point(name, values, "%", **s.size | {"epochs": epochs, "pictures": len(s.images.train_labels)}) for name, values in found.items()]
+    found = {
+        name: [taught(s, teacher, epochs, seed) for seed in range(seeds)]
+        for name, taught in (("usual loop", taught_by_the_usual), ("ours", taught_by_ours))
+    }
+    return [
+        point(name, values, "%", **s.size | {"epochs": epochs, "pictures": len(s.images.train_labels)})
+        for name, values in found.items()
+    ]
+
 
 @benchmark("training-accuracy", "Accuracy of the usual loop and of ours", "96_training_speed")
 def training_accuracy(scale, device):
-    "10,000 pictures of CIFAR-100, two epochs, three seeds, one thread; the `small` profile's resnet20 teaches a resnet8."
+    "10,000 pictures of CIFAR-100, two epochs, three seeds, one thread; the `small` profile's resnet20 teaches a "
+    "resnet8."
     if scale == "small":
         images = replace(shortened(data.load("digits"), 320))
         return [partial(teach, Setting(images, "resnet8", "resnet8", device=device, cores=1), None, 1, 2)]
@@ -379,6 +488,7 @@ SHARED: dict[str, Callable] = {
     "8 students, logits made": lambda s, folder: side_by_side(s, folder, students=max(1, 8 // s.cores), at_hand=False),
 }
 
+
 @benchmark("training-shared", "Eight students and the making of their teacher's logits", "96_training_speed")
 def training_shared(scale, device):
     "The same pairs as `training`."
@@ -388,6 +498,7 @@ def training_shared(scale, device):
 @dataclass(frozen=True)
 class TrainingAim:
     "At least `times` the pictures a second of the usual loop at its best."
+
     teacher: str
     student: str
     what: str  # as tables say it
@@ -395,32 +506,49 @@ class TrainingAim:
     contender: str = "ours"  # one student, "cohort" or "8 students"; the faster of their ways
     gpu: bool = False  # whether it is meant for a GPU, else for a CPU
 
+
 ONE_STUDENT = ("ours", "ours, all cores", "ours, compiled")  # ways in which one student learns alone
 
 AIMS = (
     TrainingAim("resnet56", "resnet20", "one student, logits at hand", 3.5),
     TrainingAim("resnet32", "resnet8", "one student, logits at hand", 4.5),
-    TrainingAim("resnet56", "resnet20", "students summed over 8, their logits made on the way", 3, contender="8 students"),
-    TrainingAim("resnet32", "resnet8", "students summed over 8, their logits made on the way", 3, contender="8 students"),
+    TrainingAim(
+        "resnet56", "resnet20", "students summed over 8, their logits made on the way", 3, contender="8 students"
+    ),
+    TrainingAim(
+        "resnet32", "resnet8", "students summed over 8, their logits made on the way", 3, contender="8 students"
+    ),
     TrainingAim("resnet56", "resnet20", "students summed over a cohort, logits at hand", 4, contender="cohort"),
     TrainingAim("resnet56", "resnet20", "one student, logits at hand", 10, gpu=True),
     TrainingAim("resnet32", "resnet8", "one student, logits at hand", 10, gpu=True),
 )
 
+
 def usual_at_best(
     values: dict[str, tuple[float, ...]],  # contender -> seconds a picture
 ) -> str:  # contender
     "The fastest of the usual loop's ways."
-    return min((name for name in values if name in TRAINERS and name.startswith("usual loop")), key=lambda name: sorted(values[name])[len(values[name]) // 2])
+    return min(
+        (name for name in values if name in TRAINERS and name.startswith("usual loop")),
+        key=lambda name: sorted(values[name])[len(values[name]) // 2],
+    )
+
 
 def reached(
     aim: TrainingAim,
     points: pd.DataFrame,  # from `ldrld.bench.timing.frame`, of one machine
 ) -> dict | None:  # median, q1, q3, n of the factor, and `against`; None where it was not measured
     "What a measurement says about an aim."
-    pair = points[(points["teacher"] == aim.teacher) & (points["student"] == aim.student) & (points["unit"] == "s/picture")]
+    pair = points[
+        (points["teacher"] == aim.teacher) & (points["student"] == aim.student) & (points["unit"] == "s/picture")
+    ]
     values = dict(zip(pair["contender"], pair["values"]))
-    if not values or not (mine := [name for name in ONE_STUDENT if name in values] if aim.contender == "ours" else [name for name in values if name.startswith(aim.contender)]): return None
+    if not values or not (
+        mine := [name for name in ONE_STUDENT if name in values]
+        if aim.contender == "ours"
+        else [name for name in values if name.startswith(aim.contender)]
+    ):
+        return None
     baseline = usual_at_best(values)
     seconds = min((values[name] for name in mine), key=lambda v: sorted(v)[len(v) // 2])
     return ratio(values[baseline], seconds) | {"against": baseline}

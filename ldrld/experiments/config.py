@@ -182,7 +182,8 @@ def name_of(
     text = json.dumps([schema, _named(config)], sort_keys=True, separators=(",", ":"))
     digest = hashlib.sha256(text.encode()).hexdigest()[:10]
     dataset = re.sub(r"[^a-z0-9]+", "-", Path(config.dataset).name.lower())
-    loss = re.sub(r"[^a-z0-9-]+", "-", config.loss.lower()) if ":" in config.loss else config.loss  # package.module:Class
+    loss = config.loss
+    if ":" in loss: loss = re.sub(r"[^a-z0-9-]+", "-", loss.lower())  # package.module:Class
     return f"{dataset}-{config.model.lower()}-{loss}-s{config.seed}-{digest}"
 
 # %% ../../nbs/experiments/config.ipynb #38efbc92

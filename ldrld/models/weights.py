@@ -45,8 +45,9 @@ class _StandIn:
 def _stand_in(name: str) -> type:
     """An empty class of this full name."""
     module, _, last = name.rpartition(".")
-    mapping = last in ("defaultdict", "EasyDict", "Dict", "CfgNode", "AttributeDict")
-    becomes = OrderedDict if mapping else list if last == "deque" else None
+    becomes = None
+    if last in ("defaultdict", "EasyDict", "Dict", "CfgNode", "AttributeDict"): becomes = OrderedDict
+    elif last == "deque": becomes = list
     return type(last, (_StandIn,), {"__module__": module, "becomes": becomes})
 
 
@@ -69,7 +70,7 @@ _STARTS = {
 def _complaint(path: Path, reason: str) -> str:
     """Why PyTorch's restricted unpickler could not read a file, in one sentence."""
     if name := _asked_for(reason):
-        return (f"it asks for {name}, which no weights need and which could run code, so it was not read further. "
+        return (f"it references {name}, which no weights need and which could run code, so it was not loaded. "
                 "If you trust its origin, save model.state_dict() alone where the file was made")
     if "TorchScript" in reason: return "a TorchScript program, not a state dict"
     with open(path, "rb") as file: start = file.read(32)
@@ -156,7 +157,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     found = _state_dicts(content)
     if len(found) > 1:
         places = ", ".join(map(repr, found))
-        raise WeightsError(f"{path}: holds {len(found)} state dicts, under {places}; save the one that you want alone")
+        raise WeightsError(f"{path}: holds {len(found)} state dicts, under {places}; save only the one you want")
     content = next(iter(found.values()), content)
     items = content.items() if isinstance(content, dict) else []
     odd = [f"{key!r} ({type(value).__name__})" for key, value in items

@@ -171,7 +171,9 @@ class Flat:
 class Counters:
     "The batch counters of all batch norms in some modules, incremented by one kernel."
     def __init__(self, *modules: nn.Module):
-        found = [m for module in modules for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        found = []
+        for module in modules:
+            found += [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self.norms = [m for m in found if m.num_batches_tracked is not None]
 
     def __enter__(self):

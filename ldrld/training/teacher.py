@@ -85,7 +85,7 @@ class TeacherTable(Teacher):
 
     @torch.inference_mode()
     def compute(self,
-        index: Tensor, view: Tensor,  # (rows,) which images, which view of each
+        index: Tensor, view: Tensor,  # (rows,) images and their crops
     ) -> Tensor:  # (rows, classes) half precision
         "Run the teacher in batches of a fixed size."
         device, z = self.crops.pixels.device, []
@@ -98,7 +98,7 @@ class TeacherTable(Teacher):
         return torch.cat(z)
 
     def known(self,
-        index: Tensor, view: Tensor,  # (rows,) which images, which view of each
+        index: Tensor, view: Tensor,  # (rows,) images and their crops
     ) -> Tensor:  # (rows, classes) half precision
         "The teacher's logits, from the file if they are in it, else computed."
         if self.rows is None: return self.compute(index, view)
@@ -138,7 +138,7 @@ class TeacherLogits(TeacherTable):
         return self.computed - before
 
     def __call__(self,
-        index: Tensor, view: Tensor,  # (batch,) which images, which view of each
+        index: Tensor, view: Tensor,  # (batch,) images and their crops
         x: Tensor | None = None,  # the cropped images, unused
     ) -> Tensor:  # (batch, classes) float32
         "The teacher's logits for the given crops."

@@ -1,5 +1,6 @@
 """The fused kernel against plain autograd in float64. Run natively by test_kernels.py where there is a CUDA device, and
-otherwise in a process of its own with Triton's interpreter (TRITON_INTERPRET=1), which computes with NumPy on the CPU."""
+otherwise in a process of its own with Triton's interpreter (TRITON_INTERPRET=1), which computes with NumPy on the
+CPU."""
 
 import os
 
@@ -25,8 +26,8 @@ TERMS = ("ce", "pairs", "llki", "rntk")
 FACTORS = {"ce": 1.0, "pairs": 7.6, "llki": 7.6, "rntk": 112.0}  # about those of LDRLD's defaults
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # What storing the gradient costs, relative to a value: half a unit in the last place, 2^-9 in bfloat16, and as much
-# again for a value near a boundary. The interpreter truncates to bfloat16, a whole unit, 2^-7. That of float16 logits is
-# held in float32, until a loss scale has multiplied it.
+# again for a value near a boundary. The interpreter truncates to bfloat16, a whole unit, 2^-7. That of float16 logits
+# is held in float32, until a loss scale has multiplied it.
 STORED = {F32: 1e-5, BF16: 2**-7 if INTERPRETED else 2**-8, F16: 1e-5}
 
 
@@ -47,8 +48,8 @@ def shares(rows, device):
 
 
 def selected(student, teacher, d, temperature, rank_by):
-    """The classes that the kernel selected, (rows, d): those with a gradient from the d-way term alone. Checked to be the
-    d largest, and put in the kernel's order: by value, equal ones by index."""
+    """The classes that the kernel selected, (rows, d): those with a gradient from the d-way term alone. Checked to be
+    the d largest, and put in the kernel's order: by value, equal ones by index."""
     only = {"ce": 0.0, "pairs": 0.0, "llki": 1.0, "rntk": 0.0}
     ones = torch.ones(len(student), device=student.device)
     _, grad = fused(
@@ -134,7 +135,8 @@ def test_agrees_with_autograd(classes, d, T, dtype, device):
 @pytest.mark.parametrize("lanes, stack", [(8, 4), (16, 1), (16, 2), (64, 1)])
 @pytest.mark.parametrize("classes", [33, 64, 100, 129])
 def test_any_division_into_lanes_and_blocks(lanes, stack, classes, device, monkeypatch):
-    """Whole blocks, blocks and a tail, a tail alone, lanes without a class: all with few classes, against plain top-d."""
+    """Whole blocks, blocks and a tail, a tail alone, lanes without a class: all with few classes, against plain
+    top-d."""
 
     def options(*args):
         groups = triton_kernel.triton.next_power_of_2(-(-classes // lanes))
@@ -203,8 +205,8 @@ def test_student_and_teacher_of_different_types(student_type, teacher_type, devi
 @pytest.mark.parametrize("classes, d", [(10, 4), (500, 7), (3000, 20)])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=lambda d: str(d)[6:])
 def test_many_equal_logits(classes, d, dtype, device):
-    """Logits rounded to whole numbers: every selection has ties within it and at its end. `selected` checks that it is one
-    of the right ones, each class once."""
+    """Logits rounded to whole numbers: every selection has ties within it and at its end. `selected` checks that it
+    is one of the right ones, each class once."""
     student, teacher, target = sample(4, classes, device=device)
     student, share, weights = student.round().to(dtype), shares(4, device), adw_weights(d, device=device)
     teacher = teacher.to(dtype)
@@ -254,7 +256,8 @@ def test_ties_below_the_selection_leave_it_unique(device):
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("classes", [100, 3000])
 def test_logits_of_ten_thousand(dtype, classes, device):
-    """2e-5 in place of 1e-5: differences of logits of up to 100, which e^(−100/T) lets count, divided by T and rounded."""
+    """2e-5 in place of 1e-5: differences of logits of up to 100, which e^(−100/T) lets count, divided by T and
+    rounded."""
     g = torch.Generator().manual_seed(0)
     student, teacher = ((1e4 * (2 * torch.rand(4, classes, generator=g) - 1)).to(device, dtype) for _ in range(2))
     pi = torch.rand(4, classes, generator=g).topk(7).indices.to(device)
@@ -270,7 +273,8 @@ def test_logits_of_ten_thousand(dtype, classes, device):
 
 @pytest.mark.parametrize("lead", [60.0, 1e3, 1e4])
 def test_the_rest_beside_a_dominating_class(lead, device):
-    """Nothing of the rest may be lost in the sum over all: the remaining term to 2e-5 of itself, its gradient to 1e-4."""
+    """Nothing of the rest may be lost in the sum over all: the remaining term to 2e-5 of itself, its gradient to
+    1e-4."""
     student, teacher, _ = sample(4, 2000, device=device)
     student[:, 1234], teacher[:, 321] = lead, lead / 2
     share, weights = shares(4, device), adw_weights(2, device=device)

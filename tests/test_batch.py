@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -14,27 +15,15 @@ import papermill
 import pytest
 from jupyter_client.connect import LocalPortCache
 
+import commands
+
 from ldrld.batch.scheduler import execute
 from ldrld.experiments.config import RunConfig
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tests" / "tiny.yaml"
+ldrld = partial(commands.ldrld, OMP_NUM_THREADS=None)  # the command itself must see to its threads
 pytestmark = pytest.mark.xdist_group("batch")  # they share what the first of them makes
-
-
-def ldrld(*words, cwd=ROOT, **env):
-    return subprocess.run(
-        [sys.executable, "-c", "from ldrld.cli import main; main()", *map(str, words)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env={
-            **{k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"},
-            "PYTHONPATH": str(ROOT),
-            "COLUMNS": "200",
-            **env,
-        },
-    )
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +119,18 @@ def test_a_kernel_whose_port_was_taken_is_started_anew(tmp_path, monkeypatch):
 
 
 def test_a_time_budget_pauses_and_goes_on(tmp_path):
-    words = ("reproduce", "--profile", TINY, "--only", "probability_gap", "--out", tmp_path, "--direct", "--jobs", 1)
+    words = (
+        "reproduce",
+        "--profile",
+        TINY,
+        "--only",
+        "probability_gap",
+        "--out",
+        tmp_path,
+        "--no-notebooks",
+        "--jobs",
+        1,
+    )
     first = ldrld(*words, "--time-budget", "1s")
     assert first.returncode == 0 and "call again" in first.stdout, first.stdout + first.stderr
     second = ldrld(*words)

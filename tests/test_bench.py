@@ -1,4 +1,5 @@
-"""Benchmarks: they run, their files are sound, what they compare is equal, and pictures follow from files. No timing is asserted."""
+"""Benchmarks: they run, their files are sound, what they compare is equal, and pictures follow from files. No timing
+is asserted."""
 
 import os
 import shutil
@@ -12,6 +13,8 @@ import pytest
 import torch
 from torch.optim.optimizer import _global_optimizer_pre_hooks as hooks
 
+from commands import ldrld
+
 from ldrld import LDRLD, data
 from ldrld.bench import graphs, methods, timing, training
 from ldrld.data.augmentation import Crops
@@ -21,16 +24,6 @@ from ldrld.training.loop import Student, train_together
 ROOT = Path(__file__).parent.parent
 COMMITTED = sorted((ROOT / "data" / "bench").glob("*/*.json"))
 pytestmark = pytest.mark.xdist_group("bench")
-
-
-def ldrld(*words, **env):
-    return subprocess.run(
-        [sys.executable, "-c", "from ldrld.cli import main; main()", *map(str, words)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", **env},
-    )
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +96,8 @@ def test_the_reference_is_the_loss(depth, labels):
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 @pytest.mark.parametrize("contender", ["KD", "LDRLD, plain"])
 def test_bytes_agree_with_what_the_system_sees(contender):
-    """In a process of its own, where the C library gives freed memory back at once, the peak of the resident set says the same."""
+    """In a process of its own, where the C library gives freed memory back at once, the peak of the resident set says
+    the same."""
     code = f"""
 import gc
 from ldrld.bench.timing import peak_bytes, task

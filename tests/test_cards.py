@@ -1,17 +1,17 @@
 """Teachers' cards, what is said of files that are not as they should be, and teachers that are files."""
 
-import os
 import re
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from pydantic import ValidationError
+
+import commands
 
 from ldrld import data, models
 from ldrld.core import paths
@@ -45,14 +45,9 @@ def checkpoint_at(path, model="resnet8", classes=10, seed=0):
 
 
 def ldrld(*words, out=None, **env):
+    """Exit status, and everything that is printed."""
     where = {"LDRLD_OUT": str(out)} if out else {}
-    got = subprocess.run(
-        [sys.executable, "-c", "from ldrld.cli import main; main()", *map(str, words)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "400", **where, **env},
-    )
+    got = commands.ldrld(*words, OMP_NUM_THREADS="1", COLUMNS="400", **where, **env)
     assert "Traceback" not in got.stderr, got.stderr
     return got.returncode, got.stdout + got.stderr
 
@@ -576,7 +571,8 @@ def test_a_run_from_a_file_on_the_command_line(out, tmp_path):
     ["teacher.pth.tar", "teacher.ckpt", "TEACHER.PTH", "teacher", "a teacher's best (1).pth", "resnet8 copy", "0.1"],
 )
 def test_a_teacher_s_file_may_have_any_name(name, out, tmp_path):
-    """What `ldrld teachers` identifies, `ldrld run` takes: the command that the one suggests is carried out by the other."""
+    """What `ldrld teachers` identifies, `ldrld run` takes: the command that the one suggests is carried out by the
+    other."""
     file = checkpoint_at(tmp_path / name)
     code, said = ldrld("teachers", file, "--data", "digits", out=out)
     suggested = shlex.split(said.split("a student learns from it with: ldrld ")[1].splitlines()[0])

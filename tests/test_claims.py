@@ -1,4 +1,5 @@
-"""Claims and the front page with records that the project does not have: a few of the `paper` profile, and none at all."""
+"""Claims and the front page with records that the project does not have: a few of the `paper` profile, and none at
+all."""
 
 import json
 import re
@@ -122,11 +123,9 @@ def test_front_page_with_a_few_paper_records(some_paper_records, tmp_path):
     assert [seed for seed, _ in links] == ["0", "1", "2"]
     for seed, file in links:
         assert json.loads((tmp_path / file).read_text())["config"]["seed"] == int(seed)
-    assert (
-        "LDRLD is outperformed by KD" in text
-        and f"{len(list(paths.records('paper').glob('*.json')))} of the {len(batch('paper'))} runs of profile `paper` are finished"
-        in text
-    )
+    made, planned = len(list(paths.records("paper").glob("*.json"))), len(batch("paper"))
+    assert "LDRLD is outperformed by KD" in text
+    assert f"{made} of the {planned} runs of profile `paper` are finished" in text
 
 
 def test_front_page_without_any_record(tmp_path, monkeypatch):

@@ -591,7 +591,8 @@ def test_a_folder_whose_name_has_a_size_in_it(pictures):
 
 
 def test_a_run_on_a_folder_of_several_sizes(pictures, tmp_path, monkeypatch):
-    """From the configuration on; teacher and student see the same images, and names of other runs are what they were."""
+    """From the configuration on; teacher and student see the same images, and names of other runs are what they
+    were."""
     monkeypatch.setenv("LDRLD_OUT", str(tmp_path / "out"))
     monkeypatch.chdir(pictures.parent)
     Image.new("RGB", (40, 40)).save(pictures / "train" / "dark" / "odd.png")

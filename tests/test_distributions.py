@@ -1,4 +1,5 @@
-"""DIST, TTM, WTTM, CTKD, MLKD: identities on random logits, slow references, what is trained and checkpointed, refusals."""
+"""DIST, TTM, WTTM, CTKD, MLKD: identities on random logits, slow references, what is trained and checkpointed,
+refusals."""
 
 import pytest
 import torch

@@ -53,7 +53,8 @@ def test_one_warning_says_what_to_set(classes):
     ],
 )
 def test_no_warning_where_nothing_is_lost(options, classes):
-    """All are compared, or all but one, whose term is zero; as many remain as are compared; or what remains does not count."""
+    """All are compared, or all but one, whose term is zero; as many remain as are compared; or what remains does not
+    count."""
     assert said(LDRLD(**options), classes) == []
 
 

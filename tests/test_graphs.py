@@ -1,4 +1,5 @@
-"""The GPU's engine on a CPU: its step, called or replayed from an imitated recording, equals the training loop to the last bit."""
+"""The GPU's engine on a CPU: its step, called or replayed from an imitated recording, equals the training loop to the
+last bit."""
 
 import pytest
 import torch
@@ -95,7 +96,8 @@ def compare(method, images, teacher, recorder, recipe="crd", dtype=torch.float32
         rows = [row for (row,) in train_together([usual], images, teacher, EPOCHS, BATCH, 0, dtype)]
     flown = [row for _, row in train_in_flight([InFlight(engine, task_of(images, teacher, dtype), recorder)])]
     if (method.loss, recorder) == ("reviewkd", imitated):
-        # autograd adds up the gradients of one map in another memory format while an imitation watches: equal to rounding
+        # autograd adds up the gradients of one map in another memory format while an imitation watches: equal to
+        # rounding
         for a, b in zip(flown, rows):
             assert a["terms"] == pytest.approx(b["terms"], rel=1e-4)
         return

@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import commands
+
 from ldrld import losses, models
 from ldrld.losses.features.hints import (
     FitNet,
@@ -20,17 +22,7 @@ from ldrld.losses.features.hints import (
 from ldrld.models import Features
 
 NAMES = ("fitnet", "at", "sp", "pkt", "rkd", "vid", "crd", "ofd", "reviewkd")
-PAIRS = [
-    ("resnet14", "resnet8"),
-    ("resnet56", "resnet20"),
-    ("resnet32x4", "resnet8x4"),
-    ("wrn_40_2", "wrn_16_2"),
-    ("vgg13", "vgg8"),
-    ("resnet32x4", "ShuffleV1"),
-    ("resnet32x4", "ShuffleV2"),
-    ("vgg13", "MobileNetV2"),
-    ("ResNet50", "vgg8"),
-]
+PAIRS = [("resnet14", "resnet8"), *commands.PAIRS]
 DATA = SimpleNamespace(train_labels=torch.arange(300) % 20)
 X = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 TARGET, INDEX = torch.arange(4), torch.tensor([7, 100, 250, 31])

@@ -26,7 +26,8 @@ DEFINITIONS = (
 @pytest.fixture(scope="module")
 def guide():
     "What the guide defines, from its own cells."
-    import ldrld.core.torchvision  # noqa: F401, lets transformers import a torchvision whose build does not match torch's
+    # lets transformers import a torchvision whose build does not match torch's
+    import ldrld.core.torchvision  # noqa: F401
 
     made = {}
     threads = torch.get_num_threads()

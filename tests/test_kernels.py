@@ -1,4 +1,5 @@
-"""The fused kernel: its cases natively on a GPU or in the interpreter, what the compiler makes of it, and doing without it."""
+"""The fused kernel: its cases natively on a GPU or in the interpreter, what the compiler makes of it, and doing
+without it."""
 
 import importlib.util
 import json
@@ -32,7 +33,8 @@ def python(*arguments, **variables):
 @needs_triton
 @pytest.mark.skipif(torch.cuda.is_available() or INTERPRETED, reason="the cases ran in this process")
 def test_all_cases_in_the_interpreter():
-    """Triton decides when it is first imported whether it interprets, so this must not happen in the process of other tests."""
+    """Triton decides when it is first imported whether it interprets, so this must not happen in the process of other
+    tests."""
     ran = python(
         "-m",
         "pytest",
@@ -49,8 +51,9 @@ def test_all_cases_in_the_interpreter():
 
 @needs_triton
 def test_compiles_for_nvidia_without_spilling(tmp_path):
-    """Registers only: local memory would mean that lanes go to memory and back. The large vocabulary at small depth fits
-    twice on a multiprocessor (128 registers for 2 × 256 threads), and a row whose length is a multiple of 16 is loaded in
+    """Registers only: local memory would mean that lanes go to memory and back. The large vocabulary at small depth
+    fits twice on a multiprocessor (128 registers for 2 × 256 threads), and a row whose length is a multiple of 16 is
+    loaded in
     pieces of 16 bytes."""
     ran = python(TESTS / "kernel_compile.py", TRITON_CACHE_DIR=str(tmp_path))
     assert ran.returncode == 0, ran.stderr[-4000:]
@@ -71,7 +74,8 @@ def test_without_triton_the_module_says_what_to_do():
         import torch, ldrld.losses.ldrld.triton_kernel as kernels
         assert not kernels.available()
         z = torch.zeros(1, 4)
-        for call in (lambda: kernels.fused(z, z, None, torch.ones(1), torch.ones(2, 2), 4.0, {}), lambda: kernels.scale_(z, z)):
+        fuse = lambda: kernels.fused(z, z, None, torch.ones(1), torch.ones(2, 2), 4.0, {})
+        for call in (fuse, lambda: kernels.scale_(z, z)):
             try: call()
             except ImportError as error: assert "pip install triton" in str(error)
             else: raise AssertionError("no error")
@@ -96,7 +100,8 @@ def test_without_a_gpu_the_kernel_refuses_tensors_of_the_cpu():
         import torch, ldrld.losses.ldrld.triton_kernel as kernels
         assert kernels.available()
         z = torch.zeros(1, 4)
-        for call in (lambda: kernels.fused(z, z, None, torch.ones(1), torch.ones(2, 2), 4.0, {}), lambda: kernels.scale_(z, z)):
+        fuse = lambda: kernels.fused(z, z, None, torch.ones(1), torch.ones(2, 2), 4.0, {})
+        for call in (fuse, lambda: kernels.scale_(z, z)):
             try: call()
             except ValueError as error: assert "must be on a CUDA device, got cpu" in str(error)
             else: raise AssertionError("no error")

@@ -1,4 +1,5 @@
-"""What a notebook should not carry: extreme logits, a slow literal reference, invariances, every error, what an import costs."""
+"""What a notebook should not carry: extreme logits, a slow literal reference, invariances, every error, what an
+import costs."""
 
 import json
 import subprocess

@@ -1,4 +1,5 @@
-"""CRD's draws and banks, OFD's margins and cases, ReviewKD's levels: against literal formulas, and resumed from a checkpoint."""
+"""CRD's draws and banks, OFD's margins and cases, ReviewKD's levels: against literal formulas, and resumed from a
+checkpoint."""
 
 import copy
 import math

@@ -1,13 +1,13 @@
 """What is written down about a run: that it diverged, who trained it, and which code did."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+import commands
 
 from ldrld import losses, models
 from ldrld.core.files import sha256_of
@@ -25,13 +25,8 @@ BAD = RunConfig(dataset="digits", model="resnet8", recipe="onecycle", epochs=1, 
 
 
 def ldrld(*words, out):
-    return subprocess.run(
-        [sys.executable, "-c", "from ldrld.cli import main; main()", *words, "--out", str(out)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
+    """The command with its results in `out`."""
+    return commands.ldrld(*words, "--out", out, OMP_NUM_THREADS="1")
 
 
 @pytest.fixture
@@ -121,13 +116,13 @@ methods: [CE, KD]
 first: [CE, KD]
 experiments: [same_architecture]
 """)
-    got = ldrld("reproduce", "--profile", str(profile), "--direct", "--jobs", "1", out=out)
+    got = ldrld("reproduce", "--profile", str(profile), "--no-notebooks", "--jobs", "1", out=out)
     assert "diverged" in got.stdout and "0 failed, 2 diverged" in got.stdout, got.stdout + got.stderr
     table = summarise(collect("same_architecture", str(profile)), "same_architecture")
     assert list(shown(table)["last epoch, %"]) == ["1 diverged", "1 diverged"] and list(table["n"]) == [0, 0]
     save_table(table, "same_architecture", "", str(profile))
     assert verify_table("same_architecture", str(profile)) == []
-    again = ldrld("reproduce", "--profile", str(profile), "--direct", "--jobs", "1", out=out)
+    again = ldrld("reproduce", "--profile", str(profile), "--no-notebooks", "--jobs", "1", out=out)
     assert "runs:" not in again.stderr, "what diverged is tried again"
 
 

@@ -108,7 +108,9 @@ BARE = """
 import runpy, sys
 from importlib.machinery import PathFinder
 find = PathFinder.find_spec
-PathFinder.find_spec = lambda name, path=None, target=None: None if name.split(".")[0] in {hidden!r} else find(name, path, target)
+def found(name, path=None, target=None):
+    return None if name.split(".")[0] in {hidden!r} else find(name, path, target)
+PathFinder.find_spec = found
 sys.argv = ["run.py"]
 runpy.run_path("run.py", run_name="__main__")
 """

@@ -1,4 +1,5 @@
-"""Before a batch starts, and around it: what is missing is said at once, what was left is swept, and one meaning of finished."""
+"""Before a batch starts, and around it: what is missing is said at once, what was left is swept, and one meaning of
+finished."""
 
 import json
 import os
@@ -11,6 +12,8 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
+
+import commands
 
 from ldrld import data, models
 from ldrld.batch import preflight, scheduler
@@ -35,15 +38,10 @@ experiments: [same_architecture, probability_gap]
 """
 
 
-def ldrld(*words, cwd=ROOT, **env):
+def ldrld(*words, **more):
+    """The command, and how many seconds it took."""
     started = time.time()
-    got = subprocess.run(
-        [sys.executable, "-c", "from ldrld.cli import main; main()", *map(str, words)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", **env},
-    )
+    got = commands.ldrld(*words, **more)
     got.seconds = time.time() - started
     return got
 
@@ -105,7 +103,7 @@ def test_outside_of_a_checkout_training_works_without_notebooks(tmp_path, mine):
         mine,
         "--only",
         "probability_gap",
-        "--direct",
+        "--no-notebooks",
         "--jobs",
         1,
         cwd=tmp_path,
@@ -184,7 +182,7 @@ def test_other_images_and_an_odd_teacher_are_told(mine, tmp_path):
 def test_an_odd_record_fails_alone(mine):
     names = pretend(mine)
     (paths.records("mine") / f"{names[-1]}.json").write_text("{}")
-    got = ldrld("reproduce", "--profile", mine, "--direct", "--only", "same_architecture")
+    got = ldrld("reproduce", "--profile", mine, "--no-notebooks", "--only", "same_architecture")
     assert (
         got.returncode == 1
         and f"failed: {names[-1]}" in got.stdout

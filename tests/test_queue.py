@@ -1,4 +1,5 @@
-"""The queue: what is run first, what waits for what, what a machine needs that only trains, and that work can move to another."""
+"""The queue: what is run first, what waits for what, what a machine needs that only trains, and that work can move to
+another."""
 
 import os
 import shutil
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+
+from commands import ldrld
 
 from ldrld.batch import scheduler
 from ldrld.core import paths
@@ -31,16 +34,6 @@ search_epochs: 1
 methods: [CE, KD, LDRLD, "LDRLD, searched"]
 experiments: [same_architecture, search]
 """
-
-
-def ldrld(*words, **env):
-    return subprocess.run(
-        [sys.executable, "-c", "from ldrld.cli import main; main()", *map(str, words)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", **env},
-    )
 
 
 @pytest.fixture
@@ -98,7 +91,8 @@ def test_cohorts_keep_the_order_and_leave_teachers_alone():
 
 
 def task(folder: Path, name: str, status: str = "done"):
-    """A stand-in for a training, which leaves the time at which it began; `killed` takes the process with it, `killed once` the first time."""
+    """A stand-in for a training, which leaves the time at which it began; `killed` takes the process with it, `killed
+    once` the first time."""
     (folder / name).write_text(str(time.time()))
     if status == "killed":
         os._exit(1)
@@ -217,7 +211,7 @@ def test_no_process_outlives_its_batch(tmp_path, number):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
 def test_a_stopped_batch_says_that_it_can_go_on(searching, number, code):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    words = ("reproduce", "--profile", str(searching), "--direct", "--jobs", "1")
+    words = ("reproduce", "--profile", str(searching), "--no-notebooks", "--jobs", "1")
     stopped = subprocess.Popen(
         [sys.executable, "-c", "from ldrld.cli import main; main()", *words],
         cwd=ROOT,
@@ -241,7 +235,7 @@ def test_a_search_decides_and_its_student_is_trained(searching):
     assert method_of("LDRLD, searched").searched and chosen(p, p.pairs[0]) is None
     open_lines = EXPERIMENTS["same_architecture"].plan(p).query("method == 'LDRLD, searched'")
     assert open_lines["seed"].tolist() == [0, 1] and open_lines["name"].tolist() == ["", ""]
-    got = ldrld("reproduce", "--profile", searching, "--direct", "--jobs", 1, LDRLD_OUT=os.environ["LDRLD_OUT"])
+    got = ldrld("reproduce", "--profile", searching, "--no-notebooks", "--jobs", 1, LDRLD_OUT=os.environ["LDRLD_OUT"])
     assert got.returncode == 0 and "0 paused, 0 failed" in got.stdout, got.stdout + got.stderr
     tried = EXPERIMENTS["search"].plan(p)
     held_out = {
@@ -266,8 +260,12 @@ def test_a_search_decides_and_its_student_is_trained(searching):
 
 ABSENT = """
 from importlib.machinery import PathFinder
-absent, find = {"papermill", "jupyter_client", "jupyter_core", "nbformat", "nbclient", "ipykernel", "IPython", "nbdev", "optuna", "statsmodels", "matplotlib"}, PathFinder.find_spec
-PathFinder.find_spec = lambda name, path=None, target=None: None if name.split(".")[0] in absent else find(name, path, target)
+absent = {"papermill", "jupyter_client", "jupyter_core", "nbformat", "nbclient", "ipykernel", "IPython", "nbdev"}
+absent |= {"optuna", "statsmodels", "matplotlib"}
+find = PathFinder.find_spec
+def found(name, path=None, target=None):
+    return None if name.split(".")[0] in absent else find(name, path, target)
+PathFinder.find_spec = found
 """
 
 
@@ -293,7 +291,9 @@ def test_training_needs_neither_papermill_nor_jupyter(searching, tmp_path):
         **bare,
     )
     assert got.returncode == 0 and len(list((tmp_path / "out/data/runs/try").glob("*.json"))) == 2, got.stderr
-    got = ldrld("reproduce", "--profile", searching, "--only", "same_architecture", "--direct", "--jobs", 1, **bare)
+    got = ldrld(
+        "reproduce", "--profile", searching, "--only", "same_architecture", "--no-notebooks", "--jobs", 1, **bare
+    )
     assert got.returncode == 0 and "`ldrld report" in got.stdout and "7 done, 0 paused, 0 failed" in got.stdout, (
         got.stdout + got.stderr
     )
@@ -311,7 +311,9 @@ def test_work_goes_on_on_another_machine(searching, tmp_path, monkeypatch):
     shutil.move(tmp_path / "here", tmp_path / "there")
     there = {"LDRLD_OUT": str(tmp_path / "there")}
     assert "1 of 3" in ldrld("status", "--profile", searching, **there).stdout
-    got = ldrld("reproduce", "--profile", searching, "--only", "same_architecture", "--direct", "--jobs", 1, **there)
+    got = ldrld(
+        "reproduce", "--profile", searching, "--only", "same_architecture", "--no-notebooks", "--jobs", 1, **there
+    )
     assert got.returncode == 0, got.stderr
     monkeypatch.setenv("LDRLD_OUT", str(tmp_path / "there"))
     again = load_record(whole.name, "searching")

@@ -1,15 +1,15 @@
-"""Records as they are found: edited, cut, renamed, copied, in the wrong place. The odd one is named, and the rest goes on."""
+"""Records as they are found: edited, cut, renamed, copied, in the wrong place. The odd one is named, and the rest
+goes on."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
 import pandas as pd
 import pytest
+
+from commands import ldrld
 
 from ldrld.core import paths
 from ldrld.core.files import write_whole
@@ -28,16 +28,6 @@ YAML = (
     "data: nothing\ndataset: digits\npairs: [[resnet14, resnet8]]\nteacher: "
     "{recipe: onecycle, epochs: 2, lr: 0.1}\nstudent: {recipe: onecycle, epochs: 2, lr: 0.1}\n"
 )
-
-
-def ldrld(*words, **env):
-    return subprocess.run(
-        [sys.executable, "-c", "from ldrld.cli import main; main()", *map(str, words)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", **env},
-    )
 
 
 @pytest.fixture
@@ -350,7 +340,8 @@ def test_the_detectable_difference_at_the_edges():
 
 
 def test_one_arm_missing(tmp_path, monkeypatch):
-    """Of a table's baseline there is nothing: no difference, no p, and the check agrees; what there is of one arm is shown."""
+    """Of a table's baseline there is nothing: no difference, no p, and the check agrees; what there is of one arm is
+    shown."""
     monkeypatch.setenv("LDRLD_OUT", str(tmp_path))
     plan = EXPERIMENTS["same_architecture"].plan(TOY)
     for i, config in enumerate(plan[plan["method"] == "LDRLD"]["config"]):

@@ -1,4 +1,5 @@
-"""Losses that reuse a classifier: every pair of the tables, the identities that define them, gradients, resuming, refusals."""
+"""Losses that reuse a classifier: every pair of the tables, the identities that define them, gradients, resuming,
+refusals."""
 
 import copy
 import json
@@ -8,21 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from commands import PAIRS
+
 from ldrld import losses, models
 from ldrld.losses.features.classifier_reuse import bridge, class_maps, drawn, finish, handed_on, regional_logits
 from ldrld.losses.relations import dway_kl
 from ldrld.models.parts import classify
 
-PAIRS = [
-    ("resnet56", "resnet20"),
-    ("resnet32x4", "resnet8x4"),
-    ("wrn_40_2", "wrn_16_2"),
-    ("vgg13", "vgg8"),
-    ("resnet32x4", "ShuffleV1"),
-    ("resnet32x4", "ShuffleV2"),
-    ("vgg13", "MobileNetV2"),
-    ("ResNet50", "vgg8"),
-]
 NAMES = ("sdd", "simkd", "catkd", "fcfd", "uskd", "dho")
 
 

@@ -1,4 +1,5 @@
-"""What people write by hand: YAML files, `name=value` words, and settings from Python. Every slip is one line that helps."""
+"""What people write by hand: YAML files, `name=value` words, and settings from Python. Every slip is one line that
+helps."""
 
 import time
 

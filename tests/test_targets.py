@@ -1,4 +1,5 @@
-"""DKD, NKD, WSLD, RLD, SLD: identities on random logits, slow references, extremes, refusals; and the two views' pictures."""
+"""DKD, NKD, WSLD, RLD, SLD: identities on random logits, slow references, extremes, refusals; and the two views'
+pictures."""
 
 import json
 from types import SimpleNamespace

@@ -1,4 +1,5 @@
-"""Self-distillation, tuned teachers, mixed pictures, two heads: their formulas row by row, extremes, resuming, refusals."""
+"""Self-distillation, tuned teachers, mixed pictures, two heads: their formulas row by row, extremes, resuming,
+refusals."""
 
 import copy
 import json

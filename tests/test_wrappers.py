@@ -1,4 +1,5 @@
-"""Standardised logits and corrected teachers around every loss on logits: identities, the fast way, extremes, refusals."""
+"""Standardised logits and corrected teachers around every loss on logits: identities, the fast way, extremes,
+refusals."""
 
 import json
 

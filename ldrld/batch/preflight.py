@@ -38,7 +38,7 @@ def notebooks_for(names: Iterable[str]) -> list[str]:
         return [f"notebooks: {absent[0]}{more} not under {paths.notebooks()}; work in a checkout of ldrld, "
                 "or set LDRLD_ROOT to one"]
     if find_spec("papermill"): return []
-    return ['notebooks: papermill is not installed; pip install "ldrld[run]", or train with --direct']
+    return ['notebooks: papermill is not installed; pip install "ldrld[run]", or train with --no-notebooks']
 
 
 def _images(names: Iterable[str]) -> tuple[dict, list[str]]:

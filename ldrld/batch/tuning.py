@@ -84,8 +84,9 @@ def dimension(
     name: str,  # of one of its hyper-parameters
     text: str,  # what to try, such as "0.1..30:log", "2..20", "1..8:1" or "adw,none"
 ) -> BaseDistribution:
-    "What may be tried for one hyper-parameter. `ValueError`, saying what would work, for a name or value that the "
-    "loss does not take."
+    """What may be tried for one hyper-parameter. `ValueError`, saying what would work, for a name or value that the
+    loss does not take.
+    """
     default = losses.build(loss).hyperparameters
     if name not in default:
         raise validation.unknown_name(f"hyper-parameter of {loss!r}", name, list(default))
@@ -138,8 +139,9 @@ def space_of(
     classes: int,  # of the data
     space: dict[str, str] | None = None,  # name -> what to try; None: the loss's own of `SPACES`
 ) -> dict[str, str]:
-    "A space that fits the loss and the data. `ValueError` for a loss without a space of its own, or an end that "
-    "does not fit."
+    """A space that fits the loss and the data. `ValueError` for a loss without a space of its own, or an end that
+    does not fit.
+    """
     built = losses.build(loss)
     if not space and loss not in SPACES:
         raise ValueError(
@@ -242,8 +244,9 @@ def search_for(
     name: str | None = None,  # of the study; None: from loss and pair
     **more,  # other fields of `Search`: seeds, seed, startup
 ) -> Search:
-    "The search for one pair of a profile. `ValueError` for what does not fit; loads the data to see how many "
-    "classes there are."
+    """The search for one pair of a profile. `ValueError` for what does not fit; loads the data to see how many
+    classes there are.
+    """
     p = profile(p)
     pair = pair or ablation_pair(p)
     base = trial_config(p, pair, loss, holdout, epochs)
@@ -527,11 +530,10 @@ def _line(search: Search, number: int | None, values: dict) -> dict:
 
 def table_of(
     search: Search,
-) -> (
-    pd.DataFrame
-):  # trial, the settings, defaults, held_out (per cent, mean over seeds), sd, gain over the defaults (points), runs
-    "The finished trials in the order of their numbers; defaults that lie outside of the space come first, without a "
-    "number."
+) -> pd.DataFrame:  # trial, settings, defaults, held_out (per cent, mean over seeds), sd, gain over the defaults, runs
+    """The finished trials in the order of their numbers; defaults that lie outside of the space come first, without
+    a number.
+    """
     trials = study_of(search).get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     lines = [_line(search, t.number, values_of(search, t.params)) for t in trials]
     if not search.holds(search.defaults) and load_record(
@@ -635,8 +637,9 @@ def next_step(
     table: pd.DataFrame,  # from `table_of`, with at least one line
     p: str | Profile,  # the search's profile
 ) -> str:
-    "The command that trains with the best settings on all training pictures, for as long as the profile says, and "
-    "tests on the test set."
+    """The command that trains with the best settings on all training pictures, for as long as the profile says, and
+    tests on the test set.
+    """
     p, base = profile(p), search.base
     full = trial_config(
         p, (base.teacher.model if base.teacher else "", base.model), base.loss, **best_of(search, table)

@@ -104,8 +104,9 @@ def peak_bytes(
     function: Callable,  # called without arguments; what it returns is held until the end
     device: str = "cpu",
 ) -> int:
-    "The most bytes of tensors that a call holds at one time, beyond what was there before; the loss's workspace "
-    "counts."
+    """The most bytes of tensors that a call holds at one time, beyond what was there before; the loss's workspace
+    counts.
+    """
     analytic.workspace.held.clear()
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
@@ -587,9 +588,7 @@ def compared(
     points: pd.DataFrame,  # from `frame`
     baseline: str,  # a contender
     faster: bool = False,  # how many times faster than the baseline, else how many times its value
-) -> (
-    pd.DataFrame
-):  # one line for each other point of the same setting: contender, setting, median, q1, q3, n of the ratios
+) -> pd.DataFrame:  # for each other point of the same setting: contender, setting, median, q1, q3, n of the ratios
     "Every contender beside one of them, round by round."
     setting = [c for c in points.columns if c not in ("contender", "unit", "median", "q1", "q3", "n", "values")]
     base = points[points["contender"] == baseline].set_index(setting)["values"]

@@ -471,8 +471,9 @@ def teach(s: Setting, weights, epochs: int, seeds: int) -> list[Point]:
 
 @benchmark("training-accuracy", "Accuracy of the usual loop and of ours", "96_training_speed")
 def training_accuracy(scale, device):
-    "10,000 pictures of CIFAR-100, two epochs, three seeds, one thread; the `small` profile's resnet20 teaches a "
-    "resnet8."
+    """10,000 pictures of CIFAR-100, two epochs, three seeds, one thread; the `small` profile's resnet20 teaches a
+    resnet8.
+    """
     if scale == "small":
         images = replace(shortened(data.load("digits"), 320))
         return [partial(teach, Setting(images, "resnet8", "resnet8", device=device, cores=1), None, 1, 2)]

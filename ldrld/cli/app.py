@@ -69,6 +69,9 @@ Only = Annotated[
 Jobs = Annotated[int, typer.Option(min=1, help="Processes at a time, of one thread each.")]
 
 
+Budget = Annotated[
+    str | None, typer.Option(help="Stop after about this long, e.g. 9m or 1.5h; call again to go on.")
+]
 Out = Annotated[Path | None, typer.Option(help="Folder for records, tables and figures. Default: the project itself.")]
 
 

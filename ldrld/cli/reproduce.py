@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ldrld.cli.app import Jobs, Only, Out, Profile, app, end, ready, seconds, start
+from ldrld.cli.app import Budget, Jobs, Only, Out, Profile, app, end, ready, seconds, start
 
 
 def graphs_wanted(engine: str) -> bool:
@@ -27,9 +27,7 @@ def reproduce(
     only: Only = None,
     jobs: Jobs = 2,
     out: Out = None,
-    time_budget: Annotated[
-        str | None, typer.Option(help="Stop after about this long, e.g. 9m; call again to go on.")
-    ] = None,
+    time_budget: Budget = None,
     cohort_size: Annotated[
         int,
         typer.Option(

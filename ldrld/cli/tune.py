@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ldrld.cli.app import Out, Profile, app, seconds, start
+from ldrld.cli.app import Budget, Out, Profile, app, seconds, start
 
 
 @app.command()
@@ -27,9 +27,7 @@ def tune(
     trials: Annotated[
         int, typer.Option(min=1, help="In all, those of earlier calls included; the first one has the loss's defaults.")
     ] = 30,
-    time_budget: Annotated[
-        str | None, typer.Option(help="Stop after about this long, e.g. 30m; call again to go on.")
-    ] = None,
+    time_budget: Budget = None,
     holdout: Annotated[
         float,
         typer.Option(

@@ -6,8 +6,8 @@ import os
 import re
 from pathlib import Path
 
-__all__ = ["shown", "root", "out", "data_root", "records", "tables", "figures", "weights", "work", "executed",
-           "published", "plans", "notebooks", "measurements"]
+__all__ = ["shown", "root", "out", "data_root", "records", "tables", "table", "figures", "weights", "work",
+           "executed", "published", "plans", "notebooks", "measurements"]
 
 
 OURS = re.compile(rb"^lib_name\s*=\s*ldrld\s*$", re.M)
@@ -52,6 +52,14 @@ def records(profile: str) -> Path:
 def tables(profile: str) -> Path:
     """Tables of a profile, as CSV, Markdown and LaTeX."""
     return out() / "data" / "tables" / profile
+
+
+def table(profile: str, name: str) -> Path:
+    """A table's CSV file; FileNotFoundError, saying what makes it, if it is not there."""
+    path = tables(profile) / f"{name}.csv"
+    if not path.exists():
+        raise FileNotFoundError(f"{path.name}: no such table in profile {profile}; `ldrld report` makes it")
+    return path
 
 
 def figures(profile: str) -> Path:

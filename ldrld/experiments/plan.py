@@ -283,9 +283,7 @@ def verify(
 ) -> list[str]:  # one line per problem; empty if all is well
     "Recompute every number of the table of decisions from the records."
     p = profile(p)
-    path = paths.tables(p.name) / "decisions.csv"
-    if not path.exists():
-        raise FileNotFoundError(f"{path.name}: no such table in profile {p.name}; `ldrld report` makes it")
+    path = paths.table(p.name, "decisions")
     given, fresh, wrong = pd.read_csv(path, keep_default_na=False), decisions(p), []
     if len(given) != len(fresh):
         return [f"{path.name}: {len(given)} comparisons, the plan has {len(fresh)}; make it again with `ldrld report`"]

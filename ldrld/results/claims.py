@@ -433,9 +433,7 @@ def verify(
 ) -> list[str]:  # one line per problem; empty if all is well
     "Recompute every number of the table of claims from the records."
     p = profile(p)
-    path = paths.tables(p.name) / "claims.csv"
-    if not path.exists():
-        raise FileNotFoundError(f"{path.name}: no such table in profile {p.name}; `ldrld report` makes it")
+    path = paths.table(p.name, "claims")
     texts = ["claim", "teacher", "student", "ours", "theirs", "unit", "of", "verdict", "runs"]
     table = pd.read_csv(path, keep_default_na=False, na_values=[""]).fillna({k: "" for k in texts}).to_dict("records")
     named = lambda line: tuple(line[k] for k in texts[:7])

@@ -619,9 +619,7 @@ def verify_table(
     "Recompute every number of an experiment's table from the records."
     e, p = EXPERIMENTS[e] if isinstance(e, str) else e, profile(p)
     if e.checked_by: return importlib.import_module(e.checked_by).verify(p)
-    path = paths.tables(p.name) / f"{e.name}.csv"
-    if not path.exists():
-        raise FileNotFoundError(f"{path.name}: no such table in profile {p.name}; `ldrld report` makes it")
+    path = paths.table(p.name, e.name)
     cells, lost = {}, {}
     for key, cell in e.plan(p).groupby(list(e.by), sort=False):
         runs = [(name if e.measures else seed, sound(name, p.name)) for name, seed in zip(cell["name"], cell["seed"])]

@@ -46,8 +46,9 @@ def tensors(features):
 
 
 def prepared(name, pair=("resnet14", "resnet8"), seed=0, **options):
+    student, teacher = network(pair[1])[0], network(pair[0])[0]  # before the seed: the first call builds them
     torch.manual_seed(seed)
-    return losses.build(name, **options).prepare(network(pair[1])[0], network(pair[0])[0], X, DATA)
+    return losses.build(name, **options).prepare(student, teacher, X, DATA)
 
 
 def step(loss, pair=("resnet14", "resnet8"), change=lambda m: m):

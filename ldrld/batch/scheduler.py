@@ -75,7 +75,8 @@ def execute(notebook: str, name: str, parameters: dict, folder: str) -> Outcome:
     """
     try: import papermill
     except ModuleNotFoundError:
-        return Outcome(name, "failed", 'papermill is not installed; pip install "ldrld[run]", or train with --no-notebooks')
+        why = 'papermill is not installed; pip install "ldrld[run]", or train with --no-notebooks'
+        return Outcome(name, "failed", why)
     target = paths.executed(folder) / f"{name}.ipynb"
     target.parent.mkdir(parents=True, exist_ok=True)
     source = paths.notebooks() / notebook

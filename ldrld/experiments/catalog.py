@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['LOGITS', 'FEATURES', 'OTHERS', 'VARIANTS', 'METHODS', 'SEARCHED', 'OWN', 'PROFILES', 'EXPERIMENTS', 'GRID',
-           'HELD_OUT', 'SHOWN', 'RATES', 'TUNED', 'CLAIMED', 'Method', 'method_of', 'Profile', 'read_profile',
-           'built_in', 'profile', 'ablation_pair', 'teacher_config', 'Experiment', 'experiment', 'mcmi_config',
-           'method_config', 'on_pair', 'waiting', 'family', 'trials', 'chosen', 'every_method', 'same_architecture',
-           'different_architecture', 'search', 'rivals', 'imagenet', 'adw', 'completeness', 'depth', 'temperature',
-           'probability_gap', 'relation_maps', 'learning_curves', 'adw_weights', 'adw_constants', 'alpha_beta',
-           'depth_temperature', 'ranking', 'teacher_strength', 'learning_rate', 'rate_trials', 'best_rate_of', 'rates',
-           'best_rate', 'long_search', 'long_search_tested', 'few_shot', 'label_noise', 'variants', 'field_',
-           'calibration', 'agreement', 'superclasses', 'features', 'grad_cam', 'pulls', 'decisions', 'claims',
-           'normalisation', 'plateau', 'classes', 'method_name', 'best_epoch', 'selected', 'by_worth', 'batch']
+           'HELD_OUT', 'SHOWN', 'RATES', 'TUNED', 'BLOCKWISE', 'CLAIMED', 'Method', 'method_of', 'Profile',
+           'read_profile', 'built_in', 'profile', 'ablation_pair', 'teacher_config', 'Experiment', 'experiment',
+           'mcmi_config', 'method_config', 'on_pair', 'waiting', 'family', 'trials', 'chosen', 'every_method',
+           'same_architecture', 'different_architecture', 'search', 'rivals', 'imagenet', 'adw', 'completeness',
+           'depth', 'temperature', 'probability_gap', 'relation_maps', 'learning_curves', 'adw_weights',
+           'adw_constants', 'alpha_beta', 'depth_temperature', 'ranking', 'teacher_strength', 'learning_rate',
+           'rate_trials', 'best_rate_of', 'rates', 'best_rate', 'long_search', 'long_search_tested', 'few_shot',
+           'label_noise', 'variants', 'field_', 'blockwise', 'calibration', 'agreement', 'superclasses', 'features',
+           'grad_cam', 'pulls', 'decisions', 'claims', 'normalisation', 'plateau', 'classes', 'method_name',
+           'best_epoch', 'selected', 'by_worth', 'batch']
 
 # %% ../../nbs/experiments/catalog.ipynb #8af91466
 import re
@@ -519,6 +520,21 @@ def field_(p):
     "All methods on the ablation pair."
     for method in METHODS: yield from on_pair(p, ablation_pair(p), {"method": method}, method)
 
+# %% ../../nbs/experiments/catalog.ipynb #bw000102
+BLOCKWISE = {
+    "Block-KD, our settings": Method("blockkd"),
+    "block-wise LDRLD": Method("block_ldrld"),
+    "block-wise LDRLD, ranked by the student": Method("block_ldrld", {"ranking": "student"}),
+    "Block-KD, logits standardised": Method("blockkd", {"distance": "standardized"}),
+    "Block-KD, last stepping-stone only": Method("blockkd", {"stones": "last"}),
+    "Block-KD, one stepping-stone per step": Method("blockkd", {"drawn": 1})}
+
+@experiment("blockwise", "Block-wise distillation", "59_blockwise", baseline={"method": "KD"})
+def blockwise(p):
+    "KD, CE, LDRLD and block-wise distillation on the ablation pair."
+    for name, method in {"KD": "KD", "CE": "CE", "LDRLD": "LDRLD", **BLOCKWISE}.items():
+        yield from on_pair(p, ablation_pair(p), {"method": name}, method)
+
 # %% ../../nbs/experiments/catalog.ipynb #b31662f9
 @experiment("calibration", "Calibration", "62_calibration", measures=("ece", "nll", "top5"), logits=True)
 def calibration(p):
@@ -623,7 +639,7 @@ def _kind(loss: str, args: dict) -> tuple:
 def _names() -> dict[tuple, str]:
     "Names of the methods, by kind."
     names: dict[tuple, str] = {}
-    for name, m in (METHODS | VARIANTS).items():
+    for name, m in (METHODS | VARIANTS | BLOCKWISE).items():
         kind = _kind(m.loss, losses.build(m.loss, **m.args).hyperparameters)
         names.setdefault(kind, name)
     return names

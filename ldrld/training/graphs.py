@@ -208,7 +208,8 @@ def why_eager(
     """
     if ":" in name and not getattr(loss_class(name), "can_be_recorded", False): return "does not say that it can be"
     says = getattr(loss_class(name), "why_eager", None)
-    if says and (why := says(hyperparameters or {})): return why
+    own = says(hyperparameters or {}) if says else ""
+    if own: return own
     inner = [v for k, v in (hyperparameters or {}).items() if k in ("loss", "distance") and isinstance(v, str)]
     return next((EAGER[n] for n in (name, *inner) if n in EAGER), "")
 

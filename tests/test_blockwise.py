@@ -14,6 +14,8 @@ from commands import PAIRS
 from ldrld import data, losses, models
 from ldrld.core.validation import values_unseen
 from ldrld.data.augmentation import Crops, draw
+from ldrld.experiments.catalog import BLOCKWISE, EXPERIMENTS, PROFILES, Profile, batch, method_name, selected
+from ldrld.experiments.config import name_of
 from ldrld.losses.features.blockwise import batch_statistics, connector, cuts_between, step_macs, stone_weights
 from ldrld.losses.ldrld.loss import relation_terms
 from ldrld.losses.ldrld.weights import adw_weights
@@ -465,6 +467,17 @@ def test_cost_is_counted():
     assert full["connector 1"] == pytest.approx(9 * 64 * 64 * 32 * 32 / 1e6)
     light, last = step_macs("resnet8x4", "resnet32x4", drawn=1), step_macs("resnet8x4", "resnet32x4", stones="last")
     assert light["added"] == pytest.approx(full["added"] / 3) and last["added"] < 0.1 < full["added"]
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_the_experiment_runs_only_when_asked(name):
+    p = PROFILES[name]
+    named = {name_of(config) for config, _ in batch(p, ("blockwise",)) if config.loss in NAMES}
+    assert "blockwise" not in selected(p) and len(named) == len(p.seeds) * len(BLOCKWISE)
+    assert not named & {name_of(config) for config, _ in batch(p)}
+    titles = {method_name(config) for config in EXPERIMENTS["blockwise"].plan(p)["config"] if config.loss == "blockkd"}
+    assert titles == {"Block-KD, our settings", "Block-KD, logits standardised"}
+    assert Profile(**{**p.model_dump(), "methods": ("KD", "blockkd")}).methods[1] == "blockkd"
 
 
 # ---- refusals -------------------------------------------------------------------------------------------------------

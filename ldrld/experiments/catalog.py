@@ -531,8 +531,10 @@ BLOCKWISE = {
 
 @experiment("blockwise", "Block-wise distillation", "59_blockwise", baseline={"method": "KD"})
 def blockwise(p):
-    "KD, CE, LDRLD and block-wise distillation on the ablation pair."
-    for name, method in {"KD": "KD", "CE": "CE", "LDRLD": "LDRLD", **BLOCKWISE}.items():
+    "Without stepping-stones, and with them, on the ablation pair."
+    equal = Method("kd", {"ce_weight": 1.0, "kd_weight": 1.0})
+    alone = {"KD": "KD", "CE": "CE", "LDRLD": "LDRLD", "KD, weights 1 and 1": equal}
+    for name, method in {**alone, **BLOCKWISE}.items():
         yield from on_pair(p, ablation_pair(p), {"method": name}, method)
 
 # %% ../../nbs/experiments/catalog.ipynb #b31662f9

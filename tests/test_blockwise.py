@@ -407,8 +407,8 @@ def learner(name, settings, images, teacher, checkpoint=None):
     torch.manual_seed(0)
     model, first = models.build("resnet8", 10), torch.zeros(1, dtype=torch.int64)
     args = {"distance_args": {"depth": 5}} if name == "block_ldrld" else {}
-    loss = losses.build(name, **args, **settings).prepare(model, teacher.teacher, teacher.crops.at(first, first), images)
-    return model, loss
+    example = teacher.crops.at(first, first)
+    return model, losses.build(name, **args, **settings).prepare(model, teacher.teacher, example, images)
 
 
 @pytest.mark.parametrize("settings", [{}, {"drawn": 1}, {"handover": 0.7}, {"teacher_norm": "batch"}], ids=str)

@@ -250,7 +250,9 @@ def test_who_ranks():
     student, teacher, x, y = small()
     z_s, z_t, y, f_s, f_t = given = seen(student, teacher, x, y)
     args = {"distance_args": {"depth": 3}, "stones": "last"}
-    branch, by_student = (prepared("block_ldrld", student, teacher, x, ranking=r, **args) for r in ("branch", "student"))
+    branch, by_student = (
+        prepared("block_ldrld", student, teacher, x, ranking=who, **args) for who in ("branch", "student")
+    )
     a, b = branch.terms(*given), by_student.terms(*given)
     for name in ("ce", "distill", "blocks_ce"):
         torch.testing.assert_close(a[name], b[name])

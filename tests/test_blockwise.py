@@ -20,7 +20,8 @@ from ldrld.losses.features.blockwise import batch_statistics, connector, cuts_be
 from ldrld.losses.ldrld.loss import relation_terms
 from ldrld.losses.ldrld.weights import adw_weights
 from ldrld.losses.relations import dway_kl
-from ldrld.training.graphs import InFlight, Task, called, imitated, train_in_flight, why_eager
+from ldrld.training.graphs import Task, called, imitated, why_eager
+from ldrld.training.in_flight import InFlight, train_in_flight
 from ldrld.training.loop import Student, train, train_together
 from ldrld.training.teacher import TeacherLogits
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['shapes_of', 'FeatureLoss']
 
-# %% ../../../nbs/methods/features.ipynb #31e545e6
+# %% ../../../nbs/methods/features.ipynb #990e5e49
 import inspect
 
 import torch

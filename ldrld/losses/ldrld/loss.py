@@ -14,6 +14,7 @@ from torch import Tensor
 from ...core import validation
 from ..base import LogitLoss, Rows
 from . import analytic
+from ..registry import register
 from ..relations import RANKINGS, dway_kl, pair_indices, pair_kl, remaining_kl, top_d, without_shared
 from .weights import adw_weights, check_weighting
 
@@ -84,6 +85,7 @@ class RelationLoss(LogitLoss):
         return value, dict(zip(names, terms.unbind()[-len(names) :]))
 
 # %% ../../../nbs/lesson/03_loss.ipynb #32e07e18
+@register("ldrld")
 class LDRLD(RelationLoss):
     """Local dense relational logit distillation: r·CE + α·(pairs + LLKI) + β·RNTK, averaged over the batch.
 

@@ -36,6 +36,10 @@ class Rows(NamedTuple):
         if values.ndim: return mean_of(values, self.share)
         return values if self.share is None else values * self.share.sum() / self.versions
 
+    def logits(self, z: Tensor) -> Tensor:
+        "Logits (rows, classes) of another head or network, like `student`: in float32 or better, 0 in ignored rows."
+        return readable(wide(z), self.share)
+
 # %% ../../nbs/methods/base.ipynb #c1a55006
 def rows_of(
     student_logits: Tensor,  # (batch, classes), or (batch, sequence, vocabulary)

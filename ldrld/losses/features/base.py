@@ -11,7 +11,7 @@ import inspect
 import torch
 from torch import Tensor, nn
 
-from ..base import LogitLoss, Rows, compared, mean_of
+from ..base import LogitLoss, Rows, compared
 from ...models.parts import Features
 
 # %% ../../../nbs/methods/features.ipynb #80037476
@@ -70,7 +70,7 @@ class FeatureLoss(LogitLoss):
         self.check_target(rows)
         rows = compared(rows)
         terms = self.feature_terms(rows, student_features, teacher_features, index)
-        return {name: mean_of(value, rows.share) if value.ndim else value for name, value in terms.items()}
+        return {name: rows.mean(value) if value.ndim else value for name, value in terms.items()}
 
     def features_given(self, student_features, teacher_features) -> None:
         "ValueError, naming the argument, if features that this loss needs are missing."

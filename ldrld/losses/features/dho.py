@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core import validation
-from ..base import readable, wide
+from ..base import wide
 from .base import FeatureLoss, shapes_of
 from .heads import heads_of
 from ..inner import inner_loss, inner_terms
@@ -87,7 +87,7 @@ class DHO(FeatureLoss):
         self.base.at_epoch(epoch, epochs, seed)
 
     def feature_terms(self, rows, student_features, teacher_features, index):
-        z = readable(wide(self.second(student_features.pooled)), rows.share)
+        z = rows.logits(self.second(student_features.pooled))
         of_second = inner_terms(self.base, rows._replace(student=z), self.ramp)
         return self.cross_entropy(rows.student, rows.target) | of_second
 

@@ -9,7 +9,7 @@ __all__ = ['FCFD']
 import torch.nn.functional as F
 
 from ...core import validation
-from ..base import readable, wide
+from ..base import wide
 from .bridges import Hybrids, handed_on
 from ..registry import register
 from ..relations import dway_kl
@@ -48,7 +48,7 @@ class FCFD(Hybrids):
         bridged = [b(m) for b, m in zip(self.to_teacher, handed_on(self._networks[0], student_features))]
         logits = [self.hybrid(path, bridged, maps) for path in self.draw(self.hybrids)]
         tau = self.temperature
-        kl = lambda z: tau**2 * dway_kl(readable(z, rows.share), rows.teacher, tau)
+        kl = lambda z: tau**2 * dway_kl(rows.logits(z), rows.teacher, tau)
         pooled = wide(bridged[-1]).relu().mean((2, 3)), wide(teacher_features.pooled).detach()
         features = F.mse_loss(*pooled) + sum(F.mse_loss(wide(a), wide(b)) for a, b in zip(bridged, maps))
         return self.cross_entropy(rows.student, rows.target) | {

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core import validation
-from ..base import readable, wide
+from ..base import wide
 from .base import FeatureLoss
 from .heads import heads_of, last_shape, plain_linear
 from ..registry import register
@@ -75,8 +75,8 @@ class SimKD(FeatureLoss):
     def feature_terms(self, rows, student_features, teacher_features, index):
         last_s, last_t = (F.adaptive_avg_pool2d(f.last, self.size) for f in (student_features, teacher_features))
         last = self.projector(last_s)
-        z = wide(plain_linear(self._head[0], wide(last).mean((2, 3)).to(self._head[0].weight.dtype)))
-        return self.cross_entropy(readable(z, rows.share), rows.target) | {
+        z = plain_linear(self._head[0], wide(last).mean((2, 3)).to(self._head[0].weight.dtype))
+        return self.cross_entropy(rows.logits(z), rows.target) | {
             "features": self.feature_weight * F.mse_loss(wide(last), wide(last_t).detach())}
 
     def deployed(self, student: nn.Module) -> nn.Module:

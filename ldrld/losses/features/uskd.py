@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core import validation
-from ..base import mean_of, readable, wide
+from ..base import wide
 from .base import FeatureLoss, shapes_of
 from .heads import heads_of
 from ..registry import register
@@ -76,12 +76,12 @@ class USKD(FeatureLoss):
     def feature_terms(self, rows, student_features, teacher_features, index):
         z, t = rows.student, rows.target
         pooled = wide(student_features.stages[-2]).mean((2, 3))
-        weak = readable(wide(self.weak_head(pooled.to(self.weak_head.weight.dtype))), rows.share)
+        weak = rows.logits(self.weak_head(pooled.to(self.weak_head.weight.dtype)))
         log_p_t = z.log_softmax(-1).gather(-1, t[:, None])[:, 0]
         r = (2 * log_p_t.detach()).exp()
         zeta = zipf_labels(weak.detach(), z.detach(), t)
         others = (zeta * without(z, t).log_softmax(-1).scatter(-1, t[:, None], 0.0)).sum(-1)
         of_weak = F.cross_entropy(weak, t, reduction="none", label_smoothing=0.1)
         return self.cross_entropy(z, t) | {
-            "target": -self.alpha * (r + 1 - mean_of(r, rows.share)) * log_p_t,
+            "target": -self.alpha * (r + 1 - rows.mean(r)) * log_p_t,
             "others": -self.beta * others, "weak": self.mu * of_weak}

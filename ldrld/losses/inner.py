@@ -6,10 +6,12 @@
 __all__ = ['inner_loss', 'inner_terms']
 
 # %% ../../nbs/methods/inner.ipynb #89ed7b8b
-from torch import Tensor, nn
+from typing import cast
+
+from torch import Tensor
 
 from ..core import validation
-from .base import Rows
+from .base import RowLoss, Rows
 from .registry import available, build
 
 # %% ../../nbs/methods/inner.ipynb #412960e5
@@ -19,20 +21,21 @@ def inner_loss(
     arguments: dict,  # its hyper-parameters, where different from the defaults
     ce_weight: float | None = None,  # None: that of the loss
     warmup: float | None = None,  # None: that of the loss
-) -> tuple[nn.Module, float, float]:  # the loss without cross-entropy and warm-up; cross-entropy weight; warm-up
+) -> tuple[RowLoss, float, float]:  # the loss without cross-entropy and warm-up; cross-entropy weight; warm-up
     "A loss on logits for use within another one. ValueError for an unknown name or hyper-parameter."
     if name not in available("logits"): raise validation.unknown_name(what, name, available("logits"))
     alone = build(name, **arguments)
-    if not alone.needs_teacher: raise ValueError(f"{what} must be a loss on logits with a teacher, got {name!r}")
+    if not isinstance(alone, RowLoss) or not alone.needs_teacher:
+        raise ValueError(f"{what} must be a loss on logits with a teacher, got {name!r}")
     if ce_weight is None: ce_weight = alone.ce_weight
     if warmup is None: warmup = getattr(alone, "warmup", 0.0)
     off = {"ce_weight": 0.0} | ({"warmup": 0.0} if "warmup" in alone.hyperparameters else {})
-    return (build(name, **arguments | off), validation.number("ce_weight", ce_weight, at_least=0.0),
+    return (cast(RowLoss, build(name, **arguments | off)), validation.number("ce_weight", ce_weight, at_least=0.0),
             validation.number("warmup", warmup, at_least=0.0))
 
 
 def inner_terms(
-    base: nn.Module,  # from `inner_loss`
+    base: RowLoss,  # from `inner_loss`
     rows: Rows,  # logits, target and row weights
     factor: float = 1.0,
 ) -> dict[str, Tensor]:  # scalars

@@ -6,12 +6,17 @@
 __all__ = ['attention', 'AT']
 
 # %% ../../../nbs/methods/at.ipynb #0a50ffc0
+from collections.abc import Sequence
+from typing import Any, Self
+
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...core import validation
+from ..base import summed
 from .comparison import Comparison, both_shapes, same_stages, to_smaller
 from ..registry import register
+from ...models.parts import Features
 
 # %% ../../../nbs/methods/at.ipynb #02bdfaad
 def attention(
@@ -28,6 +33,8 @@ class AT(Comparison):
     Raises ValueError for a hyper-parameter out of its range, and for networks with different numbers of stages.
     Source: Zagoruyko and Komodakis 2017, arXiv 1612.03928; weight as in HobbitLong/RepDistiller.
     """
+    weight: float
+
     def __init__(
         self,
         weight: float = 1000.0,  # w ≥ 0
@@ -37,16 +44,18 @@ class AT(Comparison):
         super().__init__(ce_weight, weight=weight)
         self.p = validation.number("p", p, at_least=1.0)
 
-    def prepare(self, student, teacher, example, data=None):
+    def prepare(self, student: nn.Module, teacher: nn.Module, example: Tensor, data: Any = None) -> Self:
         "Check that the pair fits. Returns the loss; ValueError if the numbers of stages differ."
         s, t = both_shapes(student, teacher, example)
         same_stages(s.preact, t.preact, "at")
         return self
 
-    def pick(self, student, teacher):
+    def pick(self, student: Features, teacher: Features) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         same_stages(student.preact, teacher.preact, "at")
         return student.stages[1:], teacher.stages[1:]
 
-    def compare(self, ours, theirs, index=None):
+    def compare(
+        self, ours: list[Tensor], theirs: list[Tensor], index: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         maps = [[attention(x, self.p) for x in to_smaller(s, t)] for s, t in zip(ours, theirs)]
-        return {"attention": self.weight * sum(F.mse_loss(a_s, a_t) for a_s, a_t in maps)}
+        return {"attention": self.weight * summed(F.mse_loss(a_s, a_t) for a_s, a_t in maps)}

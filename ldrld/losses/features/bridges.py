@@ -6,17 +6,19 @@
 __all__ = ['CUT_BEFORE_RELU', 'NOT_RECTIFIED', 'handed_on', 'finish', 'bridge', 'borrowed', 'bridges_between', 'Hybrids']
 
 # %% ../../../nbs/methods/bridges.ipynb #322a67cc
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core.seeds import seeded
-from .base import FeatureLoss, shapes_of
+from .base import FeatureLoss, Shapes, shapes_of
 from .heads import heads_of
 from ...models.mobile import MobileNetV2
-from ...models.parts import Features, conv, he_init
+from ...models.parts import Features, Staged, conv, he_init
 from ...models.shuffle import ShuffleNetV1
 from ...models.vgg import VGG
 from ...models.wide import WideResNet
@@ -28,7 +30,7 @@ NOT_RECTIFIED = (*CUT_BEFORE_RELU, WideResNet, MobileNetV2)
 
 def handed_on(
     network: nn.Module,
-    features: Features,  # of the network: tensors, or shapes from `shapes_of`
+    features: Features | Shapes,  # of the network: tensors, or shapes from `shapes_of`
 ) -> list:  # one map for each stage after the stem
     "The maps that FCFD compares and bridges: one per stage, the last one as close to the head as possible."
     maps = features.preact if isinstance(network, CUT_BEFORE_RELU) else features.stages[1:]
@@ -42,7 +44,7 @@ def finish(
     x: Tensor,  # (batch, channels, height, width) a map bridged to `network`
 ) -> Tensor:  # (batch, classes)
     "Logits from a bridged map through the stages of `network` after stage `i`."
-    return network.tail(i, F.relu(x) if isinstance(network, CUT_BEFORE_RELU) else x)
+    return cast(Staged, network).tail(i, F.relu(x) if isinstance(network, CUT_BEFORE_RELU) else x)
 
 
 def bridge(
@@ -52,6 +54,7 @@ def bridge(
 ) -> nn.Sequential:
     "Convolution and batch norm between maps of equal, half or twice the size. ValueError for another ratio."
     (c_in, *size), (c_out, *to) = source, wanted
+    layer: nn.Module
     if size == to: layer = conv(c_in, c_out, 3)
     elif size == [2 * n for n in to]: layer = conv(c_in, c_out, 3, stride=2, bias=True)
     elif [2 * n for n in size] == to: layer = nn.ConvTranspose2d(c_in, c_out, 4, 2, 1)
@@ -65,7 +68,7 @@ def bridge(
 
 # %% ../../../nbs/methods/bridges.ipynb #4ffc9514
 @contextmanager
-def borrowed(network: nn.Module):
+def borrowed(network: nn.Module) -> Iterator[None]:
     "Batch norms of `network` in training mode use batch statistics without updating their running statistics."
     norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     for norm in norms: norm.track_running_stats = False
@@ -101,7 +104,7 @@ class Hybrids(FeatureLoss):
     paths: list[tuple[str, int]] = []  # first network, and the stage after which the other one takes over
     _draws = (0, 0, 0)  # seed, epoch, call
 
-    def prepare(self, student: nn.Module, teacher: nn.Module, example: Tensor, data=None) -> "Hybrids":
+    def prepare(self, student: nn.Module, teacher: nn.Module, example: Tensor, data: Any = None) -> Self:
         "Create the bridges; freeze the teacher in evaluation mode. ValueError for networks that do not match."
         heads_of(student, teacher)
         self.to_teacher, self.to_student = bridges_between(student, teacher, example)
@@ -116,8 +119,8 @@ class Hybrids(FeatureLoss):
 
     def draw(self, count: int) -> list[tuple[str, int]]:
         "Distinct paths for the next step."
-        *named, call = self._draws
-        self._draws = (*named, call + 1)
+        seed, epoch, call = self._draws
+        self._draws = seed, epoch, call + 1
         return [self.paths[k] for k in torch.randperm(len(self.paths), generator=seeded(*self._draws))[:count]]
 
     def hybrid(

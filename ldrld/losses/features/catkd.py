@@ -6,14 +6,17 @@
 __all__ = ['class_maps', 'CATKD']
 
 # %% ../../../nbs/methods/catkd.ipynb #ff868529
+from typing import Any, Self
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core import validation
-from ..base import wide
+from ..base import Rows, wide
 from .base import FeatureLoss
-from .heads import heads_of, last_shape
+from .heads import heads_of, last_map, last_shape
 from ..registry import register
+from ...models.parts import Features
 
 # %% ../../../nbs/methods/catkd.ipynb #10d1f457
 def class_maps(
@@ -59,7 +62,7 @@ class CATKD(FeatureLoss):
         self.resolution = validation.integer("resolution", resolution, at_least=1)
         self.ce_weight = validation.number("ce_weight", ce_weight, at_least=0.0)
 
-    def prepare(self, student: nn.Module, teacher: nn.Module, example: Tensor, data=None) -> "CATKD":
+    def prepare(self, student: nn.Module, teacher: nn.Module, example: Tensor, data: Any = None) -> Self:
         "Store the heads. ValueError for networks without one, or with a last map smaller than `resolution`."
         self._heads = heads_of(student, teacher)
         for who, network in (("student", student), ("teacher", teacher)):
@@ -68,8 +71,10 @@ class CATKD(FeatureLoss):
                                  f"got {self.resolution}")
         return self
 
-    def feature_terms(self, rows, student_features, teacher_features, index):
-        a_s, a_t = (class_maps(f.last, head.weight, self.resolution)
+    def feature_terms(
+        self, rows: Rows, student_features: Features, teacher_features: Features, index: Tensor | None,
+    ) -> dict[str, Tensor]:
+        a_s, a_t = (class_maps(last_map(f), head.weight, self.resolution)
                     for f, head in zip((student_features, teacher_features), self._heads))
         if self.normalize: a_s, a_t = (F.normalize(a.flatten(2), dim=2) for a in (a_s, a_t))
         return self.cross_entropy(rows.student, rows.target) | {"maps": self.beta * F.mse_loss(a_s, a_t.detach())}

@@ -6,19 +6,22 @@
 __all__ = ['each', 'Comparison', 'both_shapes', 'same_stages', 'to_smaller']
 
 # %% ../../../nbs/methods/comparison.ipynb #fe2601cf
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core import validation
-from ..base import wide
-from .base import FeatureLoss, shapes_of
+from ..base import Rows, wide
+from .base import FeatureLoss, Shapes, shapes_of
 from ...models.parts import Features
 
 # %% ../../../nbs/methods/comparison.ipynb #b93c8e49
-def each(features: Features, change) -> Features:
+def each(features: Features, change: Callable[[Tensor], Tensor]) -> Features:
     "The same features with `change` applied to every tensor."
-    def changed(part):
+    def changed(part: Any) -> Any:
         if part is None: return None
         if isinstance(part, tuple): return tuple(map(change, part))
         return change(part)
@@ -36,7 +39,7 @@ class Comparison(FeatureLoss):
         for name, value in {"ce_weight": ce_weight, **weights}.items():
             setattr(self, name, validation.number(name, value, at_least=0.0))
 
-    def pick(self, student: Features, teacher: Features) -> tuple[list[Tensor], list[Tensor]]:
+    def pick(self, student: Features, teacher: Features) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         "The features to compare: the student's, after the projectors if any, and the teacher's."
         raise NotImplementedError
 
@@ -44,7 +47,9 @@ class Comparison(FeatureLoss):
         "Weighted terms between the two sides, both in at least float32."
         raise NotImplementedError
 
-    def feature_terms(self, rows, student_features, teacher_features, index):
+    def feature_terms(
+        self, rows: Rows, student_features: Features, teacher_features: Features, index: Tensor | None,
+    ) -> dict[str, Tensor]:
         "As in `FeatureLoss`; ValueError if the loss has parts and `prepare` was not called."
         if any(not hasattr(self, part) for part in self.parts):
             raise ValueError(f"{type(self).__name__} has no parts yet; "
@@ -59,7 +64,7 @@ class Comparison(FeatureLoss):
                     | self.compare([wide(x) for x in ours], [wide(x) for x in theirs], index))
 
 # %% ../../../nbs/methods/comparison.ipynb #3314bd9a
-def both_shapes(student: nn.Module, teacher: nn.Module | None, example: Tensor) -> tuple[Features, Features]:
+def both_shapes(student: nn.Module, teacher: nn.Module | None, example: Tensor) -> tuple[Shapes, Shapes]:
     "`shapes_of` student and teacher. ValueError without a teacher, or for a network that returns no features."
     if teacher is None: raise ValueError("teacher must be the network whose features are compared, got None")
     return shapes_of(student, example), shapes_of(teacher, example, "teacher")
@@ -74,4 +79,5 @@ def same_stages(student: tuple, teacher: tuple, name: str) -> None:
 def to_smaller(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     "Both maps at the size of the smaller one; the larger one is average-pooled."
     side = min(s.shape[-1], t.shape[-1])
-    return tuple(x if x.shape[-1] == side else F.adaptive_avg_pool2d(x, side) for x in (s, t))
+    smaller = lambda x: x if x.shape[-1] == side else F.adaptive_avg_pool2d(x, side)
+    return smaller(s), smaller(t)

@@ -7,6 +7,8 @@ __all__ = ['nce', 'CRD']
 
 # %% ../../../nbs/methods/crd.ipynb #6d9b4113
 import math
+from collections.abc import Sequence
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,7 @@ from ...core import validation
 from .comparison import Comparison, both_shapes
 from .memory_bank import Memory, generator_on
 from ..registry import register
+from ...models.parts import Features
 
 # %% ../../../nbs/methods/crd.ipynb #33bfca71
 def nce(
@@ -36,6 +39,9 @@ class CRD(Comparison):
     in the call without `index`. Source: Tian et al. 2020, arXiv 1910.10699 (HobbitLong/RepDistiller).
     """
     parts = ("embed_s", "embed_t", "memory")
+
+    weight: float
+    momentum: float
 
     def __init__(
         self,
@@ -59,7 +65,7 @@ class CRD(Comparison):
         self.generator.manual_seed(2**40 + 1_000_003 * (seed + 1) + epoch)  # far from the seeds of `draw`
         if hasattr(self, "memory"): self.memory.begin_epoch()
 
-    def prepare(self, student, teacher, example, data=None):
+    def prepare(self, student: nn.Module, teacher: nn.Module, example: Tensor, data: Any = None) -> Self:
         "Create embeddings and memory; `data.train_labels` holds the classes of the training images. Returns the loss."
         (d_s,), (d_t,) = (shapes.pooled for shapes in both_shapes(student, teacher, example))
         if data is None:
@@ -70,9 +76,12 @@ class CRD(Comparison):
         self.generator = generator_on(self.generator, example.device)
         return self.to(example.device)
 
-    def pick(self, student, teacher): return [self.embed_s(student.pooled)], [self.embed_t(teacher.pooled)]
+    def pick(self, student: Features, teacher: Features) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        return [self.embed_s(student.pooled)], [self.embed_t(teacher.pooled)]
 
-    def compare(self, ours, theirs, index=None):
+    def compare(
+        self, ours: list[Tensor], theirs: list[Tensor], index: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         u, v = F.normalize(ours[0], dim=1), F.normalize(theirs[0], dim=1)
         if index is None or index.shape != (len(u),):
             raise ValueError(f"index must hold the training-set index of each of the {len(u)} images, "

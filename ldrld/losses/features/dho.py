@@ -7,16 +7,18 @@ __all__ = ['log_mixture', 'TwoHeads', 'DHO']
 
 # %% ../../../nbs/methods/dho.ipynb #0f9cd64a
 import math
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from ...core import validation
-from ..base import wide
+from ..base import Rows, wide
 from .base import FeatureLoss, shapes_of
 from .heads import heads_of
 from ..inner import inner_loss, inner_terms
 from ..registry import register
+from ...models.parts import Features, Output
 
 # %% ../../../nbs/methods/dho.ipynb #54348197
 def log_mixture(
@@ -42,7 +44,7 @@ class TwoHeads(nn.Module):
         super().__init__()
         self.student, self.second, self.alpha, self.beta = student, head, alpha, beta
 
-    def forward(self, x, features=False):
+    def forward(self, x: Tensor, features: bool = False) -> Output:
         z, seen = self.student(x, features=True)
         z = log_mixture(z, self.second(seen.pooled), self.alpha, self.beta)
         return (z, seen) if features else z
@@ -71,14 +73,14 @@ class DHO(FeatureLoss):
         if self.alpha > 1: raise ValueError(f"alpha must be a number from 0 to 1, got {alpha!r}")
         self.beta = validation.number("beta", beta, above=0.0)
 
-    def prepare(self, student: nn.Module, teacher: nn.Module, example: Tensor, data=None) -> "DHO":
+    def prepare(self, student: nn.Module, teacher: nn.Module, example: Tensor, data: Any = None) -> Self:
         "Create the second head. ValueError for networks without a `head`."
         (width,) = shapes_of(student, example).pooled
         self.second = nn.Linear(width, heads_of(student, teacher)[0].out_features).to(example.device)
         self.base.prepare(student, teacher, example, data)
         return self
 
-    def features_given(self, student_features, teacher_features) -> None:
+    def features_given(self, student_features: Features | None, teacher_features: Features | None) -> None:
         super().features_given(student_features, student_features)  # the teacher's features are not used
 
     def at_epoch(self, epoch: int, epochs: int = 240, seed: int = 0) -> None:
@@ -86,7 +88,9 @@ class DHO(FeatureLoss):
         super().at_epoch(epoch, epochs, seed)
         self.base.at_epoch(epoch, epochs, seed)
 
-    def feature_terms(self, rows, student_features, teacher_features, index):
+    def feature_terms(
+        self, rows: Rows, student_features: Features, teacher_features: Features, index: Tensor | None,
+    ) -> dict[str, Tensor]:
         z = rows.logits(self.second(student_features.pooled))
         of_second = inner_terms(self.base, rows._replace(student=z), self.ramp)
         return self.cross_entropy(rows.student, rows.target) | of_second

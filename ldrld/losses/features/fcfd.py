@@ -7,12 +7,14 @@ __all__ = ['FCFD']
 
 # %% ../../../nbs/methods/fcfd.ipynb #4744d439
 import torch.nn.functional as F
+from torch import Tensor
 
 from ...core import validation
-from ..base import wide
+from ..base import Rows, summed, wide
 from .bridges import Hybrids, handed_on
 from ..registry import register
 from ..relations import dway_kl
+from ...models.parts import Features
 
 # %% ../../../nbs/methods/fcfd.ipynb #1aecb56e
 @register("fcfd")
@@ -25,6 +27,11 @@ class FCFD(Hybrids):
     pair_settings = {
         ("resnet56", "resnet20"): {"feature_weight": 0.02}, ("resnet32x4", "ShuffleV1"): {"temperature": 8.0},
         ("resnet32x4", "ShuffleV2"): {"temperature": 8.0}, ("ResNet50", "MobileNetV2"): {"temperature": 8.0}}
+
+    kd_weight: float
+    hybrid_weight: float
+    feature_weight: float
+    warmup: float
 
     def __init__(
         self,
@@ -43,14 +50,16 @@ class FCFD(Hybrids):
                    "ce_weight": ce_weight, "warmup": warmup}
         for name, value in weights.items(): setattr(self, name, validation.number(name, value, at_least=0.0))
 
-    def feature_terms(self, rows, student_features, teacher_features, index):
+    def feature_terms(
+        self, rows: Rows, student_features: Features, teacher_features: Features, index: Tensor | None,
+    ) -> dict[str, Tensor]:
         maps = [m.detach() for m in handed_on(self._networks[1], teacher_features)]
         bridged = [b(m) for b, m in zip(self.to_teacher, handed_on(self._networks[0], student_features))]
         logits = [self.hybrid(path, bridged, maps) for path in self.draw(self.hybrids)]
         tau = self.temperature
-        kl = lambda z: tau**2 * dway_kl(rows.logits(z), rows.teacher, tau)
+        kl = lambda z: tau**2 * dway_kl(rows.logits(z), rows.theirs, tau)
         pooled = wide(bridged[-1]).relu().mean((2, 3)), wide(teacher_features.pooled).detach()
-        features = F.mse_loss(*pooled) + sum(F.mse_loss(wide(a), wide(b)) for a, b in zip(bridged, maps))
+        features = F.mse_loss(*pooled) + summed(F.mse_loss(wide(a), wide(b)) for a, b in zip(bridged, maps))
         return self.cross_entropy(rows.student, rows.target) | {
-            "kd": self.kd_weight * kl(rows.student), "hybrids": self.hybrid_weight * sum(map(kl, logits)),
+            "kd": self.kd_weight * kl(rows.student), "hybrids": self.hybrid_weight * summed(map(kl, logits)),
             "features": self.ramp * self.feature_weight * features}

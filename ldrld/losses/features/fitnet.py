@@ -6,6 +6,9 @@
 __all__ = ['regressor', 'is_rectified', 'FitNet']
 
 # %% ../../../nbs/methods/fitnet.ipynb #46caf22d
+from collections.abc import Sequence
+from typing import Any, Self
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,6 +16,7 @@ from torch import Tensor, nn
 from ...core import validation
 from .comparison import Comparison, both_shapes
 from ..registry import register
+from ...models.parts import Features
 
 # %% ../../../nbs/methods/fitnet.ipynb #c7c3cdb3
 def regressor(
@@ -25,6 +29,7 @@ def regressor(
     Raises ValueError if the student's is smaller by a factor other than 2.
     """
     (c_s, h_s, _), (c_t, h_t, _) = student, teacher
+    convolution: nn.Module
     if h_s == 2 * h_t: convolution = nn.Conv2d(c_s, c_t, 3, stride=2, padding=1, bias=False)
     elif 2 * h_s == h_t: convolution = nn.ConvTranspose2d(c_s, c_t, 4, stride=2, padding=1, bias=False)
     elif h_s >= h_t: convolution = nn.Conv2d(c_s, c_t, 1 + h_s - h_t, bias=False)
@@ -51,6 +56,8 @@ class FitNet(Comparison):
     """
     parts = ("regressor",)
 
+    weight: float
+
     def __init__(
         self,
         weight: float = 100.0,  # w ≥ 0
@@ -60,7 +67,7 @@ class FitNet(Comparison):
         super().__init__(ce_weight, weight=weight)
         self.stage = validation.integer("stage", stage, at_least=0)
 
-    def prepare(self, student, teacher, example, data=None):
+    def prepare(self, student: nn.Module, teacher: nn.Module, example: Tensor, data: Any = None) -> Self:
         "Create the regressor. Returns the loss; ValueError if there is no such stage or its sizes do not fit."
         s, t = both_shapes(student, teacher, example)
         last = min(len(s.stages), len(t.stages)) - 1
@@ -70,6 +77,10 @@ class FitNet(Comparison):
         self.regressor = regressor(s.stages[self.stage], t.stages[self.stage], rectified)
         return self.to(example.device)
 
-    def pick(self, student, teacher): return [self.regressor(student.stages[self.stage])], [teacher.stages[self.stage]]
+    def pick(self, student: Features, teacher: Features) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        return [self.regressor(student.stages[self.stage])], [teacher.stages[self.stage]]
 
-    def compare(self, ours, theirs, index=None): return {"hint": self.weight * F.mse_loss(ours[0], theirs[0])}
+    def compare(
+        self, ours: list[Tensor], theirs: list[Tensor], index: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        return {"hint": self.weight * F.mse_loss(ours[0], theirs[0])}

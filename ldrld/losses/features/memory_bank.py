@@ -47,6 +47,14 @@ def generator_on(
 # %% ../../../nbs/methods/memory_bank.ipynb #352212c1
 class Memory(nn.Module):
     """A student and a teacher vector for every training image, the images by class, and log Z."""
+    labels: Tensor  # (M,) int64
+    order: Tensor  # from `by_class`, like what follows
+    start: Tensor
+    count: Tensor
+    log_Z: Tensor  # (2,) for the student's and the teacher's vectors
+    bank_s: Tensor  # (M, width)
+    bank_t: Tensor
+
     def __init__(
         self,
         labels: Tensor,  # (M,) int64 classes of the training images

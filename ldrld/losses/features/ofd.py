@@ -7,13 +7,17 @@ __all__ = ['partial_square', 'margins_of', 'norms_before_activation', 'connector
 
 # %% ../../../nbs/methods/ofd.ipynb #c4029621
 import math
+from collections.abc import Sequence
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..base import summed
 from .comparison import Comparison, both_shapes, same_stages
 from ..registry import register
+from ...models.parts import Features
 from ...models.resnet import ResNet, ResNet50
 from ...models.vgg import VGG
 from ...models.wide import WideResNet
@@ -49,7 +53,8 @@ def norms_before_activation(
         ends = [getattr(teacher, f"layer{i}")[-1] for i in range(1, 5) if hasattr(teacher, f"layer{i}")]
         return [end.bn3 if hasattr(end, "bn3") else end.bn2 for end in ends]
     if isinstance(teacher, WideResNet):
-        return [teacher.block2["layer"][0].bn1, teacher.block3["layer"][0].bn1, teacher.bn1]
+        _, second, third = teacher.rows
+        return [second[0].bn1, third[0].bn1, teacher.bn1]
     if isinstance(teacher, VGG): return [getattr(teacher, f"block{i}")[-1] for i in range(1, 5)]
     raise ValueError(f"teacher {type(teacher).__name__} has no known batch norm right before the activations that end "
                      "its stages, from which 'ofd' takes its margins; resnet…, wrn…, vgg… and ResNet50 have. As a "
@@ -58,9 +63,9 @@ def norms_before_activation(
 # %% ../../../nbs/methods/ofd.ipynb #49b04009
 def connector(c_in: int, c_out: int) -> nn.Sequential:
     "1×1 convolution, initialised from N(0, 2 / c_out), and batch norm."
-    layers = nn.Sequential(nn.Conv2d(c_in, c_out, 1, bias=False), nn.BatchNorm2d(c_out))
-    nn.init.kaiming_normal_(layers[0].weight, mode="fan_out", nonlinearity="relu")
-    return layers
+    convolution = nn.Conv2d(c_in, c_out, 1, bias=False)
+    nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+    return nn.Sequential(convolution, nn.BatchNorm2d(c_out))
 
 @register("ofd")
 class OFD(Comparison):
@@ -72,6 +77,9 @@ class OFD(Comparison):
     """
     parts = ("connectors", "margins")
 
+    weight: float
+    margins: Tensor  # of all stages
+
     def __init__(
         self,
         weight: float = 1e-3,  # w ≥ 0
@@ -79,7 +87,7 @@ class OFD(Comparison):
     ):
         super().__init__(ce_weight, weight=weight)
 
-    def prepare(self, student, teacher, example, data=None):
+    def prepare(self, student: nn.Module, teacher: nn.Module, example: Tensor, data: Any = None) -> Self:
         "Create connectors, and margins from the teacher's batch norms. Returns the loss; ValueError for a misfit."
         s, t = both_shapes(student, teacher, example)
         same_stages(s.preact, t.preact, "ofd")
@@ -87,11 +95,13 @@ class OFD(Comparison):
         self.register_buffer("margins", torch.cat([margins_of(norm) for norm in norms_before_activation(teacher)]))
         return self.to(example.device)
 
-    def pick(self, student, teacher):
-        maps = [F.adaptive_avg_pool2d(t, s.shape[-2:]) for s, t in zip(student.preact, teacher.preact)]
+    def pick(self, student: Features, teacher: Features) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        maps = [F.adaptive_avg_pool2d(t, (s.shape[-2], s.shape[-1])) for s, t in zip(student.preact, teacher.preact)]
         return [connect(s) for connect, s in zip(self.connectors, student.preact)], maps
 
-    def compare(self, ours, theirs, index=None):
+    def compare(
+        self, ours: list[Tensor], theirs: list[Tensor], index: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         margins = self.margins.split([b.shape[1] for b in theirs])
         stages = [partial_square(a, b, m[:, None, None]).sum() / len(a) for a, b, m in zip(ours, theirs, margins)]
-        return {"partial": self.weight * sum(value / 2**k for k, value in enumerate(reversed(stages)))}
+        return {"partial": self.weight * summed(value / 2**k for k, value in enumerate(reversed(stages)))}

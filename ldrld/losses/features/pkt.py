@@ -6,11 +6,14 @@
 __all__ = ['jump_log_probabilities', 'PKT']
 
 # %% ../../../nbs/methods/pkt.ipynb #8490ec79
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from .comparison import Comparison
 from ..registry import register
+from ...models.parts import Features
 
 # %% ../../../nbs/methods/pkt.ipynb #8ec3c78e
 def jump_log_probabilities(
@@ -29,6 +32,8 @@ class PKT(Comparison):
     Raises ValueError for a hyper-parameter out of its range.
     Source: Passalis and Tefas 2018, arXiv 1803.10837 (passalis/probabilistic_kt); weight as in HobbitLong/RepDistiller.
     """
+    weight: float
+
     def __init__(
         self,
         weight: float = 30000.0,  # w ≥ 0
@@ -36,8 +41,11 @@ class PKT(Comparison):
     ):
         super().__init__(ce_weight, weight=weight)
 
-    def pick(self, student, teacher): return [student.pooled], [teacher.pooled]
+    def pick(self, student: Features, teacher: Features) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        return [student.pooled], [teacher.pooled]
 
-    def compare(self, ours, theirs, index=None):
+    def compare(
+        self, ours: list[Tensor], theirs: list[Tensor], index: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         log_p_s, log_p_t = jump_log_probabilities(ours[0]), jump_log_probabilities(theirs[0])
         return {"probabilities": self.weight * (log_p_t.exp() * (log_p_t - log_p_s)).mean()}

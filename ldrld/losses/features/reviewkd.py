@@ -6,13 +6,19 @@
 __all__ = ['convolved', 'AttentionFusion', 'hierarchical_context', 'ReviewKD']
 
 # %% ../../../nbs/methods/reviewkd.ipynb #2dc84d5c
+from collections.abc import Sequence
+from typing import Any, Self, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core import validation
+from ..base import summed
+from .base import Shapes
 from .comparison import Comparison, both_shapes, same_stages
 from ..registry import register
+from ...models.parts import Features
 
 # %% ../../../nbs/methods/reviewkd.ipynb #73da73fe
 def convolved(
@@ -21,7 +27,7 @@ def convolved(
 ) -> Tensor:
     "Output of the layers; with a single value per channel, which has no variance, uses the running statistics."
     if not layers.training or len(x) * x.shape[2] * x.shape[3] > 1: return layers(x)
-    norm = layers[1]
+    norm = cast(nn.BatchNorm2d, layers[1])
     return F.batch_norm(layers[0](x), norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
 
 
@@ -38,9 +44,14 @@ class AttentionFusion(nn.Module):
         self.narrow = nn.Sequential(nn.Conv2d(c_in, c_mid, 1, bias=False), nn.BatchNorm2d(c_mid))
         self.attention = nn.Sequential(nn.Conv2d(2 * c_mid, 2, 1), nn.Sigmoid()) if fuse else None
         self.widen = nn.Sequential(nn.Conv2d(c_mid, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out))
-        for layers in (self.narrow, self.widen): nn.init.kaiming_uniform_(layers[0].weight, a=1)
+        for layers in (self.narrow, self.widen): nn.init.kaiming_uniform_(cast(nn.Conv2d, layers[0]).weight, a=1)
 
-    def forward(self, x, deeper, size):  # the student's map; R_{i+1} or None; (height, width) of the teacher's map
+    def forward(
+        self,
+        x: Tensor,  # the student's map
+        deeper: Any,  # R_{i+1}, a tensor; None at the deepest level
+        size: tuple[int, ...],  # height and width of the teacher's map
+    ) -> tuple[Tensor, Tensor]:
         "O_i and R_i."
         x = convolved(self.narrow, x)
         if self.attention is not None:
@@ -78,6 +89,9 @@ class ReviewKD(Comparison):
                      ("wrn_40_2", "wrn_40_1"): {"weight": 5.0}, ("wrn_40_2", "ShuffleV1"): {"weight": 5.0},
                      ("resnet32x4", "ShuffleV1"): {"weight": 5.0}, ("resnet32x4", "ShuffleV2"): {"weight": 8.0}}
 
+    weight: float
+    warmup: float
+
     def __init__(
         self,
         weight: float = 1.0,  # λ ≥ 0
@@ -91,11 +105,11 @@ class ReviewKD(Comparison):
         self.student_preact = validation.flag("student_preact", student_preact)
         self.max_width = validation.integer("max_width", max_width, at_least=1)
 
-    def levels(self, features) -> tuple:
+    def levels(self, features: Features | Shapes) -> tuple:
         "The student's maps to compare, or their shapes."
         return features.preact if self.student_preact else features.stages[1:]
 
-    def prepare(self, student, teacher, example, data=None):
+    def prepare(self, student: nn.Module, teacher: nn.Module, example: Tensor, data: Any = None) -> Self:
         "Create the fusions, the deepest first. Returns the loss; ValueError if the numbers of stages differ."
         s, t = both_shapes(student, teacher, example)
         same_stages(s.preact, t.preact, "reviewkd")
@@ -105,7 +119,7 @@ class ReviewKD(Comparison):
                                      for k, (c_s, c_t) in enumerate(reversed(widths)))
         return self.to(example.device)
 
-    def pick(self, student, teacher):
+    def pick(self, student: Features, teacher: Features) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         levels = [student.pooled[..., None, None], *reversed(self.levels(student))]
         theirs = [teacher.pooled[..., None, None], *reversed(teacher.preact)]
         ours, R = [], None
@@ -114,5 +128,7 @@ class ReviewKD(Comparison):
             ours.append(O)
         return ours, theirs
 
-    def compare(self, ours, theirs, index=None):
-        return {"review": self.weight * self.ramp * sum(hierarchical_context(u, v) for u, v in zip(ours, theirs))}
+    def compare(
+        self, ours: list[Tensor], theirs: list[Tensor], index: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        return {"review": self.weight * self.ramp * summed(map(hierarchical_context, ours, theirs))}

@@ -6,12 +6,15 @@
 __all__ = ['distances_and_angles', 'RKD']
 
 # %% ../../../nbs/methods/rkd.ipynb #cf7f5ed9
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .comparison import Comparison
 from ..registry import register
+from ...models.parts import Features
 
 # %% ../../../nbs/methods/rkd.ipynb #439ff980
 def distances_and_angles(
@@ -31,6 +34,9 @@ class RKD(Comparison):
     Memory grows with the cube of the batch size. Raises ValueError for a hyper-parameter out of its range.
     Source: Park et al. 2019, arXiv 1904.05068 (lenscloth/RKD); weights as in HobbitLong/RepDistiller.
     """
+    distance_weight: float
+    angle_weight: float
+
     def __init__(
         self,
         distance_weight: float = 25.0,  # w_d ≥ 0
@@ -39,9 +45,12 @@ class RKD(Comparison):
     ):
         super().__init__(ce_weight, distance_weight=distance_weight, angle_weight=angle_weight)
 
-    def pick(self, student, teacher): return [student.pooled], [teacher.pooled]
+    def pick(self, student: Features, teacher: Features) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        return [student.pooled], [teacher.pooled]
 
-    def compare(self, ours, theirs, index=None):
+    def compare(
+        self, ours: list[Tensor], theirs: list[Tensor], index: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         (d_s, cos_s), (d_t, cos_t) = distances_and_angles(ours[0]), distances_and_angles(theirs[0])
         return {"distance": self.distance_weight * F.smooth_l1_loss(d_s, d_t),
                 "angle": self.angle_weight * F.smooth_l1_loss(cos_s, cos_t)}

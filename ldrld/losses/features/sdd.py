@@ -6,6 +6,9 @@
 __all__ = ['regional_logits', 'conflicts', 'SDD']
 
 # %% ../../../nbs/methods/sdd.ipynb #12ae7e50
+from collections.abc import Sequence
+from typing import Any, Self
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,9 +16,10 @@ from torch import Tensor, nn
 from ...core import validation
 from ..base import Rows, wide
 from .base import FeatureLoss
-from .heads import heads_of, last_shape
+from .heads import heads_of, last_map, last_shape
 from ..inner import inner_loss, inner_terms
 from ..registry import register
+from ...models.parts import Features
 
 # %% ../../../nbs/methods/sdd.ipynb #8d4a4a56
 def regional_logits(
@@ -56,7 +60,7 @@ class SDD(FeatureLoss):
         self,
         distance: str = "kd",  # D: name of a loss on logits with a teacher: "kd", "dkd", "nkd", "ldrld", …
         distance_args: dict | None = None,  # its hyper-parameters, where different from the defaults
-        regions: list[int] = (1, 2, 4),  # side of each grid of regions; 1 is the whole image
+        regions: Sequence[int] = (1, 2, 4),  # side of each grid of regions; 1 is the whole image
         conflict_weight: float = 2.0,  # ω ≥ 1 of regions that conflict with the whole image
         ce_weight: float | None = None,  # ≥ 0, weight of the cross-entropy; None: that of the distance
         warmup: float | None = None,  # ≥ 0, share of the training over which D ramps up; None: that of the distance
@@ -68,7 +72,7 @@ class SDD(FeatureLoss):
         self.regions = [validation.integer("regions", side, at_least=1) for side in regions]
         self.conflict_weight = validation.number("conflict_weight", conflict_weight, at_least=1.0)
 
-    def prepare(self, student: nn.Module, teacher: nn.Module, example: Tensor, data=None) -> "SDD":
+    def prepare(self, student: nn.Module, teacher: nn.Module, example: Tensor, data: Any = None) -> Self:
         "Store the heads. ValueError for networks without a head or a last map."
         self._heads = heads_of(student, teacher)  # in a tuple, so that they are not submodules of the loss
         for who, network in (("student", student), ("teacher", teacher)): last_shape(network, example, who)
@@ -80,14 +84,17 @@ class SDD(FeatureLoss):
         super().at_epoch(epoch, epochs, seed)
         self.base.at_epoch(epoch, epochs, seed)
 
-    def feature_terms(self, rows, student_features, teacher_features, index):
-        z_s = regional_logits(rows.student, student_features.last, self._heads[0], self.regions)
-        with torch.no_grad(): z_t = regional_logits(rows.teacher, teacher_features.last, self._heads[1], self.regions)
+    def feature_terms(
+        self, rows: Rows, student_features: Features, teacher_features: Features, index: Tensor | None,
+    ) -> dict[str, Tensor]:
+        z_s = regional_logits(rows.student, last_map(student_features), self._heads[0], self.regions)
+        with torch.no_grad():
+            z_t = regional_logits(rows.theirs, last_map(teacher_features), self._heads[1], self.regions)
         times = len(z_s) // len(rows.student)
         share = rows.student.new_full((len(z_s),), 1 / len(z_s))
         if rows.share is not None: share = rows.share.repeat(times) / times
-        double = conflicts(z_t, rows.teacher, rows.target)
-        all_regions = Rows(z_s, z_t, rows.target.repeat(times), share)
+        double = conflicts(z_t, rows.theirs, rows.labels)
+        all_regions = Rows(z_s, z_t, rows.labels.repeat(times), share)
         in_conflict = all_regions._replace(share=(self.conflict_weight - 1) * share.where(double, 0.0))
         once, again = (inner_terms(self.base, part, self.ramp) for part in (all_regions, in_conflict))
         return self.cross_entropy(rows.student, rows.target) | {name: once[name] + again[name] for name in once}

@@ -6,15 +6,17 @@
 __all__ = ['three_layers', 'ReusedHead', 'SimKD']
 
 # %% ../../../nbs/methods/simkd.ipynb #92df9f8b
+from typing import Any, Self
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core import validation
-from ..base import wide
+from ..base import Rows, wide
 from .base import FeatureLoss
-from .heads import heads_of, last_shape, plain_linear
+from .heads import heads_of, last_map, last_shape, plain_linear
 from ..registry import register
-from ...models.parts import classify, conv
+from ...models.parts import Features, Output, classify, conv
 
 # %% ../../../nbs/methods/simkd.ipynb #e6ca5994
 def three_layers(
@@ -23,7 +25,8 @@ def three_layers(
     reduction: int,  # factor by which the inner width is smaller
 ) -> nn.Sequential:
     "SimKD's projector: three convolutions, each with batch norm and ReLU."
-    inner, layers = max(c_t // reduction, 1), []
+    inner = max(c_t // reduction, 1)
+    layers: list[nn.Module] = []
     for c_in, c_out, kernel in ((c_s, inner, 1), (inner, inner, 3), (inner, c_t, 1)):
         layers += [conv(c_in, c_out, kernel), nn.BatchNorm2d(c_out), nn.ReLU()]
     return nn.Sequential(*layers)
@@ -41,7 +44,7 @@ class ReusedHead(nn.Module):
         super().__init__()
         self.student, self.projector, self.head, self.size = student, projector, head, size
 
-    def forward(self, x, features=False):
+    def forward(self, x: Tensor, features: bool = False) -> Output:
         _, seen = self.student(x, features=True)
         last = self.projector(F.adaptive_avg_pool2d(seen.last, self.size))
         return classify(self.head, last, seen.stages, seen.preact, features)
@@ -65,15 +68,18 @@ class SimKD(FeatureLoss):
         self.feature_weight = validation.number("feature_weight", feature_weight, at_least=0.0)
         self.ce_weight = validation.number("ce_weight", ce_weight, at_least=0.0)
 
-    def prepare(self, student: nn.Module, teacher: nn.Module, example: Tensor, data=None) -> "SimKD":
+    def prepare(self, student: nn.Module, teacher: nn.Module, example: Tensor, data: Any = None) -> Self:
         "Create the projector between the last maps. ValueError for networks without a head or a last map."
-        (c_s, *size_s), (c_t, *size_t) = last_shape(student, example), last_shape(teacher, example, "teacher")
-        self._head, self.size = heads_of(student, teacher)[1:], tuple(map(min, size_s, size_t))
+        (c_s, h_s, w_s), (c_t, h_t, w_t) = last_shape(student, example), last_shape(teacher, example, "teacher")
+        self._head = heads_of(student, teacher)[1:]
+        self.size = min(h_s, h_t), min(w_s, w_t)
         self.projector = three_layers(c_s, c_t, self.reduction).to(example.device)
         return self
 
-    def feature_terms(self, rows, student_features, teacher_features, index):
-        last_s, last_t = (F.adaptive_avg_pool2d(f.last, self.size) for f in (student_features, teacher_features))
+    def feature_terms(
+        self, rows: Rows, student_features: Features, teacher_features: Features, index: Tensor | None,
+    ) -> dict[str, Tensor]:
+        last_s, last_t = (F.adaptive_avg_pool2d(last_map(f), self.size) for f in (student_features, teacher_features))
         last = self.projector(last_s)
         z = plain_linear(self._head[0], wide(last).mean((2, 3)).to(self._head[0].weight.dtype))
         return self.cross_entropy(rows.logits(z), rows.target) | {

@@ -6,11 +6,14 @@
 __all__ = ['similarities', 'SP']
 
 # %% ../../../nbs/methods/sp.ipynb #8f3c5690
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from .comparison import Comparison
 from ..registry import register
+from ...models.parts import Features
 
 # %% ../../../nbs/methods/sp.ipynb #4ba6925a
 def similarities(
@@ -27,6 +30,8 @@ class SP(Comparison):
     Raises ValueError for a hyper-parameter out of its range.
     Source: Tung and Mori 2019, arXiv 1907.09682; weight as in HobbitLong/RepDistiller.
     """
+    weight: float
+
     def __init__(
         self,
         weight: float = 3000.0,  # w ≥ 0
@@ -34,7 +39,10 @@ class SP(Comparison):
     ):
         super().__init__(ce_weight, weight=weight)
 
-    def pick(self, student, teacher): return [student.stages[-1]], [teacher.stages[-1]]
+    def pick(self, student: Features, teacher: Features) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        return [student.stages[-1]], [teacher.stages[-1]]
 
-    def compare(self, ours, theirs, index=None):
+    def compare(
+        self, ours: list[Tensor], theirs: list[Tensor], index: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         return {"similarity": self.weight * F.mse_loss(similarities(ours[0]), similarities(theirs[0]))}

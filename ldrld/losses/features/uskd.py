@@ -6,15 +6,18 @@
 __all__ = ['without', 'log_ratios', 'zipf_labels', 'USKD']
 
 # %% ../../../nbs/methods/uskd.ipynb #69f7daf7
+from typing import Any, Self
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core import validation
-from ..base import wide
+from ..base import Rows, wide
 from .base import FeatureLoss, shapes_of
 from .heads import heads_of
 from ..registry import register
+from ...models.parts import Features
 
 # %% ../../../nbs/methods/uskd.ipynb #82dca570
 def without(
@@ -54,6 +57,9 @@ class USKD(FeatureLoss):
     the defaults; for ImageNet it has α = 1, β = 0.1, μ = 0.005.
     """
     needs_teacher = False
+    alpha: float
+    beta: float
+    mu: float
     needs_target = "'uskd', which learns from labels alone"
 
     def __init__(
@@ -67,14 +73,16 @@ class USKD(FeatureLoss):
         for name, value in (("alpha", alpha), ("beta", beta), ("mu", mu), ("ce_weight", ce_weight)):
             setattr(self, name, validation.number(name, value, at_least=0.0))
 
-    def prepare(self, student: nn.Module, teacher: nn.Module | None, example: Tensor, data=None) -> "USKD":
+    def prepare(self, student: nn.Module, teacher: nn.Module | None, example: Tensor, data: Any = None) -> Self:
         "Create the weak head on the second-to-last stage; the teacher is not used. ValueError without a head."
         classes = heads_of(student, student)[0].out_features
         self.weak_head = nn.Linear(shapes_of(student, example).stages[-2][0], classes).to(example.device)
         return self
 
-    def feature_terms(self, rows, student_features, teacher_features, index):
-        z, t = rows.student, rows.target
+    def feature_terms(
+        self, rows: Rows, student_features: Features, teacher_features: None, index: Tensor | None,
+    ) -> dict[str, Tensor]:
+        z, t = rows.student, rows.labels
         pooled = wide(student_features.stages[-2]).mean((2, 3))
         weak = rows.logits(self.weak_head(pooled.to(self.weak_head.weight.dtype)))
         log_p_t = z.log_softmax(-1).gather(-1, t[:, None])[:, 0]

@@ -7,14 +7,18 @@ __all__ = ['VARIANCE_FLOOR', 'mean_regressor', 'normal_nll', 'VID']
 
 # %% ../../../nbs/methods/vid.ipynb #ab513f5d
 import math
+from collections.abc import Sequence
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core import validation
+from ..base import summed
 from .comparison import Comparison, both_shapes, same_stages, to_smaller
 from ..registry import register
+from ...models.parts import Features
 
 # %% ../../../nbs/methods/vid.ipynb #2f9db6aa
 VARIANCE_FLOOR = 1e-5  # keeps the logarithm finite, as in the official code
@@ -44,6 +48,8 @@ class VID(Comparison):
     """
     parts = ("means", "rho")
 
+    weight: float
+
     def __init__(
         self,
         weight: float = 1.0,  # w ≥ 0
@@ -53,7 +59,7 @@ class VID(Comparison):
         super().__init__(ce_weight, weight=weight)
         self.initial_variance = validation.number("initial_variance", initial_variance, above=VARIANCE_FLOOR)
 
-    def prepare(self, student, teacher, example, data=None):
+    def prepare(self, student: nn.Module, teacher: nn.Module, example: Tensor, data: Any = None) -> Self:
         "Create a regressor and variances for each stage. Returns the loss; ValueError if the stages differ in number."
         s, t = both_shapes(student, teacher, example)
         same_stages(s.preact, t.preact, "vid")
@@ -64,9 +70,11 @@ class VID(Comparison):
         self.rho = nn.ParameterList(nn.Parameter(torch.full((c_t,), rho)) for _, c_t in widths)
         return self.to(example.device)
 
-    def pick(self, student, teacher):
+    def pick(self, student: Features, teacher: Features) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         pairs = [to_smaller(s, t) for s, t in zip(student.stages[1:], teacher.stages[1:])]
         return [mean(s) for mean, (s, _) in zip(self.means, pairs)], [t for _, t in pairs]
 
-    def compare(self, ours, theirs, index=None):
-        return {"information": self.weight * sum(normal_nll(m, t, rho) for m, t, rho in zip(ours, theirs, self.rho))}
+    def compare(
+        self, ours: list[Tensor], theirs: list[Tensor], index: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        return {"information": self.weight * summed(map(normal_nll, ours, theirs, self.rho))}

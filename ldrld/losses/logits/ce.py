@@ -6,6 +6,8 @@
 __all__ = ['CrossEntropy']
 
 # %% ../../../nbs/methods/ce.ipynb #7003a83a
+from torch import Tensor
+
 from ...core import validation
 from ..base import LogitLoss
 from ..registry import register
@@ -24,4 +26,5 @@ class CrossEntropy(LogitLoss):
         super().__init__()
         self.ce_weight = validation.number("ce_weight", ce_weight, at_least=0.0)
 
-    def row_terms(self, student, teacher, target): return self.cross_entropy(student, target)
+    def row_terms(self, student: Tensor, teacher: Tensor, target: Tensor) -> dict[str, Tensor]:
+        return self.cross_entropy(student, target)

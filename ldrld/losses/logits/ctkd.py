@@ -54,6 +54,6 @@ class CTKD(LogitLoss):
         grown = self.curriculum * epochs
         self.strength = (1 + cos(pi * min(epoch / grown, 1.0))) / 2 - 1 if grown > 0 else -1.0
 
-    def row_terms(self, student, teacher, target):
+    def row_terms(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> dict[str, Tensor]:
         T = self.temperature
         return self.cross_entropy(student, target) | {"kd": self.kd_weight * T**2 * dway_kl(student, teacher, T)}

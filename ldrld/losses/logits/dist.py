@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...core import validation
-from ..base import LogitLoss
+from ..base import LogitLoss, Rows
 from ..registry import register
 from ..relations import tempered
 
@@ -28,7 +28,7 @@ def correlation(
     Its gradient scales with the inverse spread of `u`. So a `u` that is constant up to rounding gets no gradient, and
     the relative spread is clamped to at least a thousandth.
     """
-    def centred(x):
+    def centred(x: Tensor) -> Tensor:
         if counts is None: return x - x.mean(dim, keepdim=True)
         return counts * (x - (counts * x).sum(dim, keepdim=True) / counts.sum().clamp(min=1))
     norm = lambda x: torch.linalg.vector_norm(x, dim=dim, keepdim=True)
@@ -63,8 +63,8 @@ class DIST(LogitLoss):
         self.gamma = validation.number("gamma", gamma, at_least=0.0)
         self.ce_weight = validation.number("ce_weight", ce_weight, at_least=0.0)
 
-    def batch_terms(self, rows):
-        P_s, P_t = (tempered(z, self.temperature).softmax(-1) for z in (rows.student, rows.teacher))
+    def batch_terms(self, rows: Rows) -> dict[str, Tensor]:
+        P_s, P_t = (tempered(z, self.temperature).softmax(-1) for z in (rows.student, rows.theirs))
         counts = None if rows.counts is None else rows.counts.to(P_s.dtype)[:, None]
         inter, intra = 1 - correlation(P_s, P_t, -1), (1 - correlation(P_s, P_t, 0, counts)).mean()
         return self.cross_entropy(rows.student, rows.target) | {

@@ -6,6 +6,8 @@
 __all__ = ['DKD']
 
 # %% ../../../nbs/methods/dkd.ipynb #e8187b94
+from torch import Tensor
+
 from ...core import validation
 from ..base import LogitLoss
 from .log_odds import log_odds
@@ -42,7 +44,7 @@ class DKD(LogitLoss):
         self.ce_weight = validation.number("ce_weight", ce_weight, at_least=0.0)
         self.warmup = validation.number("warmup", warmup, at_least=0.0)
 
-    def row_terms(self, student, teacher, target):
+    def row_terms(self, student: Tensor, teacher: Tensor, target: Tensor) -> dict[str, Tensor]:
         at_y = target[:, None]
         binary = two_way_kl(log_odds(student, at_y, self.temperature), log_odds(teacher, at_y, self.temperature))
         others = remaining_kl(student, without_shared(student, teacher), at_y, self.temperature)

@@ -6,6 +6,8 @@
 __all__ = ['KD']
 
 # %% ../../../nbs/methods/kd.ipynb #8c03a213
+from torch import Tensor
+
 from ...core import validation
 from ..base import LogitLoss
 from ..registry import register
@@ -30,6 +32,6 @@ class KD(LogitLoss):
         self.ce_weight = validation.number("ce_weight", ce_weight, at_least=0.0)
         self.kd_weight = validation.number("kd_weight", kd_weight, at_least=0.0)
 
-    def row_terms(self, student, teacher, target):
+    def row_terms(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> dict[str, Tensor]:
         kl = dway_kl(student, teacher, self.temperature)
         return self.cross_entropy(student, target) | {"kd": self.kd_weight * self.temperature**2 * kl}

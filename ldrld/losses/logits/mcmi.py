@@ -6,6 +6,8 @@
 __all__ = ['class_centroids', 'divergence_from_centroids', 'MCMI']
 
 # %% ../../../nbs/methods/mcmi.ipynb #da8de87f
+from typing import Any, Self
+
 import torch
 from torch import Tensor, nn
 
@@ -57,7 +59,7 @@ class MCMI(LogitLoss):
         self.ce_weight = validation.number("ce_weight", ce_weight, at_least=0.0)
         self.register_buffer("centroids", None)
 
-    def prepare(self, student: nn.Module, teacher: nn.Module, example: Tensor, data=None) -> "MCMI":
+    def prepare(self, student: nn.Module, teacher: nn.Module, example: Tensor, data: Any = None) -> Self:
         "Copy the teacher into the student and compute the centroids. ValueError without data or for unlike networks."
         from ldrld.models.evaluation import logits_of  # here, because no other loss needs it
         if data is None: raise ValueError("data must be given for 'mcmi', which averages over its images, got None")
@@ -70,7 +72,7 @@ class MCMI(LogitLoss):
         self.centroids = class_centroids(z, data.train_labels)
         return self
 
-    def row_terms(self, student, teacher, target):
+    def row_terms(self, student: Tensor, teacher: Tensor, target: Tensor) -> dict[str, Tensor]:
         if self.centroids is None:
             raise ValueError("'mcmi' has no centroids yet: call loss.prepare(student, teacher, example, data) first")
         divergence = divergence_from_centroids(student, target, self.centroids)

@@ -6,10 +6,13 @@
 __all__ = ['gram_difference', 'MLKD']
 
 # %% ../../../nbs/methods/mlkd.ipynb #d4549845
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ...core import validation
+from ..base import Rows, summed
 from .two_views import TwoViews, temperature_list
 from ..registry import register
 from ..relations import dway_kl, tempered
@@ -34,7 +37,7 @@ class MLKD(TwoViews):
 
     def __init__(
         self,
-        temperatures: list[float] = (2.0, 3.0, 4.0, 5.0, 6.0),  # τ > 0, summed over
+        temperatures: Sequence[float] = (2.0, 3.0, 4.0, 5.0, 6.0),  # τ > 0, summed over
         ce_weight: float = 0.1,  # w_ce ≥ 0, weight of the cross-entropy, on each version
         instance_weight: float = 0.9,  # ≥ 0, weight of the KL divergence, on each version
         batch_weight: float = 0.9,  # ≥ 0, weight of the relations between samples
@@ -50,18 +53,18 @@ class MLKD(TwoViews):
     def relations(self, s: Tensor, t: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor]:
         "L_batch and L_class of logits (rows, classes), summed over the temperatures."
         counts = s.new_ones(len(s), 1) if counts is None else counts.to(s.dtype)[:, None]
-        batch, classes, n = 0.0, 0.0, counts.sum().clamp(min=1)
+        batch, classes, n = [], [], counts.sum().clamp(min=1)
         for T in self.temperatures:
             P_s, P_t = (counts * tempered(z, T).softmax(-1) for z in (s, t))
-            batch = batch + gram_difference(P_s, P_t) / n
-            classes = classes + gram_difference(P_s.mT, P_t.mT) / s.shape[-1]
-        return batch, classes
+            batch.append(gram_difference(P_s, P_t) / n)
+            classes.append(gram_difference(P_s.mT, P_t.mT) / s.shape[-1])
+        return summed(batch), summed(classes)
 
-    def batch_terms(self, rows):
-        instance = sum(T**2 * dway_kl(rows.student, rows.teacher, T) for T in self.temperatures)
+    def batch_terms(self, rows: Rows) -> dict[str, Tensor]:
+        instance = summed(T**2 * dway_kl(rows.student, rows.theirs, T) for T in self.temperatures)
         weak = slice(len(rows.student) // rows.versions)
         counts = None if rows.counts is None else rows.counts[weak]
-        batch, classes = self.relations(rows.student[weak], rows.teacher[weak], counts)
+        batch, classes = self.relations(rows.student[weak], rows.theirs[weak], counts)
         return self.cross_entropy(rows.student, rows.target) | {
             "instance": self.instance_weight * instance, "batch": self.batch_weight * batch,
             "class": self.class_weight * classes}

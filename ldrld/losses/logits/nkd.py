@@ -7,6 +7,7 @@ __all__ = ['NKD']
 
 # %% ../../../nbs/methods/nkd.ipynb #fff6d9c0
 import torch
+from torch import Tensor
 
 from ...core import validation
 from ..base import LogitLoss
@@ -34,7 +35,7 @@ class NKD(LogitLoss):
         self.gamma = validation.number("gamma", gamma, at_least=0.0)
         self.ce_weight = validation.number("ce_weight", ce_weight, at_least=0.0)
 
-    def row_terms(self, student, teacher, target):
+    def row_terms(self, student: Tensor, teacher: Tensor, target: Tensor) -> dict[str, Tensor]:
         at_y, both = target[:, None], (student, without_shared(student, teacher))
         log_p_s, log_p_t = (tempered(z, 1.0).log_softmax(-1).gather(-1, at_y)[:, 0] for z in both)
         log_q_s, log_q_t = (tempered(z, self.temperature).scatter(-1, at_y, -torch.inf).log_softmax(-1) for z in both)

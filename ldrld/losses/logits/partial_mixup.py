@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...core import validation
 from ...core.seeds import seeded
-from ..base import LogitLoss
+from ..base import LogitLoss, Rows
 from ..registry import register
 from ..relations import RULED_OUT, centred, finite
 
@@ -38,7 +38,7 @@ class PartialMixup(LogitLoss):
     """
     alters_pictures = True
     _draws = (0, 0, 0)  # seed, epoch, call
-    _mixture = None  # partners and weights of the last batch
+    _mixture: tuple[Tensor, Tensor] | None = None  # partners and weights of the last batch
     row_wise = False  # a sample also uses its partner's label
 
     def __init__(
@@ -63,20 +63,21 @@ class PartialMixup(LogitLoss):
         x: Tensor,  # (batch, 3, height, width)
     ) -> Tensor:  # like x
         "The batch with some images mixed; the mixture is stored for `terms`."
-        g, (*named, call) = seeded(*self._draws), self._draws
-        self._draws = (*named, call + 1)
+        seed, epoch, call = self._draws
+        g = seeded(seed, epoch, call)
+        self._draws = seed, epoch, call + 1
         partner, order = torch.randperm(len(x), generator=g), torch.randperm(len(x), generator=g)
         weight = torch.rand(len(x), generator=g).where(order < round(self.share * len(x)), 1.0)  # λ, 1 where not mixed
         self._mixture = partner.to(x.device), weight.to(x.device)
         own = self._mixture[1].to(x.dtype).view(-1, 1, 1, 1)
         return own * x + (1 - own) * x[self._mixture[0]]
 
-    def batch_terms(self, rows):
+    def batch_terms(self, rows: Rows) -> dict[str, Tensor]:
         if self._mixture is None or len(self._mixture[0]) != len(rows.student):
             raise ValueError("'partial-mixup' must mix the images: call x = loss.pictures(x) before the forward pass, "
                              f"got logits of {len(rows.student)} other images")
         z, (partner, own) = over_deviation(rows.student), self._mixture
-        log_p, log_q = z.log_softmax(-1), over_deviation(rows.teacher).log_softmax(-1)
+        log_p, log_q = z.log_softmax(-1), over_deviation(rows.theirs).log_softmax(-1)
         kd = {"kd": self.kd_weight * (log_q.exp() * (log_q - log_p)).sum(-1)}
         if rows.target is None: return kd
         other = 1 - own if rows.counts is None else (1 - own).where(rows.counts[partner], 0.0)

@@ -57,7 +57,7 @@ class RLD(LogitLoss):
         self.ce_weight = validation.number("ce_weight", ce_weight, at_least=0.0)
         self.warmup = validation.number("warmup", warmup, at_least=0.0)
 
-    def row_terms(self, student, teacher, target):
+    def row_terms(self, student: Tensor, teacher: Tensor, target: Tensor) -> dict[str, Tensor]:
         at_y, first = target[:, None], teacher.argmax(-1, keepdim=True)
         confidence = two_way_kl(log_odds(student, at_y, self.scd_temperature),
                                 log_odds(teacher, first, self.scd_temperature))

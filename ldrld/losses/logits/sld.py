@@ -6,10 +6,13 @@
 __all__ = ['swapped', 'SLD']
 
 # %% ../../../nbs/methods/sld.ipynb #1f21ed1b
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ...core import validation
+from ..base import summed
 from .two_views import TwoViews, temperature_list
 from ..registry import register
 from ..relations import dway_kl
@@ -39,7 +42,7 @@ class SLD(TwoViews):
 
     def __init__(
         self,
-        temperatures: list[float] = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0),  # τ > 0, summed over
+        temperatures: Sequence[float] = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0),  # τ > 0, summed over
         ce_weight: float = 0.1,  # w_ce ≥ 0, weight of the cross-entropy, on each version
         kd_weight: float = 0.9,  # w_kd ≥ 0, weight of the divergences, on each version
         student_from: float = 0.625,  # ≥ 0, fraction of the training after which the student is swapped: 150 of 240
@@ -55,9 +58,9 @@ class SLD(TwoViews):
         super().at_epoch(epoch, epochs, seed)
         self.late = epoch > self.student_from * epochs
 
-    def row_terms(self, student, teacher, target):
+    def row_terms(self, student: Tensor, teacher: Tensor, target: Tensor) -> dict[str, Tensor]:
         terms, at_y = self.cross_entropy(student, target), target[:, None]
         for name, other in (("teacher", teacher), ("student", student.detach()))[: 1 + self.late]:
-            kl = sum(T**2 * dway_kl(student, swapped(other, at_y), T) for T in self.temperatures)
+            kl = summed(T**2 * dway_kl(student, swapped(other, at_y), T) for T in self.temperatures)
             terms[name] = self.kd_weight * kl
         return terms

@@ -9,7 +9,7 @@ __all__ = ['RANGES', 'HALF', 'COVER', 'operations', 'affine', 'value_table', 'Nu
 # %% ../../../nbs/methods/strong_view.ipynb #5a281b45
 from functools import lru_cache
 from math import atan, cos, degrees, inf, radians, sin
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,8 @@ from torch import Tensor
 
 # %% ../../../nbs/methods/strong_view.ipynb #7f971ae3
 try: import numpy as np
-except ModuleNotFoundError: np = None  # the losses need only torch; `strong_view` raises a clear error
+except ModuleNotFoundError:
+    np = None  # type: ignore[assignment]  # the losses need only torch; `strong_view` raises a clear error
 
 # %% ../../../nbs/methods/strong_view.ipynb #964bdcff
 RANGES = {"AutoContrast": (0, 0), "Brightness": (0.05, 0.95), "Color": (0.05, 0.95), "Contrast": (0.05, 0.95),
@@ -30,7 +31,10 @@ def operations() -> dict[str, tuple]:  # by name: lowest and highest strength, a
     "FixMatch's RandAugment on uint8 images (3, height, width). Source: arXiv 2001.07685, and MLKD's code."
     from ldrld.core.torchvision import torchvision
     f = torchvision.transforms.functional
-    def moved(x, angle=0.0, by=(0, 0), shear=(0.0, 0.0), **more):
+    def moved(
+        x: Tensor, angle: float = 0.0, by: tuple[int, int] = (0, 0), shear: tuple[float, float] = (0.0, 0.0),
+        **more: Any,
+    ) -> Tensor:
         return f.affine(x, angle, list(by), 1.0, list(shear), **more)
     slant = lambda v: degrees(atan(v))
     alter = {"AutoContrast": lambda x, v: f.autocontrast(x),
@@ -130,8 +134,8 @@ def fixed(height: int, width: int, device: torch.device) -> Fixed:
     places[..., 0] = np.arange(width) - (width - 1) / 2
     places[..., 1] = np.arange(height)[:, None] - (height - 1) / 2
     inside[1:-1, 1:-1] = True
-    kernel = np.float32([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / np.float32(13)
-    colours = [np.float32(v).reshape(3, 1, 1) for v in ((0.2989, 0.587, 0.114), COVER)]
+    kernel = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / np.float32(13)
+    colours = [np.array(v, np.float32).reshape(3, 1, 1) for v in ((0.2989, 0.587, 0.114), COVER)]
     arrays = (places.reshape(-1, 3), inside, np.float32(1), colours[0], kernel[None, None], colours[1])
     return Fixed(*(torch.from_numpy(np.asarray(a)).to(device) for a in arrays))
 
@@ -154,14 +158,14 @@ def planned(
             v = low + (high - low) * share
             theta[k, i], table[k, i] = affine(name, v, height, width), value_table(name, v)
             given[k, :, i] = numbers(name, v, min(height, width))
-    theta = (theta / np.float32([[0.5 * width], [0.5 * height]])).transpose(3, 0, 1, 2)
-    pieces = [np.ascontiguousarray(a) for a in (theta, table, given)]
+    places = (theta / np.array([[0.5 * width], [0.5 * height]], np.float32)).transpose(3, 0, 1, 2)
+    pieces = [np.ascontiguousarray(a) for a in (places, table, given)]
     sent = torch.from_numpy(np.concatenate([a.ravel() for a in pieces])).to(device)
-    theta, table, given = (t.view(a.shape) for t, a in zip(sent.split([a.size for a in pieces]), pieces))
-    grid = fixed(height, width, device).places @ theta.flatten(1)
+    maps, tables, numbers_of = (t.view(a.shape) for t, a in zip(sent.split([a.size for a in pieces]), pieces))
+    grid = fixed(height, width, device).places @ maps.flatten(1)
     grid = grid.view(height, width, changes, batch, 2).permute(2, 3, 0, 1, 4)
-    equalised = given[:, Numbers._fields.index("equalised"), :, None, None] > 0
-    return [Plan(grid[k], table[k, :, None].expand(-1, 3, -1), given[k, :, :, None, None], equalised[k])
+    equalised = numbers_of[:, Numbers._fields.index("equalised"), :, None, None] > 0
+    return [Plan(grid[k], tables[k, :, None].expand(-1, 3, -1), numbers_of[k, :, :, None, None], equalised[k])
             for k in range(changes)]
 
 # %% ../../../nbs/methods/strong_view.ipynb #a193a067
@@ -212,7 +216,7 @@ def covered(
 ) -> "np.ndarray":  # (batch, 1, height, width) bool
     "Pixels covered by a square, clipped at the edges. Source: MLKD's code."
     side = size * np.float32(width)
-    def within(middle, n):
+    def within(middle: "np.ndarray", n: int) -> "np.ndarray":
         start = np.floor(np.maximum(middle * np.float32(n) - side / 2, 0))[:, None]
         at = np.arange(n, dtype=np.float32)
         return (at >= start) & (at < start + side[:, None])

@@ -48,7 +48,7 @@ class TTM(LogitLoss):
         self.beta = validation.number("beta", beta, at_least=0.0)
         self.ce_weight = validation.number("ce_weight", ce_weight, at_least=0.0)
 
-    def row_terms(self, student, teacher, target):
+    def row_terms(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> dict[str, Tensor]:
         kl, log_U = transformed_kl(student, teacher, self.gamma)
         if self.weighted: kl = log_U.exp() * kl
         return self.cross_entropy(student, target) | {"matching": self.beta * kl}

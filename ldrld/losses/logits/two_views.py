@@ -6,8 +6,10 @@
 __all__ = ['temperature_list', 'TwoViews']
 
 # %% ../../../nbs/methods/two_views.ipynb #3befa1c3
+from typing import Any, Self
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...core import validation
 from ..base import LogitLoss
@@ -15,7 +17,7 @@ from .strong_view import strong_view
 
 # %% ../../../nbs/methods/two_views.ipynb #adba3ad0
 def temperature_list(
-    temperatures,  # numbers above 0
+    temperatures: Any,  # numbers above 0
 ) -> list[float]:
     "The temperatures as a list, for JSON; ValueError if empty or if one is not above 0."
     if isinstance(temperatures, (str, bytes, dict)) or not hasattr(temperatures, "__iter__") or not list(temperatures):
@@ -31,9 +33,9 @@ class TwoViews(LogitLoss):
     alters_pictures = True
     _moment = (0, 0)  # seed and epoch
     _calls = 0  # number of calls of `pictures` in this epoch
-    _scale = None  # mean and standard deviation of each channel
+    _scale: tuple[tuple[float, ...], tuple[float, ...]] | None = None  # mean and standard deviation of each channel
 
-    def prepare(self, student, teacher, example: Tensor, data=None) -> "TwoViews":
+    def prepare(self, student: nn.Module | None, teacher: nn.Module | None, example: Tensor, data: Any = None) -> Self:
         "Store the normalisation of `data`, to undo it. Returns the loss."
         if data is not None: self._scale = tuple(data.mean), tuple(data.std)
         return self

@@ -41,7 +41,7 @@ class WSLD(LogitLoss):
         loss_s, loss_t = (-tempered(z.detach(), 1.0).log_softmax(-1).gather(-1, at_y)[:, 0] for z in (student, teacher))
         return -torch.expm1(-loss_s / (loss_t + 1e-7))
 
-    def row_terms(self, student, teacher, target):
+    def row_terms(self, student: Tensor, teacher: Tensor, target: Tensor) -> dict[str, Tensor]:
         weights = self.weights(student, teacher, target[:, None])
         p_t = tempered(teacher, self.temperature).softmax(-1)
         soft = -(p_t * tempered(student, self.temperature).log_softmax(-1)).sum(-1)

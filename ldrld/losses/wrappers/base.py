@@ -6,16 +6,18 @@
 __all__ = ['Wrapper']
 
 # %% ../../../nbs/methods/wrappers.ipynb #3c04801c
+from typing import cast
+
 from torch import Tensor
 
 from ...core import validation
-from ..base import LogitLoss, Rows, compared
+from ..base import LogitLoss, RowLoss, Rows, compared
 from ..registry import build
 
 # %% ../../../nbs/methods/wrappers.ipynb #e298d79f
 class Wrapper(LogitLoss):
     """A loss around another loss on logits. A subclass defines `given`: the input of the wrapped loss."""
-    factor = 1.0  # multiplies the terms of the wrapped loss
+    base: RowLoss  # the wrapped loss
     defaults: dict[str, dict] = {}  # default hyper-parameters of wrapped losses, where they differ from their own
 
     def __init__(self, loss: str, loss_args: dict | None, ce_weight: float | None):
@@ -26,18 +28,20 @@ class Wrapper(LogitLoss):
         if "ce_weight" in given:
             raise ValueError(f"loss_args must not hold ce_weight, got {given['ce_weight']!r}: "
                              "give ce_weight to the wrapper, which computes the cross-entropy")
-        base = build(loss, **self.defaults.get(loss, {}) | given)
+        settings = self.defaults.get(loss, {}) | given
+        base = build(loss, **settings)
         tunes = getattr(base, "trains_teacher", False)
         reasons = {"uses features": base.needs_features, "tunes a teacher": tunes,
                    "generates its own training images": base.alters_pictures,
                    "takes no teacher": not base.needs_teacher}
         why = next((reason for reason, applies in reasons.items() if applies), None)
-        if why:
+        if why or not isinstance(base, RowLoss):
             raise ValueError("loss must be a loss on student and teacher logits, such as 'kd' or 'ldrld'; "
-                             f"{loss!r} {why}")
+                             f"{loss!r} {why or 'has no terms per row'}")
         self.loss, self.loss_args = loss, base.hyperparameters
         own = self.loss_args.pop("ce_weight", None)
-        self.base = base if own is None else build(loss, **self.loss_args, ce_weight=0.0)
+        self.base = base if own is None else cast(RowLoss, build(loss, **self.loss_args, ce_weight=0.0))
+        self.row_wise, self.needs_target = self.base.row_wise, type(self).needs_target or self.base.needs_target
         self.ce_weight = (own or 0.0) if ce_weight is None else validation.number("ce_weight", ce_weight, at_least=0.0)
 
     def at_epoch(self, epoch: int, epochs: int = 240, seed: int = 0) -> None:
@@ -46,10 +50,9 @@ class Wrapper(LogitLoss):
         self.base.at_epoch(epoch, epochs, seed)
 
     @property
-    def row_wise(self) -> bool: return self.base.row_wise
-
-    @property
-    def needs_target(self) -> str: return self.base.needs_target
+    def factor(self) -> float:
+        "Multiplies the terms of the wrapped loss."
+        return 1.0
 
     def given(self, rows: Rows) -> Rows:
         "The input of the wrapped loss, made from `rows`, which come from `compared`."

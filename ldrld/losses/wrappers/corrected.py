@@ -7,6 +7,7 @@ __all__ = ['Corrected']
 
 # %% ../../../nbs/methods/corrected.ipynb #1d20c066
 from ...core import validation
+from ..base import Rows
 from ..logits.sld import swapped
 from ..registry import register
 from .base import Wrapper
@@ -31,9 +32,9 @@ class Corrected(Wrapper):
         super().__init__(loss, loss_args, ce_weight)
         self.rule = validation.choice("rule", rule, ("swap", "skip"))
 
-    def given(self, rows):
-        at_y = rows.target[:, None]
-        if self.rule == "swap": return rows._replace(teacher=swapped(rows.teacher, at_y))
-        right = rows.teacher.gather(-1, at_y)[:, 0] >= rows.teacher.amax(-1)
+    def given(self, rows: Rows) -> Rows:
+        at_y = rows.labels[:, None]
+        if self.rule == "swap": return rows._replace(teacher=swapped(rows.theirs, at_y))
+        right = rows.theirs.gather(-1, at_y)[:, 0] >= rows.theirs.amax(-1)
         share = rows.student.new_full((len(right),), 1 / len(right)) if rows.share is None else rows.share
         return rows._replace(share=share.where(right, 0.0))

@@ -9,6 +9,7 @@ __all__ = ['FLOOR', 'RELEASED', 'standardized', 'released', 'Standardized']
 from torch import Tensor
 
 from ...core import validation
+from ..base import Rows
 from ..registry import register
 from ..relations import RULED_OUT, centred, finite
 from .base import Wrapper
@@ -30,7 +31,7 @@ def standardized(
 
 # %% ../../../nbs/methods/standardized.ipynb #42cbb171
 # (temperature, weight) by (teacher, student), from the names of the released training logs; for DKD also β, if named
-RELEASED = {
+RELEASED: dict[str, dict[tuple[str, str], tuple[float, ...]]] = {
     "kd": {("resnet56", "resnet20"): (2, 9), ("resnet110", "resnet20"): (4, 12), ("resnet110", "resnet32"): (2, 9),
            ("resnet32x4", "resnet8x4"): (2, 9), ("resnet32x4", "wrn_16_2"): (3, 9), ("resnet32x4", "wrn_40_2"): (3, 9),
            ("resnet32x4", "ShuffleV2"): (2, 9), ("wrn_40_2", "resnet8x4"): (2, 9), ("wrn_40_2", "wrn_16_2"): (2, 9),
@@ -75,4 +76,5 @@ class Standardized(Wrapper):
     @property
     def factor(self) -> float: return self.distill_weight
 
-    def given(self, rows): return rows._replace(student=standardized(rows.student), teacher=standardized(rows.teacher))
+    def given(self, rows: Rows) -> Rows:
+        return rows._replace(student=standardized(rows.student), teacher=standardized(rows.theirs))

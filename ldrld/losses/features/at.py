@@ -54,8 +54,6 @@ class AT(Comparison):
         same_stages(student.preact, teacher.preact, "at")
         return student.stages[1:], teacher.stages[1:]
 
-    def compare(
-        self, ours: list[Tensor], theirs: list[Tensor], index: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    def compare(self, ours: list[Tensor], theirs: list[Tensor], index: Tensor | None = None) -> dict[str, Tensor]:
         maps = [[attention(x, self.p) for x in to_smaller(s, t)] for s, t in zip(ours, theirs)]
         return {"attention": self.weight * summed(F.mse_loss(a_s, a_t) for a_s, a_t in maps)}

@@ -79,9 +79,7 @@ class CRD(Comparison):
     def pick(self, student: Features, teacher: Features) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         return [self.embed_s(student.pooled)], [self.embed_t(teacher.pooled)]
 
-    def compare(
-        self, ours: list[Tensor], theirs: list[Tensor], index: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    def compare(self, ours: list[Tensor], theirs: list[Tensor], index: Tensor | None = None) -> dict[str, Tensor]:
         u, v = F.normalize(ours[0], dim=1), F.normalize(theirs[0], dim=1)
         if index is None or index.shape != (len(u),):
             raise ValueError(f"index must hold the training-set index of each of the {len(u)} images, "

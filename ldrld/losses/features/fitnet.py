@@ -80,7 +80,5 @@ class FitNet(Comparison):
     def pick(self, student: Features, teacher: Features) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         return [self.regressor(student.stages[self.stage])], [teacher.stages[self.stage]]
 
-    def compare(
-        self, ours: list[Tensor], theirs: list[Tensor], index: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    def compare(self, ours: list[Tensor], theirs: list[Tensor], index: Tensor | None = None) -> dict[str, Tensor]:
         return {"hint": self.weight * F.mse_loss(ours[0], theirs[0])}

@@ -99,9 +99,7 @@ class OFD(Comparison):
         maps = [F.adaptive_avg_pool2d(t, (s.shape[-2], s.shape[-1])) for s, t in zip(student.preact, teacher.preact)]
         return [connect(s) for connect, s in zip(self.connectors, student.preact)], maps
 
-    def compare(
-        self, ours: list[Tensor], theirs: list[Tensor], index: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    def compare(self, ours: list[Tensor], theirs: list[Tensor], index: Tensor | None = None) -> dict[str, Tensor]:
         margins = self.margins.split([b.shape[1] for b in theirs])
         stages = [partial_square(a, b, m[:, None, None]).sum() / len(a) for a, b, m in zip(ours, theirs, margins)]
         return {"partial": self.weight * summed(value / 2**k for k, value in enumerate(reversed(stages)))}

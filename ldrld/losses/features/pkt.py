@@ -44,8 +44,6 @@ class PKT(Comparison):
     def pick(self, student: Features, teacher: Features) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         return [student.pooled], [teacher.pooled]
 
-    def compare(
-        self, ours: list[Tensor], theirs: list[Tensor], index: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    def compare(self, ours: list[Tensor], theirs: list[Tensor], index: Tensor | None = None) -> dict[str, Tensor]:
         log_p_s, log_p_t = jump_log_probabilities(ours[0]), jump_log_probabilities(theirs[0])
         return {"probabilities": self.weight * (log_p_t.exp() * (log_p_t - log_p_s)).mean()}

@@ -128,7 +128,5 @@ class ReviewKD(Comparison):
             ours.append(O)
         return ours, theirs
 
-    def compare(
-        self, ours: list[Tensor], theirs: list[Tensor], index: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    def compare(self, ours: list[Tensor], theirs: list[Tensor], index: Tensor | None = None) -> dict[str, Tensor]:
         return {"review": self.weight * self.ramp * summed(map(hierarchical_context, ours, theirs))}

@@ -48,9 +48,7 @@ class RKD(Comparison):
     def pick(self, student: Features, teacher: Features) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         return [student.pooled], [teacher.pooled]
 
-    def compare(
-        self, ours: list[Tensor], theirs: list[Tensor], index: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    def compare(self, ours: list[Tensor], theirs: list[Tensor], index: Tensor | None = None) -> dict[str, Tensor]:
         (d_s, cos_s), (d_t, cos_t) = distances_and_angles(ours[0]), distances_and_angles(theirs[0])
         return {"distance": self.distance_weight * F.smooth_l1_loss(d_s, d_t),
                 "angle": self.angle_weight * F.smooth_l1_loss(cos_s, cos_t)}

@@ -42,7 +42,5 @@ class SP(Comparison):
     def pick(self, student: Features, teacher: Features) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         return [student.stages[-1]], [teacher.stages[-1]]
 
-    def compare(
-        self, ours: list[Tensor], theirs: list[Tensor], index: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    def compare(self, ours: list[Tensor], theirs: list[Tensor], index: Tensor | None = None) -> dict[str, Tensor]:
         return {"similarity": self.weight * F.mse_loss(similarities(ours[0]), similarities(theirs[0]))}

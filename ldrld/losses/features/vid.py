@@ -74,7 +74,5 @@ class VID(Comparison):
         pairs = [to_smaller(s, t) for s, t in zip(student.stages[1:], teacher.stages[1:])]
         return [mean(s) for mean, (s, _) in zip(self.means, pairs)], [t for _, t in pairs]
 
-    def compare(
-        self, ours: list[Tensor], theirs: list[Tensor], index: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    def compare(self, ours: list[Tensor], theirs: list[Tensor], index: Tensor | None = None) -> dict[str, Tensor]:
         return {"information": self.weight * summed(map(normal_nll, ours, theirs, self.rho))}

@@ -33,15 +33,14 @@ def bench(
         os.environ["LDRLD_OUT"] = str(out.resolve())
     from ldrld.batch import scheduler
     from ldrld.batch.preflight import notebooks_for
-    from ldrld.bench.graphs import graphs  # noqa: F401, registers itself
-    from ldrld.bench.methods import methods  # noqa: F401, likewise
-    from ldrld.bench.timing import BENCHMARKS, folder_for, measure
-    from ldrld.bench.training import training  # noqa: F401, likewise
+    from ldrld.bench import registered
+    from ldrld.bench.measurements import folder_for, measure
     from ldrld.core import paths
     from ldrld.core.validation import known
 
+    benchmarks = registered()
     try:
-        chosen = [BENCHMARKS[known("benchmark", name, list(BENCHMARKS))] for name in names or BENCHMARKS]
+        chosen = [benchmarks[known("benchmark", name, list(benchmarks))] for name in names or benchmarks]
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     scale = "small" if small else "full" if full else "usual"

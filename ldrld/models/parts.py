@@ -7,7 +7,7 @@ __all__ = ['Output', 'Features', 'classify', 'conv', 'projection', 'stack', 'wal
 
 # %% ../../nbs/models/parts.ipynb #6ddd7871
 from collections.abc import Callable, Iterable
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -103,11 +103,6 @@ def rows_after(
 
 class Staged(nn.Module):
     """A network of stem, stages and head. Subclasses define `stem(x)`, `rows` and `onward(x, rows, features)`."""
-    @property
-    def rows(self) -> tuple:
-        """The stages after the stem."""
-        raise NotImplementedError
-
     def stem(self, x: Tensor) -> Tensor:
         """The map after the stem, of `(batch, 3, side, side)` images."""
         raise NotImplementedError
@@ -117,7 +112,8 @@ class Staged(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor, features: bool = False) -> Output:
-        return self.onward(self.stem(x), self.rows, features)
+        rows: Any = self.rows  # a subclass's property, or its module list
+        return self.onward(self.stem(x), rows, features)
 
     def tail(
         self,
@@ -125,7 +121,8 @@ class Staged(nn.Module):
         x: Tensor,  # (batch, channels, height, width), shaped and activated like `features.stages[i]`
     ) -> Tensor:  # (batch, classes)
         """Logits from the map after stage `i`. Raises `ValueError` if there is no such stage."""
-        return cast(Tensor, self.onward(x, rows_after(i, self.rows)))
+        rows: Any = self.rows
+        return cast(Tensor, self.onward(x, rows_after(i, rows)))
 
 # %% ../../nbs/models/parts.ipynb #c13b76fb
 def he_init(

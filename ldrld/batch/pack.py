@@ -26,7 +26,7 @@ from ldrld.core.provenance import PACKED, code_of
 from ldrld.experiments.config import Pretrained, RunConfig, file_of, name_of
 from ldrld.experiments.model_cards import card_path, facts, page, read_card
 from ldrld.experiments.records import KEPT, Divergence, Record, divergence_path, load_record
-from ldrld.training.loop import epochs_trained
+from ldrld.training.checkpoint import epochs_trained
 
 __all__ = ["MIB", "Limits", "chosen_runs", "pack", "deliveries", "collect", "merge", "Merged"]
 

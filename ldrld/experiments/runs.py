@@ -44,8 +44,10 @@ from ldrld.experiments.records import (
     load_record,
 )
 from ..models.evaluation import logits_of, precision_used, set_numerics
-from ..training.graphs import InFlight, Task, train_in_flight, why_eager
-from ..training.loop import Diverged, Student, epochs_trained, train_together
+from ..training.graphs import Task, why_eager
+from ..training.in_flight import InFlight, train_in_flight
+from ..training.checkpoint import epochs_trained
+from ..training.loop import Diverged, Student, train_together
 from ..training.metrics import insight, measure
 from ..training.teacher import TeacherLogits
 

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from ldrld import losses
+from ldrld.losses.logits.dist import correlation
+from ldrld.losses.logits.ttm import power_transform
 from ldrld.losses.relations import dway_kl
-from ldrld.losses.logits.distributions import correlation, power_transform
 
 
 def sample(batch=16, classes=20, dtype=torch.float64, seed=0):

@@ -9,13 +9,13 @@ from torch import nn
 
 from ldrld import LDRLD, losses
 from ldrld.losses.base import LogitLoss
-from ldrld.losses.features.classifier_reuse import regional_logits
-from ldrld.losses.features.memory import margins_of
+from ldrld.losses.features.ofd import margins_of
+from ldrld.losses.features.sdd import regional_logits
+from ldrld.losses.features.uskd import zipf_labels
 from ldrld.losses.ldrld import analytic
 from ldrld.losses.ldrld.linear import linear_loss
-from ldrld.losses.logits.distributions import correlation
-from ldrld.losses.logits.teacher_free import zipf_labels
-from ldrld.losses.wrappers import standardized
+from ldrld.losses.logits.dist import correlation
+from ldrld.losses.wrappers.standardized import standardized
 
 INF, NAN, IGNORED = torch.inf, torch.nan, -100
 LOGITS = losses.available("logits")

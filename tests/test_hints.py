@@ -11,14 +11,12 @@ import torch.nn.functional as F
 import commands
 
 from ldrld import losses, models
-from ldrld.losses.features.hints import (
-    FitNet,
-    attention,
-    distances_and_angles,
-    jump_log_probabilities,
-    normal_nll,
-    similarities,
-)
+from ldrld.losses.features.at import attention
+from ldrld.losses.features.fitnet import FitNet
+from ldrld.losses.features.pkt import jump_log_probabilities
+from ldrld.losses.features.rkd import distances_and_angles
+from ldrld.losses.features.sp import similarities
+from ldrld.losses.features.vid import normal_nll
 from ldrld.models import Features
 
 NAMES = ("fitnet", "at", "sp", "pkt", "rkd", "vid", "crd", "ofd", "reviewkd")

@@ -11,18 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from ldrld import losses, models
-from ldrld.losses.features.memory import (
-    AttentionFusion,
-    Memory,
-    by_class,
-    draw_others,
-    generator_on,
-    hierarchical_context,
-    margins_of,
-    nce,
-    norms_before_activation,
-    partial_square,
-)
+from ldrld.losses.features.crd import nce
+from ldrld.losses.features.memory_bank import Memory, by_class, draw_others, generator_on
+from ldrld.losses.features.ofd import margins_of, norms_before_activation, partial_square
+from ldrld.losses.features.reviewkd import AttentionFusion, hierarchical_context
 from ldrld.models import Features
 
 LABELS = torch.tensor([3, 0, 0, 1, 3, 1, 0, 0, 2, 0, 3, 1])

@@ -12,7 +12,10 @@ from torch import nn
 from commands import PAIRS
 
 from ldrld import losses, models
-from ldrld.losses.features.classifier_reuse import bridge, class_maps, drawn, finish, handed_on, regional_logits
+from ldrld.core.seeds import seeded
+from ldrld.losses.features.bridges import bridge, finish, handed_on
+from ldrld.losses.features.catkd import class_maps
+from ldrld.losses.features.sdd import regional_logits
 from ldrld.losses.relations import dway_kl
 from ldrld.models.parts import classify
 
@@ -315,7 +318,7 @@ def test_hybrids_resume():
     again.at_epoch(2, seed=5)
     assert [again.draw(2) for _ in range(20)] == epochs[2] != epochs[3]
     assert all(a != b for a, b in epochs[1]) and {p for step in epochs[1] for p in step} == set(loss.paths)
-    assert drawn(0, 1, 2).initial_seed() != drawn(1, 0, 2).initial_seed() != drawn(0, 0, 2).initial_seed()
+    assert seeded(0, 1, 2).initial_seed() != seeded(1, 0, 2).initial_seed() != seeded(0, 0, 2).initial_seed()
 
 
 def test_fcfd_is_its_formula():

@@ -9,9 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from ldrld import losses
+from ldrld.losses.logits.log_odds import log_odds
+from ldrld.losses.logits.rld import kl_within
+from ldrld.losses.logits.sld import swapped
+from ldrld.losses.logits.strong_view import operations, strong_view
+from ldrld.losses.logits.two_views import TwoViews
 from ldrld.losses.relations import dway_kl
-from ldrld.losses.logits.multi_view import TwoViews, operations, strong_view
-from ldrld.losses.logits.targets import kl_within, log_odds, swapped
 
 WITH_VIEWS = [name for name in losses.available("pictures") if issubclass(losses.registry._losses[name], TwoViews)]
 DATA = SimpleNamespace(mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ldrld.losses.logits import multi_view
-from ldrld.losses.logits.multi_view import (
+from ldrld.losses.logits.strong_view import (
     COVER,
+    HALF,
     RANGES,
     Numbers,
     changed,
@@ -116,7 +116,7 @@ def test_steps_of_ranks_are_rounded_as_whole_numbers():
     """What is added before rounding, against exact arithmetic, for every step and rank of images up to 800 × 800."""
     for step in (1, 2, 3, 4, 7, 16, 197, 256, 1001, 2509):
         ranks = torch.arange(256 * step, dtype=torch.float32)
-        made = (ranks * torch.tensor(float(step)).reciprocal() + multi_view.HALF).floor()
+        made = (ranks * torch.tensor(float(step)).reciprocal() + HALF).floor()
         assert torch.equal(made, ((torch.arange(256 * step) + step // 2) // step).float())
 
 

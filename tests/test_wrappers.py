@@ -8,8 +8,8 @@ import torch
 
 from ldrld import losses
 from ldrld.losses.ldrld import analytic
-from ldrld.losses.logits.targets import swapped
-from ldrld.losses.wrappers import Standardized, standardized
+from ldrld.losses.logits.sld import swapped
+from ldrld.losses.wrappers.standardized import Standardized, standardized
 
 WRAPPED = sorted(set(losses.available("logits")) - {"ce", "standardized", "corrected"})
 EVERY = [

@@ -5,6 +5,7 @@ import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ LIBRARIES = ("torch", "numpy", "scikit-learn", "matplotlib", "pillow")  # their 
 
 def git(*words: str) -> str | None:
     """Output of a git command in the project root; None if that is not the top of a checkout."""
-    def call(*words):
+    def call(*words: str) -> str:
         command = ["git", "-C", str(paths.root()), *words]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
@@ -30,7 +31,7 @@ def git(*words: str) -> str | None:
         return None
 
 
-def code_of() -> dict:
+def code_of() -> dict[str, Any]:
     """Version of the code: from git, or from `packed.json`, and whether the files still match it.
 
     Returns `version`, `commit` and `changed`, None where unknown; for a packed folder also `as_packed`.
@@ -73,7 +74,7 @@ def processor() -> str:
     return next(named, platform.processor())
 
 
-def provenance(device: str = "cpu") -> dict:
+def provenance(device: str = "cpu") -> dict[str, Any]:
     """Current code, libraries and machine: the fields `code`, `libraries` and `machine` of a record."""
     cuda = torch.device(device).type == "cuda"
     machine = {"processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),

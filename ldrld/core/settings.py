@@ -6,6 +6,7 @@ dropped. Here, numbers, booleans and null follow YAML 1.2, and duplicate keys an
 import re
 import reprlib
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -18,7 +19,7 @@ class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader with the scalars of YAML 1.2 (and `<<`, and Python's None)."""
     yaml_implicit_resolvers: dict = {}
 
-    def construct_mapping(self, node, deep=False):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
         for key in keys:
             if keys.count(key) < 2: continue
@@ -58,7 +59,7 @@ def _in_short(error: Exception) -> str:
     return said + (f" (line {mark.line + 1}, column {mark.column + 1})" if mark else "")
 
 
-def read(text: str, where: str, expected: str = "YAML"):
+def read(text: str, where: str, expected: str = "YAML") -> Any:
     """Parse a YAML text.
 
     where: file or argument, for the message.  expected: description of a valid value, for the message.

@@ -6,24 +6,25 @@ Declaring the schemas of two operators first is enough for everything this proje
 models). If the plain import works, this module does nothing else.
 """
 import sys
+from typing import Any
 
 import torch
 
 __all__ = ["torchvision"]
 
-_schemas = None  # must stay alive: the declarations are removed with the object
+_schemas: torch.library.Library | None = None  # must stay alive: the declarations are removed with the object
 
 
-def _import():
+def _import() -> Any:
     global _schemas
     try:
         import torchvision
     except RuntimeError as error:
         if "torchvision::nms" not in str(error): raise
         for name in [m for m in sys.modules if m.split(".")[0] == "torchvision"]: del sys.modules[name]
-        _schemas = torch.library.Library("torchvision", "FRAGMENT")
+        _schemas = declared = torch.library.Library("torchvision", "FRAGMENT")
         for op in ("nms", "qnms"):
-            _schemas.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            declared.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         import torchvision
     return torchvision
 

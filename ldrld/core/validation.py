@@ -1,10 +1,12 @@
 """Argument checks shared by all losses: shapes and types only, so a training step never synchronizes with the GPU."""
 import warnings
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import cache
 from math import isfinite
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 
@@ -14,7 +16,7 @@ __all__ = ["number", "integer", "flag", "choice", "known", "unknown_name", "dept
 _unseen = False  # True within `values_unseen`
 
 
-def number(name: str, value, above: float | None = None, at_least: float | None = None) -> float:
+def number(name: str, value: Any, above: float | None = None, at_least: float | None = None) -> float:
     """`value` as a float; ValueError unless it is a finite real number within the bound."""
     bound = ""
     if above is not None: bound = f" above {above:g}"
@@ -25,33 +27,33 @@ def number(name: str, value, above: float | None = None, at_least: float | None 
     return float(value)
 
 
-def integer(name: str, value, at_least: int) -> int:
+def integer(name: str, value: Any, at_least: int) -> int:
     """`value` as an int; ValueError unless it is a whole number of at least `at_least`."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < at_least:
         raise ValueError(f"{name} must be an integer of at least {at_least}, got {value!r}")
     return int(value)
 
 
-def flag(name: str, value) -> bool:
+def flag(name: str, value: Any) -> bool:
     """`value`; ValueError unless it is True or False."""
     if value is not True and value is not False: raise ValueError(f"{name} must be True or False, got {value!r}")
     return value
 
 
-def choice(name: str, value, options) -> str:
+def choice(name: str, value: Any, options: Iterable[str]) -> str:
     """`value`; ValueError unless it is one of `options`."""
     if value not in tuple(options):
         raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}")
     return value
 
 
-def known(what: str, name: str, names: list[str]) -> str:
+def known(what: str, name: str, names: Collection[str]) -> str:
     """`name`, if it is one of `names`; else a ValueError with suggestions. what: the field's name."""
     if name in names: return name
     raise unknown_name(what, name, names)
 
 
-def unknown_name(what: str, name: str, known) -> ValueError:
+def unknown_name(what: str, name: str, known: Collection[str]) -> ValueError:
     """The error for an unknown name, with suggestions."""
     near = get_close_matches(str(name).lower(), known, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
@@ -77,11 +79,11 @@ def enough_remain(depth: int, classes: int) -> None:
     if 2 <= classes - depth < depth and not transformed(): _few_remain(depth, classes)
 
 
-def _kind(x) -> str:
+def _kind(x: Any) -> str:
     return f"a tensor of {x.dtype}" if isinstance(x, torch.Tensor) else f"a {type(x).__name__}"
 
 
-def _logits(name: str, x) -> None:
+def _logits(name: str, x: Any) -> None:
     if not isinstance(x, torch.Tensor) or not x.is_floating_point():
         raise ValueError(f"{name} must be a floating-point tensor of raw logits, got {_kind(x)}")
     if x.ndim >= 2 and x.shape[-1] >= 2 and not x.numel():
@@ -91,7 +93,7 @@ def _logits(name: str, x) -> None:
                          f"classes, got {tuple(x.shape)}")
 
 
-def logits(student_logits, teacher_logits, needs_teacher: bool = True) -> None:
+def logits(student_logits: Any, teacher_logits: Any, needs_teacher: bool = True) -> None:
     """ValueError unless these are floating (…, classes) logits with the same shape and device.
 
     The teacher's may be None if `needs_teacher` is False.
@@ -110,7 +112,7 @@ def _same_device(name: str, x: torch.Tensor, student_logits: torch.Tensor) -> No
         raise ValueError(f"{name} must be on the device of student_logits, {student_logits.device}, got {x.device}")
 
 
-def _one_per_row(name: str, x, student_logits, dtype: torch.dtype, what: str) -> None:
+def _one_per_row(name: str, x: Any, student_logits: torch.Tensor, dtype: torch.dtype, what: str) -> None:
     if not isinstance(x, torch.Tensor) or x.dtype != dtype: raise ValueError(f"{name} must be {what}, got {_kind(x)}")
     if x.shape != student_logits.shape[:-1]:
         raise ValueError(f"{name} must have shape {tuple(student_logits.shape[:-1])}, one entry per row of "
@@ -123,12 +125,12 @@ def transformed() -> bool:
     return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def may_look(x) -> bool:
+def may_look(x: torch.Tensor) -> bool:
     """Whether a check may read a tensor's values: on the CPU, outside transforms and `values_unseen`."""
     return x.device.type == "cpu" and not transformed() and not _unseen
 
 
-def labels(target, student_logits, ignored: int) -> bool:
+def labels(target: Any, student_logits: torch.Tensor, ignored: int) -> bool:
     """ValueError unless `target` holds one int64 class, or `ignored`, per row; True if known that none is ignored.
 
     Values are checked on the CPU only: a GPU would synchronize, and `torch.compile` and `torch.func` have no values.
@@ -146,13 +148,13 @@ def labels(target, student_logits, ignored: int) -> bool:
     return True
 
 
-def mask(mask, student_logits) -> None:
+def mask(mask: Any, student_logits: torch.Tensor) -> None:
     """ValueError unless `mask` holds one bool per row of logits."""
     _one_per_row("mask", mask, student_logits, torch.bool, "a bool tensor, true where a row counts")
 
 
 @contextmanager
-def values_unseen():
+def values_unseen() -> Iterator[None]:
     """Context without value checks, even on a CPU: as on a GPU, where a captured CUDA graph cannot read values."""
     global _unseen
     before, _unseen = _unseen, True
@@ -160,7 +162,7 @@ def values_unseen():
     finally: _unseen = before
 
 
-def normalizer(value, student_logits):
+def normalizer(value: Any, student_logits: torch.Tensor) -> float | torch.Tensor:
     """`value`, a number of rows as a number or scalar tensor, with 0 (no row counts) replaced by 1; else ValueError.
 
     The value of a tensor is checked on the CPU only.

@@ -220,7 +220,7 @@ def mcmi_config(
     p: Profile,
     network: str,  # the teacher's
 ) -> RunConfig:
-    "A teacher fine-tuned with the loss `mcmi` for a twelfth of its training, see `methods/teacher_free`."
+    "A teacher fine-tuned with the loss `mcmi` for a twelfth of its training, see `methods/mcmi`."
     return RunConfig(
         dataset=p.dataset, model=network, loss="mcmi", teacher=teacher_config(p, network), seed=0,
         recipe="onecycle", epochs=max(2, p.teacher["epochs"] // 12), lr=0.05)

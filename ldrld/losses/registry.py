@@ -5,25 +5,28 @@ gives in the entry-point group `ldrld.losses`.
 """
 import hashlib
 import inspect
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
-
-from torch import nn
+from typing import Any, TypeVar
 
 from ldrld.core.validation import unknown_name
+from ldrld.losses.base import LossBase
 
 __all__ = ["register", "available", "build", "loss_class", "needs_teacher", "origin", "published_settings"]
 
 GROUP = "ldrld.losses"  # of entry points
 
-_losses: dict[str, type[nn.Module]] = {}
+Loss = TypeVar("Loss", bound=LossBase)
+
+_losses: dict[str, type[LossBase]] = {}
 
 
-def register(name: str):
+def register(name: str) -> Callable[[type[Loss]], type[Loss]]:
     """Class decorator that registers a loss as `name`. ValueError if another class has that name."""
-    def add(loss: type[nn.Module]) -> type[nn.Module]:
+    def add(loss: type[Loss]) -> type[Loss]:
         known = _losses.get(name)
         if known is not None and known.__qualname__ != loss.__qualname__:
             raise ValueError(f"name {name!r} is taken by {known.__qualname__}; choose another for {loss.__qualname__}")
@@ -45,8 +48,8 @@ def available(kind: str | None = None) -> list[str]:
     return sorted(name for name, loss in _losses.items() if kind in (None, of(loss)))
 
 
-def _imported(path: str) -> type[nn.Module]:
-    """The class at `package.module:Class`; ValueError if it cannot be imported."""
+def _imported(path: str) -> Any:
+    """What is at `package.module:Class`; ValueError if it cannot be imported."""
     module, _, attribute = path.partition(":")
     try: return getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
@@ -54,7 +57,7 @@ def _imported(path: str) -> type[nn.Module]:
                          "PYTHONPATH") from error
 
 
-def loss_class(name: str) -> type[nn.Module]:
+def loss_class(name: str) -> type[LossBase]:
     """The class of the loss called `name`.
 
     name: one that is registered, the name of an entry point in the group `ldrld.losses`, or `package.module:Class`.
@@ -66,8 +69,6 @@ def loss_class(name: str) -> type[nn.Module]:
         point = next(iter(entry_points(group=GROUP, name=name)), None)
         if point is None: raise unknown_name("loss", name, _losses)
         found = _imported(point.value)
-    from ldrld.losses.base import LossBase  # here, because its module registers nothing and imports this package
-
     if not (inspect.isclass(found) and issubclass(found, LossBase)):
         raise ValueError(f"loss {name!r} is {found!r}; expected a subclass of ldrld.losses.base.LogitLoss or LossBase")
     return found
@@ -83,17 +84,17 @@ def origin(name: str) -> dict[str, str]:
 
 
 @cache
-def _arguments(loss: type[nn.Module]) -> tuple[str, ...]:
+def _arguments(loss: Callable[..., LossBase]) -> tuple[str, ...]:
     """Names of a loss's hyper-parameters; a batch of runs asks thousands of times."""
     return tuple(inspect.signature(loss).parameters)
 
 
-def build(name: str, **hyperparameters) -> nn.Module:
+def build(name: str, **hyperparameters: Any) -> LossBase:
     """Build the loss called `name`, see `loss_class`; hyper-parameters that are not given have their defaults.
 
     ValueError for an unknown name or hyper-parameter, with suggestions, or for a value out of range.
     """
-    made = loss_class(name)
+    made: Callable[..., LossBase] = loss_class(name)
     known = _arguments(made)
     for argument in hyperparameters:
         if argument not in known: raise unknown_name(f"hyper-parameter of {name!r}", argument, known)
@@ -105,7 +106,7 @@ def needs_teacher(name: str) -> bool:
     return loss_class(name).needs_teacher
 
 
-def published_settings(name: str, teacher: str, student: str, loss: str | None = None) -> dict:
+def published_settings(name: str, teacher: str, student: str, loss: str | None = None) -> dict[str, Any]:
     """Published hyper-parameters of the loss `name` for a pair of CIFAR-100 networks; empty if none were found.
 
     teacher, student: names in `ldrld.models.available()`. loss: for a wrapper, the name of the wrapped loss with which

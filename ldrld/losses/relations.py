@@ -8,6 +8,8 @@ __all__ = ['RANKINGS', 'RULED_OUT', 'HOPELESS', 'top_d', 'pair_indices', 'two_wa
            'comparable', 'without_shared']
 
 # %% ../../nbs/lesson/01_relations.ipynb #ed4f829c
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,7 +25,7 @@ def top_d(
     depth: int = 7,  # d, number of classes to select, from 2 to classes
     rank_by: str = "student",  # "student" (as in the paper), "teacher", or "label": the true class, then the student
     target: Tensor | None = None,  # (…,) int64 true classes, for "label"
-    find=None,  # function (scores, depth) → indices of the largest; None: `torch.topk`
+    find: Callable[[Tensor, int], Tensor] | None = None,  # (scores, depth) → indices of the largest; None: `topk`
 ) -> tuple[Tensor, Tensor, Tensor]:  # π (…, d) class indices best first, z^s at π, z^t at π
     """The `depth` highest-ranked classes of each sample, and both networks' logits there.
 
@@ -47,7 +49,8 @@ def pair_indices(
     device: torch.device | str | None = None,  # device of the result
 ) -> tuple[Tensor, Tensor]:  # i and j, each (d(d−1)/2,)
     "Zero-based positions `i < j` of all pairs among `depth` ranked classes, row by row."
-    return tuple(torch.triu_indices(depth, depth, offset=1, device=device))
+    i, j = torch.triu_indices(depth, depth, offset=1, device=device)
+    return i, j
 
 # %% ../../nbs/lesson/01_relations.ipynb #32ceb613
 def two_way_kl(
@@ -65,7 +68,7 @@ def two_way_kl(
 # %% ../../nbs/lesson/01_relations.ipynb #57cf21eb
 def tempered(
     z: Tensor,  # logits of any floating type
-    temperature: float,  # T > 0
+    temperature: float | Tensor,  # T > 0
 ) -> Tensor:  # z / T, in float32 or, for float64 input, float64
     "Logits divided by the temperature, in float32 or better."
     return z.to(torch.promote_types(z.dtype, torch.float32)) / temperature
@@ -93,7 +96,7 @@ def pair_kl(
 def dway_kl(
     z_s: Tensor,  # (…, d) student logits of the selected classes
     z_t: Tensor,  # (…, d) teacher logits of the same classes
-    temperature: float = 4.0,  # T
+    temperature: float | Tensor = 4.0,  # T
 ) -> Tensor:  # (…,)
     """KL of the softmax over the d selected classes jointly (LLKI), without the factor T².
 

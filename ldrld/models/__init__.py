@@ -10,6 +10,7 @@ __all__ = ['available', 'canonical', 'build', 'fingerprint', 'describe', 'Featur
 import difflib
 import hashlib
 import re
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -26,7 +27,7 @@ from .wide import WideResNet
 _all_ = ["Features", "WeightsError", "load_weights", "read_metadata", "save_weights"]
 
 # %% ../../nbs/models/models.ipynb #e859a056
-_networks = {
+_networks: dict[str, Callable[..., nn.Module]] = {
     **{f"resnet{depth}": partial(ResNet, depth) for depth in (8, 14, 20, 32, 44, 56, 110)},
     **{f"resnet{depth}x4": partial(ResNet, depth, (32, 64, 128, 256)) for depth in (8, 32)},
     **{f"wrn_{depth}_{k}": partial(WideResNet, depth, k) for depth in (16, 40) for k in (1, 2)},

@@ -6,7 +6,7 @@
 __all__ = ['precision_used', 'set_numerics', 'autocast', 'logits_on', 'logits_of', 'accuracy']
 
 # %% ../../nbs/models/evaluation.ipynb #ae818b56
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +39,8 @@ def set_numerics(
 
 def autocast(
     dtype: torch.dtype,  # from `precision_used`
-    device: str = "cpu",  # where the tensors are
-):
+    device: str | torch.device = "cpu",  # where the tensors are
+) -> AbstractContextManager:
     "Context that runs convolutions and matrix products in `dtype`; does nothing for float32."
     return nullcontext() if dtype == torch.float32 else torch.autocast(torch.device(device).type, dtype)
 
@@ -68,7 +68,7 @@ def logits_of(
     batch_size: int = 500,
 ) -> Tensor:  # (N, classes) float32, on the model's device
     "Logits for unaugmented images, in evaluation mode."
-    return logits_on(model, Crops(images, mean, std, device=next(model.parameters()).device), dtype, batch_size)
+    return logits_on(model, Crops(images, mean, std, device=str(next(model.parameters()).device)), dtype, batch_size)
 
 def accuracy(
     logits: Tensor,  # (N, classes)

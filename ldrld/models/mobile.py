@@ -7,10 +7,11 @@ __all__ = ['mobile_stages', 'InvertedResidual', 'MobileNetV2']
 
 # %% ../../nbs/models/mobile.ipynb #7a913ac1
 from functools import partial
+from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 
-from .parts import Staged, classify, conv, he_init, stack
+from .parts import Output, Staged, classify, conv, he_init, stack
 
 # %% ../../nbs/models/mobile.ipynb #b24263e7
 class InvertedResidual(nn.Module):
@@ -30,7 +31,7 @@ class InvertedResidual(nn.Module):
             conv(wide, c_out, 1), nn.BatchNorm2d(c_out))
         self.residual = stride == 1 and c_in == c_out
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return x + self.conv(x) if self.residual else self.conv(x)
 
 # %% ../../nbs/models/mobile.ipynb #4b8411c3
@@ -62,7 +63,7 @@ class MobileNetV2(Staged):
     @property
     def head(self) -> nn.Linear:
         """The linear layer from the pooled vector to the logits."""
-        return self.classifier[0]
+        return cast(nn.Linear, self.classifier[0])
 
     @property
     def rows(self) -> tuple:
@@ -70,9 +71,9 @@ class MobileNetV2(Staged):
         stages = list(self.blocks)
         return stages[:2], stages[2:3], stages[3:5], stages[5:]
 
-    def stem(self, x): return self.conv1(x)
+    def stem(self, x: Tensor) -> Tensor: return self.conv1(x)
 
-    def onward(self, x, rows, features=False):
+    def onward(self, x: Tensor, rows: tuple, features: bool = False) -> Output:
         stages = [x]
         for row in rows:
             for stage in row: x = stage(x)

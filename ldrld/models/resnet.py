@@ -7,9 +7,9 @@ __all__ = ['BasicBlock', 'ResNet', 'Bottleneck', 'ResNet50']
 
 # %% ../../nbs/models/resnet.ipynb #20ce0fb1
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from .parts import Staged, classify, conv, he_init, projection, stack, walk
+from .parts import Output, Staged, classify, conv, he_init, projection, stack, walk
 
 # %% ../../nbs/models/resnet.ipynb #17e77cb7
 class BasicBlock(nn.Module):
@@ -25,7 +25,7 @@ class BasicBlock(nn.Module):
         self.conv2, self.bn2 = conv(c_out, c_out, 3), nn.BatchNorm2d(c_out)
         self.downsample = projection(c_in, c_out, stride)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.bn1(self.conv1(x)))
         return self.bn2(self.conv2(y)) + self.downsample(x)
 
@@ -59,9 +59,9 @@ class ResNet(Staged):
         """The stages after the stem."""
         return self.layer1, self.layer2, self.layer3
 
-    def stem(self, x): return F.relu(self.bn1(self.conv1(x)))
+    def stem(self, x: Tensor) -> Tensor: return F.relu(self.bn1(self.conv1(x)))
 
-    def onward(self, x, rows, features=False):
+    def onward(self, x: Tensor, rows: tuple, features: bool = False) -> Output:
         stages, preact = walk(x, rows)
         return classify(self.fc, stages[-1], stages, preact, features)
 
@@ -81,7 +81,7 @@ class Bottleneck(nn.Module):
         self.conv3, self.bn3 = conv(inner, c_out, 1), nn.BatchNorm2d(c_out)
         self.shortcut = projection(c_in, c_out, stride)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.bn1(self.conv1(x)))
         y = F.relu(self.bn2(self.conv2(y)))
         return self.bn3(self.conv3(y)) + self.shortcut(x)
@@ -112,8 +112,8 @@ class ResNet50(Staged):
         """The stages after the stem."""
         return self.layer1, self.layer2, self.layer3, self.layer4
 
-    def stem(self, x): return F.relu(self.bn1(self.conv1(x)))
+    def stem(self, x: Tensor) -> Tensor: return F.relu(self.bn1(self.conv1(x)))
 
-    def onward(self, x, rows, features=False):
+    def onward(self, x: Tensor, rows: tuple, features: bool = False) -> Output:
         stages, preact = walk(x, rows)
         return classify(self.linear, stages[-1], stages, preact, features)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .parts import Staged, classify, conv, stack, walk
+from .parts import Output, Staged, classify, conv, stack, walk
 
 # %% ../../nbs/models/shuffle.ipynb #97572fda
 def shuffle(
@@ -37,7 +37,7 @@ class GroupUnit(nn.Module):
         self.conv2, self.bn2 = conv(mid, mid, 3, stride, groups=mid), nn.BatchNorm2d(mid)
         self.conv3, self.bn3 = conv(mid, main, 1, groups=groups), nn.BatchNorm2d(main)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         y = shuffle(F.relu(self.bn1(self.conv1(x))), self.groups)
         y = F.relu(self.bn2(self.conv2(y)))
         y = self.bn3(self.conv3(y))
@@ -67,9 +67,9 @@ class ShuffleNetV1(Staged):
         """The stages after the stem."""
         return self.layer1, self.layer2, self.layer3
 
-    def stem(self, x): return F.relu(self.bn1(self.conv1(x)))
+    def stem(self, x: Tensor) -> Tensor: return F.relu(self.bn1(self.conv1(x)))
 
-    def onward(self, x, rows, features=False):
+    def onward(self, x: Tensor, rows: tuple, features: bool = False) -> Output:
         stages, preact = walk(x, rows)
         return classify(self.linear, stages[-1], stages, preact, features)
 
@@ -86,7 +86,7 @@ class SplitUnit(nn.Module):
         self.conv2, self.bn2 = conv(half, half, 3, groups=half), nn.BatchNorm2d(half)
         self.conv3, self.bn3 = conv(half, half, 1), nn.BatchNorm2d(half)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         kept, y = x.chunk(2, 1)
         y = F.relu(self.bn1(self.conv1(y)))
         y = self.bn2(self.conv2(y))
@@ -108,7 +108,7 @@ class DownUnit(nn.Module):
         self.conv4, self.bn4 = conv(half, half, 3, 2, groups=half), nn.BatchNorm2d(half)
         self.conv5, self.bn5 = conv(half, half, 1), nn.BatchNorm2d(half)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         left = self.bn2(self.conv2(self.bn1(self.conv1(x))))
         y = F.relu(self.bn3(self.conv3(x)))
         right = self.bn5(self.conv5(self.bn4(self.conv4(y))))
@@ -140,9 +140,9 @@ class ShuffleNetV2(Staged):
         """The stages after the stem."""
         return self.layer1, self.layer2, self.layer3
 
-    def stem(self, x): return F.relu(self.bn1(self.conv1(x)))
+    def stem(self, x: Tensor) -> Tensor: return F.relu(self.bn1(self.conv1(x)))
 
-    def onward(self, x, rows, features=False):
+    def onward(self, x: Tensor, rows: tuple, features: bool = False) -> Output:
         relu_shuffle = lambda y: shuffle(F.relu(y), groups=2)
         stages, preact = walk(x, rows, relu_shuffle)
         last = F.relu(self.bn2(self.conv2(stages[-1])))

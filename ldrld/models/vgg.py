@@ -7,9 +7,9 @@ __all__ = ['vgg_widths', 'vgg_block', 'VGG']
 
 # %% ../../nbs/models/vgg.ipynb #8113b85b
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from .parts import Staged, classify, conv, he_init
+from .parts import Output, Staged, classify, conv, he_init
 
 # %% ../../nbs/models/vgg.ipynb #f17a5a3c
 def vgg_block(
@@ -17,7 +17,7 @@ def vgg_block(
     widths: tuple[int, ...],  # output channels of each convolution
 ) -> nn.Sequential:
     """Convolution, batch norm and ReLU for each width, without the last ReLU."""
-    layers = []
+    layers: list[nn.Module] = []
     for width in widths:
         layers += [conv(c_in, width, 3, bias=True), nn.BatchNorm2d(width), nn.ReLU()]
         c_in = width
@@ -36,6 +36,11 @@ vgg_widths = {
 class VGG(Staged):
     """VGG with batch norm and one linear layer, with the keys of RepDistiller's `models/vgg.py`."""
     pools_next = True  # blocks 1 to 3, and block 4 for images of 64 pixels, pool their input
+    block0: nn.Sequential
+    block1: nn.Sequential
+    block2: nn.Sequential
+    block3: nn.Sequential
+    block4: nn.Sequential
 
     def __init__(
         self,
@@ -63,9 +68,9 @@ class VGG(Staged):
         """The stages after the stem."""
         return self.block1, self.block2, self.block3, self.block4
 
-    def stem(self, x): return F.relu(self.block0(x))
+    def stem(self, x: Tensor) -> Tensor: return F.relu(self.block0(x))
 
-    def onward(self, x, rows, features=False):
+    def onward(self, x: Tensor, rows: tuple, features: bool = False) -> Output:
         stages, preact = [x], []
         for block in rows:
             if block is not self.block4 or x.shape[2] == 8: x = F.max_pool2d(x, 2)

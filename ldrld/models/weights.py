@@ -15,6 +15,7 @@ import zipfile
 from collections import OrderedDict
 from functools import cache
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,14 +39,14 @@ _BESIDE = re.compile(r"""
 class _StandIn:
     """Replaces harmless classes that a file references; ignores its arguments."""
     becomes: type | None = None  # a plain container, for classes that are filled item by item
-    def __new__(cls, *args, **kwargs): return cls.becomes() if cls.becomes else super().__new__(cls)
-    def __setstate__(self, state): pass
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any: return cls.becomes() if cls.becomes else super().__new__(cls)
+    def __setstate__(self, state: Any) -> None: pass
 
 
 def _stand_in(name: str) -> type:
     """An empty class of this full name."""
     module, _, last = name.rpartition(".")
-    becomes = None
+    becomes: type | None = None
     if last in ("defaultdict", "EasyDict", "Dict", "CfgNode", "AttributeDict"): becomes = OrderedDict
     elif last == "deque": becomes = list
     return type(last, (_StandIn,), {"__module__": module, "becomes": becomes})
@@ -91,7 +92,7 @@ def _packed(path: Path) -> str | None:
     return f"it unpacks to {unpacked:,} bytes, which no checkpoint does, so it was not read"
 
 
-def _read_torch(path: Path):
+def _read_torch(path: Path) -> Any:
     """Read a `.pth` file without running code from it."""
     what = f"{path} ({path.stat().st_size:,} bytes)"
     if tarfile.is_tarfile(path): raise WeightsError(f"{path}: a tar archive; unpack it and name the checkpoint inside")
@@ -117,7 +118,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise WeightsError(f"{path} ({path.stat().st_size:,} bytes): a damaged .safetensors file ({error})") from None
 
 
-def _read(path: Path):
+def _read(path: Path) -> Any:
     """Read the file at `path` in either format."""
     if path.is_dir():
         ends = (".pth", ".pt", ".ckpt", ".tar", ".safetensors")
@@ -133,9 +134,9 @@ _WRAPPERS = ("model", "state_dict", "model_state_dict", "model_state", "net", "n
 _PREFIXES = ("student.", "module.", "_orig_mod.", "model.", "net.", "network.")
 
 
-def _state_dicts(content, depth: int = 3) -> dict[str, dict]:
+def _state_dicts(content: Any, depth: int = 3) -> dict[str, dict]:
     """The state dicts below the wrappers of a file, by their location."""
-    found = {}
+    found: dict[str, dict] = {}
     for name in _WRAPPERS if isinstance(content, dict) and depth else ():
         inside = content.get(name)
         if not isinstance(inside, dict): continue
@@ -231,9 +232,10 @@ def identify(
         own, head, found = model.state_dict(), _head_name(model), adapt(state, model)
         if own.keys() != found.keys(): continue
         fixed = [key for key in own if key not in (f"{head}.weight", f"{head}.bias")]
-        weight, width = found[f"{head}.weight"], model.head.in_features
+        weight, width = found[f"{head}.weight"], cast(nn.Linear, model.head).in_features
         if all(own[key].shape == found[key].shape for key in fixed) and weight.shape[1:] == (width,):
             return name, len(weight)
+    return None
 
 # %% ../../nbs/models/weights.ipynb #49a1d639
 def _some(names: list[str]) -> str:
@@ -253,7 +255,7 @@ def _misfit(state: dict[str, Tensor], model: nn.Module) -> str | None:
              if state[key].is_floating_point() != value.is_floating_point() or state[key].layout != torch.strided]
     if kinds: return f"wrong number type in {_some(kinds)}, such as {state[kinds[0]].dtype}"
     endless = [key for key in own if not torch.isfinite(state[key].float()).all()]
-    if endless: return f"infinite or missing numbers (inf, nan) in {_some(endless)}"
+    return f"infinite or missing numbers (inf, nan) in {_some(endless)}" if endless else None
 
 # %% ../../nbs/models/weights.ipynb #62e376e4
 def load_weights(

@@ -7,9 +7,9 @@ __all__ = ['WideBlock', 'WideResNet']
 
 # %% ../../nbs/models/wide.ipynb #df250590
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from .parts import Staged, classify, conv, he_init, stack
+from .parts import Output, Staged, classify, conv, he_init, stack
 
 # %% ../../nbs/models/wide.ipynb #408f9363
 class WideBlock(nn.Module):
@@ -25,7 +25,7 @@ class WideBlock(nn.Module):
         self.bn2, self.conv2 = nn.BatchNorm2d(c_out), conv(c_out, c_out, 3)
         self.convShortcut = conv(c_in, c_out, 1, stride) if c_in != c_out else None
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         normed = self.bn1(x)
         a = F.relu(normed)
         y = self.conv2(F.relu(self.bn2(self.conv1(a))))
@@ -63,9 +63,9 @@ class WideResNet(Staged):
         """The stages after the stem."""
         return tuple(stage["layer"] for stage in (self.block1, self.block2, self.block3))
 
-    def stem(self, x): return self.conv1(x)
+    def stem(self, x: Tensor) -> Tensor: return self.conv1(x)
 
-    def onward(self, x, rows, features=False):
+    def onward(self, x: Tensor, rows: tuple, features: bool = False) -> Output:
         stages, preact = [x], []
         for row in rows:
             for i, block in enumerate(row):

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core import validation
-from ..base import Rows, readable
+from ...core.seeds import seeded
+from ..base import Rows
 from .base import FeatureLoss, shapes_of
-from .classifier_reuse import drawn
 from ..ldrld.analytic import largest
 from ..ldrld.loss import kept_weights, relation_terms
 from ..registry import available, build, register
@@ -242,7 +242,7 @@ class BlockWise(BlockSettings):
         if self.drawn is None: return {k: w for k, w in enumerate(weights) if w > 0}
         *named, call = self._draws
         self._draws = (*named, call + 1)
-        chosen = torch.randperm(len(weights), generator=drawn(*self._draws))[: self.drawn].tolist()
+        chosen = torch.randperm(len(weights), generator=seeded(*self._draws))[: self.drawn].tolist()
         return {k: weights[k] * len(weights) / self.drawn for k in sorted(chosen)}
 
     def apart(self, z: Tensor, target_logits: Tensor, rows: Rows, constant: bool = True) -> Tensor:  # scalar
@@ -266,7 +266,7 @@ class BlockKD(BlockWise):
     def feature_terms(self, rows, student_features, teacher_features, index):
         weights = self.active()
         logits = {k: self.stone(k, student_features.stages) for k in weights}
-        logits = {k: readable(z.to(rows.student.dtype), rows.share) for k, z in logits.items()}
+        logits = {k: rows.logits(z) for k, z in logits.items()}
         terms = self.cross_entropy(rows.student, rows.target)
         terms["distill"] = self.beta * self.apart(rows.student, rows.teacher, rows)
         if not logits: return terms  # the hand-over has not begun

@@ -6,6 +6,8 @@
 __all__ = ['linear_loss']
 
 # %% ../../../nbs/lesson/06_language_models.ipynb #a20a36be
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,7 +18,7 @@ from .analytic import scaled
 from ..relations import held_type
 
 # %% ../../../nbs/lesson/06_language_models.ipynb #0f079fc4
-def _rows(x: Tensor | None, k: Tensor) -> Tensor | None:
+def _rows(x: Any, k: Tensor) -> Any:
     "Rows `k` of `x`; one row of zeros if `k` is empty, so that every term of an empty loss is 0."
     if x is None: return None
     return x[k] if len(k) else x.new_zeros(1, *x.shape[1:])
@@ -25,13 +27,17 @@ class _RowsAtATime(torch.autograd.Function):
     "Loss of a linear layer's outputs; the gradients of its input and weights are computed in the forward."
 
     @staticmethod
-    def forward(ctx, names, loss, step, counted, normalizer, y, h_t, W_t, b_t, *inputs):
+    def forward(
+        ctx: Any, names: list[str], loss: LogitLoss, step: int, counted: Tensor, normalizer: float | Tensor,
+        y: Tensor | None, h_t: Tensor, W_t: Tensor | None, b_t: Tensor | None, *inputs: Any,
+    ) -> tuple[Tensor, Tensor]:
         h_s, W_s, b_s, *parameters = inputs
         wants = [x is not None and need for x, need in zip(inputs, ctx.needs_input_grad[9:])]
         # many small contributions are accumulated, so in float32 or better
         sums = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) if want else None
                 for x, want in zip(inputs, wants)]
-        value, terms = 0.0, {}
+        value: Any = 0.0  # a tensor from the first rows on, like what follows
+        terms: dict[str, Any] = {}
         for k in counted.split(step):
             h, z_t = _rows(h_s, k), _rows(h_t, k)
             if W_t is not None: z_t = F.linear(z_t, W_t, b_t)
@@ -46,18 +52,20 @@ class _RowsAtATime(torch.autograd.Function):
         ctx.types = [None if d is None else x.dtype for d, x in zip(sums, inputs)]
         ctx.save_for_backward(*(None if d is None else d.to(held_type(dtype)) for d, dtype in zip(sums, ctx.types)))
         names += terms  # for the caller, in the order of the stack
-        terms = torch.stack(list(terms.values()))
-        ctx.mark_non_differentiable(terms)
-        return value, terms
+        stack = torch.stack(list(terms.values()))
+        ctx.mark_non_differentiable(stack)
+        return value, stack
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, above, _):
+    def backward(ctx: Any, above: Tensor, _: Any) -> tuple[Any, ...]:
         return *[None] * 9, *(None if d is None else scaled(d, above, dtype)
                               for d, dtype in zip(ctx.saved_tensors, ctx.types))
 
 # %% ../../../nbs/lesson/06_language_models.ipynb #d1a00001
-def _add_gradients(sums, part, z, k, h, W_s, parameters) -> None:
+def _add_gradients(
+    sums: list[Tensor | None], part: Tensor, z: Tensor, k: Tensor, h: Tensor, W_s: Tensor, parameters: list[Tensor],
+) -> None:
     "Add the gradients of rows `k`, with loss `part` and logits `z`, to `sums`; None where no gradient is needed."
     d_h, d_W, d_b, *d_parameters = sums
     wanted = [p for p, d in zip(parameters, d_parameters) if d is not None]
@@ -73,7 +81,7 @@ def _add_gradients(sums, part, z, k, h, W_s, parameters) -> None:
         if gradient is not None: d += gradient
 
 # %% ../../../nbs/lesson/06_language_models.ipynb #f52a3990
-def _check_layer(who: str, hidden, weight, vocabulary: int, lead: torch.Size) -> None:
+def _check_layer(who: str, hidden: Tensor, weight: Tensor | None, vocabulary: int, lead: torch.Size) -> None:
     "ValueError unless `weight` maps `hidden`, with leading dimensions `lead`, to logits over the vocabulary."
     width = hidden.shape[-1] if weight is None else weight.shape[-1]
     if weight is not None and (weight.ndim != 2 or weight.shape[0] != vocabulary):
@@ -83,7 +91,7 @@ def _check_layer(who: str, hidden, weight, vocabulary: int, lead: torch.Size) ->
         raise ValueError(f"{who}_hidden must have shape "
                          f"{(*lead, vocabulary if weight is None else width)}, got {tuple(hidden.shape)}")
 
-def _check_loss(loss) -> None:
+def _check_loss(loss: Any) -> None:
     "ValueError unless `loss` is a loss on logits with independent rows."
     name = type(loss).__name__
     if not isinstance(loss, LogitLoss) or loss.needs_features:

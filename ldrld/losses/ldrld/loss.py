@@ -6,14 +6,17 @@
 __all__ = ['relation_terms', 'kept_weights', 'RelationLoss', 'LDRLD']
 
 # %% ../../../nbs/lesson/03_loss.ipynb #0c20ea2f
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...core import validation
-from ..base import LogitLoss, Rows
+from ..base import LogitLoss, Rows, summed
 from . import analytic
+from ..registry import register
 from ..relations import RANKINGS, dway_kl, pair_indices, pair_kl, remaining_kl, top_d, without_shared
 from .weights import adw_weights, check_weighting
 
@@ -42,7 +45,7 @@ def relation_terms(
 # and never freed, since a captured CUDA graph may read them.
 @cache
 @torch.inference_mode(False)
-def kept_weights(*arguments) -> Tensor:
+def kept_weights(*arguments: Any) -> Tensor:
     "`adw_weights`, cached by arguments."
     return adw_weights(*arguments)
 
@@ -53,31 +56,44 @@ class RelationLoss(LogitLoss):
     Which of several tied logits are selected is arbitrary, and affects the loss. The plain formulas and the analytic
     backend select the same ones, those of `analytic.largest`; the Triton kernel selects those it encounters first.
     """
-    backend = "auto"  # one of `analytic.BACKENDS`; all give the same result up to rounding
+    depth: int
+    beta: float
+    temperature: float
+    epsilon: float
+    delta: float
+    decay: float
+    weighting: str
+    rank_by: str
+    backend: str = "auto"  # one of `analytic.BACKENDS`; all give the same result up to rounding
 
-    def weights(self, make, student: Tensor, teacher: Tensor) -> Tensor:
+    @property
+    def factors(self) -> dict[str, float]:  # of "ce", "pairs", "llki", "rntk"
+        "Factor of each term; a subclass says how it follows from the hyper-parameters."
+        raise NotImplementedError
+
+    def weights(self, make: Callable[..., Tensor], student: Tensor, teacher: Tensor) -> Tensor:
         "Pair weights from `make`, in the compute type. ValueError for too few classes."
         validation.depth_fits(self.depth, student.shape[-1])
         if self.beta: validation.enough_remain(self.depth, student.shape[-1])
         wide = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
         return make(self.depth, self.epsilon, self.delta, self.decay, self.weighting, wide, student.device)
 
-    def row_terms(self, student, teacher, target):
+    def row_terms(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> dict[str, Tensor]:
         weights = self.weights(adw_weights, student, teacher)
         terms = relation_terms(student, teacher, weights, self.temperature, self.rank_by, target)
         return self.cross_entropy(student, target) | {name: self.factors[name] * v for name, v in terms.items()}
 
-    def plain_value(self, *rows) -> Tensor:
+    def plain_value(self, *rows: Any) -> Tensor:
         "The loss from its formulas, given the fields of `Rows`."
-        return sum(self.reduced(Rows(*rows)).values())
+        return summed(self.reduced(Rows(*rows)).values())
 
     def evaluated(self, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
         "The loss, whose gradient is computed in the same pass (`lesson/04_one_pass`), and the terms, for logging."
         # ranking by the label is our own experiment: the faster backends do not support it
         if self.rank_by == "label": return super().evaluated(rows)
-        fused = analytic.choose(self.backend, rows.student, rows.teacher, self.depth)
+        fused = analytic.choose(self.backend, rows.student, rows.theirs, self.depth)
         if fused is None: return super().evaluated(rows)
-        teacher, weights = rows.teacher.detach(), self.weights(kept_weights, rows.student, rows.teacher)
+        teacher, weights = rows.theirs.detach(), self.weights(kept_weights, rows.student, rows.theirs)
         settings = weights, self.temperature, self.factors, self.rank_by
         value, terms = analytic.OneGradient.apply(
             fused, self.plain_value, rows.student, teacher, rows.target, rows.share, *settings)
@@ -85,6 +101,7 @@ class RelationLoss(LogitLoss):
         return value, dict(zip(names, terms.unbind()[-len(names) :]))
 
 # %% ../../../nbs/lesson/03_loss.ipynb #32e07e18
+@register("ldrld")
 class LDRLD(RelationLoss):
     """Local dense relational logit distillation: r·CE + α·(pairs + LLKI) + β·RNTK, averaged over the batch.
 

@@ -335,7 +335,10 @@ def _check_device(name: str, tensor: Tensor) -> None:
                          "device (for trials on the CPU, set TRITON_INTERPRET=1 before triton is imported)")
 
 # %% ../../../nbs/lesson/05_gpu_kernel.ipynb #cca55a9e
-def _check(student, teacher, target, share, weights, temperature, rank_by) -> None:
+def _check(
+    student: Tensor, teacher: Tensor, target: Tensor | None, share: Tensor, weights: Tensor, temperature: float,
+    rank_by: str,
+) -> None:
     "ValueError unless these are valid arguments of `fused`."
     validation.logits(student, teacher)
     _check_device("student", student)
@@ -353,9 +356,9 @@ def _check(student, teacher, target, share, weights, temperature, rank_by) -> No
         raise ValueError(f"share must be float32 of shape ({rows},), got {share.dtype} of {tuple(share.shape)}")
     if target is not None and (target.shape != (rows,) or target.dtype != torch.int64):
         raise ValueError(f"target must be int64 of shape ({rows},), got {target.dtype} of {tuple(target.shape)}")
-    for name, x in (("share", share), ("weights", weights), ("target", target)):
-        if x is not None and x.device != student.device:
-            raise ValueError(f"{name} must be on the device of student, {student.device}, got {x.device}")
+    for name, given in (("share", share), ("weights", weights), ("target", target)):
+        if given is not None and given.device != student.device:
+            raise ValueError(f"{name} must be on the device of student, {student.device}, got {given.device}")
     validation.number("temperature", temperature, above=0.0)
     validation.choice("rank_by", rank_by, ("student", "teacher"))
 

@@ -57,7 +57,9 @@ def adw_weights(
     return weights.triu(1)
 
 # %% ../../../nbs/lesson/02_weights.ipynb #fbcef461
-def check_weighting(depth, epsilon=1.5, delta=2.0, decay=0.05, weighting="adw") -> None:
+def check_weighting(
+    depth: int, epsilon: float = 1.5, delta: float = 2.0, decay: float = 0.05, weighting: str = "adw",
+) -> None:
     "ValueError unless these are valid arguments of `adw_weights`; at ε ≤ −1 a weight would be negative or infinite."
     validation.integer("depth", depth, at_least=2)
     validation.number("epsilon", epsilon, above=-1.0)

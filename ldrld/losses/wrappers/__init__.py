@@ -1,0 +1,1 @@
+"""Losses around another loss on logits, which change its input."""

@@ -15,9 +15,10 @@ from nbclient import NotebookClient
 from ldrld.batch.scheduler import with_kernel
 from ldrld.core import paths
 from ldrld.core.files import write_whole
-from ldrld.experiments.catalog import EXPERIMENTS, batch, profile, selected
+from ldrld.experiments.catalog import EXPERIMENTS, batch, selected
+from ldrld.experiments.profiles import profile
 from ldrld.experiments.config import name_of
-from ldrld.experiments.runs import invented
+from ldrld.experiments.records import invented
 from ldrld.results import claims, report
 
 ROOT = Path(__file__).parent.parent

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ldrld.experiments.catalog import EXPERIMENTS, PROFILES, batch
+from ldrld.experiments.catalog import EXPERIMENTS, batch
+from ldrld.experiments.profiles import PROFILES
 from ldrld.experiments.records import load_record, records
 from ldrld.results.report import to_report, verify_table
 

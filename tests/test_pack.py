@@ -15,7 +15,7 @@ import pytest
 
 from ldrld.batch.pack import MIB, PACKED, Limits, collect, deliveries, in_pieces, merge, pack
 from ldrld.batch.priority import Cost, fitting, kind_of
-from ldrld.experiments import runs
+from ldrld.experiments import runner
 from ldrld.experiments.config import RunConfig, name_of
 from ldrld.experiments.records import KEPT, load_record
 
@@ -100,7 +100,7 @@ def test_there_and_back(home, packed, tmp_path, monkeypatch):
     again = merge(home, packed, say=lambda line: None)
     assert sorted(again.same) == sorted(names()) and not again.added and not again.refused
     monkeypatch.setenv("LDRLD_OUT", str(tmp_path / "here"))
-    here = runs.run(BATCH[0][0], "t", report=None)
+    here = runner.run(BATCH[0][0], "t", report=None)
     assert (here.last_accuracy, here.history[-1]["terms"]) == (record.last_accuracy, record.history[-1]["terms"])
 
 
@@ -246,7 +246,7 @@ def test_a_flipped_bit_is_seen(home, packed, tmp_path, monkeypatch):
 
 def test_what_is_here_stays(home, packed, tmp_path, monkeypatch):
     monkeypatch.setenv("LDRLD_OUT", str(tmp_path))
-    record = runs.run(BATCH[2][0], "t", report=None)
+    record = runner.run(BATCH[2][0], "t", report=None)
     before = (tmp_path / "data/runs/t" / f"{record.name}.json").read_bytes()
     merged = merge(home, packed, say=lambda line: None)
     assert (tmp_path / "data/runs/t" / f"{record.name}.json").read_bytes() == before

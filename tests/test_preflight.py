@@ -19,12 +19,13 @@ from ldrld import data, models
 from ldrld.batch import preflight, scheduler
 from ldrld.core import paths
 from ldrld.core.files import write_whole
-from ldrld.experiments import records, runs
+from ldrld.data.augmentation import Crops
+from ldrld.experiments import records, runner, students
 from ldrld.experiments.catalog import batch as runs_of
-from ldrld.experiments.catalog import profile
+from ldrld.experiments.profiles import profile
 from ldrld.experiments.config import RunConfig, name_of
 from ldrld.experiments.records import KEPT
-from ldrld.experiments.runs import invented
+from ldrld.experiments.records import invented
 from ldrld.results.report import what_waits
 
 ROOT = Path(__file__).parent.parent
@@ -149,7 +150,7 @@ def test_the_room_for_a_teachers_logits_is_counted_once(mine):
     images, teacher = data.load("digits"), RunConfig(dataset="digits", model="resnet14", epochs=1)
     config = RunConfig(dataset="digits", model="resnet8", loss="kd", teacher=teacher, epochs=1)
     ((folder, size),) = preflight._table_bytes(config, images).items()
-    crops = runs.Crops(images.train_images, images.mean, images.std, images.padding, images.flip)
+    crops = Crops(images.train_images, images.mean, images.std, images.padding, images.flip)
     assert size == crops.n * crops.views * 11 * 2 and folder == paths.work(name_of(teacher))
     assert (
         preflight._table_bytes(teacher, images) == {}
@@ -290,7 +291,7 @@ def test_a_checkpoint_that_is_in_use_or_needed_stays(mine):
     names = pretend(mine)
     checkpoint = paths.work(names[0]) / "checkpoint.pt"
     write_whole(checkpoint, "half")
-    with runs.lock_of(names[0]):
+    with runner.lock_of(names[0]):
         busy = subprocess.run(
             [sys.executable, "-c", f"from ldrld.batch import scheduler; print(scheduler.sweep({mine!r}))"],
             capture_output=True,
@@ -424,21 +425,21 @@ def test_a_last_batch_of_one_image_is_told_before_training(model, batch_size, re
     )
     config = RunConfig(dataset="digits", model=model, epochs=1, batch_size=batch_size)
     if not refused:
-        runs.start(config, one_left, "cpu")
+        students.start(config, one_left, "cpu")
         return
     with pytest.raises(
         ValueError, match=rf"batch_size={batch_size}: of 641 training images one is left.*would work"
     ) as error:
-        runs.start(config, one_left, "cpu")
+        students.start(config, one_left, "cpu")
     fits = int(str(error.value).split("; ")[1].split()[0])
     assert images % fits != 1
-    runs.start(config.model_copy(update={"batch_size": fits}), one_left, "cpu")
+    students.start(config.model_copy(update={"batch_size": fits}), one_left, "cpu")
 
 
 def test_the_look_at_one_image_changes_nothing():
     digits = data.load("digits")
     config = RunConfig(dataset="digits", model="resnet8", epochs=1, batch_size=1)
-    student = runs.start(config, digits, "cpu")
+    student = students.start(config, digits, "cpu")
     torch.manual_seed(0)
     fresh = models.build("resnet8", 10)
     assert all(torch.equal(a, b) for a, b in zip(student.model.state_dict().values(), fresh.state_dict().values()))

@@ -16,11 +16,14 @@ from commands import ldrld
 
 from ldrld.batch import scheduler
 from ldrld.core import paths
-from ldrld.experiments.catalog import EXPERIMENTS, GRID, chosen, method_of, profile
+from ldrld.experiments.catalog import EXPERIMENTS
+from ldrld.experiments.cells import GRID, chosen
+from ldrld.experiments.methods import method_of
+from ldrld.experiments.profiles import profile
 from ldrld.experiments.catalog import batch as runs_of
 from ldrld.experiments.config import name_of
 from ldrld.experiments.records import load_record
-from ldrld.experiments.runs import Paused, run
+from ldrld.experiments.runner import Paused, run
 
 ROOT = Path(__file__).parent.parent
 SEARCHING = """

@@ -13,10 +13,11 @@ from commands import ldrld
 
 from ldrld.core import paths
 from ldrld.core.files import write_whole
-from ldrld.experiments.catalog import EXPERIMENTS, Profile
+from ldrld.experiments.catalog import EXPERIMENTS
+from ldrld.experiments.profiles import Profile
 from ldrld.experiments.config import name_of
 from ldrld.experiments.records import OddRecord, load_record, odd_records, records
-from ldrld.experiments.runs import invented
+from ldrld.experiments.records import invented
 from ldrld.results import claims, report
 
 ROOT = Path(__file__).parent.parent

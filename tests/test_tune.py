@@ -21,8 +21,10 @@ from ldrld import cli, data
 from ldrld.cli.run import run as run_command
 from ldrld.batch import tuning
 from ldrld.core import paths
-from ldrld.experiments import records, runs
-from ldrld.experiments.catalog import Method, Profile, method_config, profile
+from ldrld.experiments import records, runner
+from ldrld.experiments.cells import method_config
+from ldrld.experiments.methods import Method
+from ldrld.experiments.profiles import Profile, profile
 
 ROOT = Path(__file__).parent.parent
 SHORT = {"recipe": "onecycle", "lr": 0.1, "batch_size": 64, "precision": "float32"}
@@ -115,9 +117,9 @@ def test_every_space_that_comes_with_a_loss_fits_it():
 
 def test_the_test_set_is_never_looked_at(out, monkeypatch):
     """Every run of a search, the teacher's included, is given other pictures."""
-    digits, given, train_together = data.load("digits"), [], runs.train_together
+    digits, given, train_together = data.load("digits"), [], runner.train_together
     monkeypatch.setattr(
-        runs,
+        runner,
         "train_together",
         lambda students, images, *more: given.append(images) or train_together(students, images, *more),
     )
@@ -327,9 +329,9 @@ def test_the_command_at_the_end_names_the_run_of_the_profile(monkeypatch):
 
     def carry_out(config, folder, keep):
         asked.append((config, folder))
-        raise runs.Paused
+        raise runner.Paused
 
-    monkeypatch.setattr(runs, "run", carry_out)
+    monkeypatch.setattr(runner, "run", carry_out)
     for p, loss, args in (
         (profile("small"), "ldrld", {"alpha": 2.31, "depth": 5, "weighting": "none"}),
         (profile("paper"), "kd", {"temperature": 2.0}),

@@ -144,7 +144,7 @@ def main(given: list[str] | None = None) -> int:
 
 def carry_out(runs, profile: str, left, at_once: int, said: Said, home: Home, device: str) -> bool:
     """Train the runs; an error in one of them must not prevent collecting the results of the others."""
-    from ldrld.experiments.runs import run_in_flight
+    from ldrld.experiments.in_flight import run_in_flight
     try: run_in_flight(runs, profile, at_once if device == "cuda" else 1, left(), said, after_row=home.now_and_then)
     except Exception as error: said(f"FAILED {type(error).__name__}: {error}")
     else: return True

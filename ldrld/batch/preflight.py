@@ -12,7 +12,7 @@ from ldrld import data, losses
 from ldrld.core import paths
 from ldrld.experiments.config import Pretrained, RunConfig, name_of
 from ldrld.experiments.records import KEPT, load_record
-from ldrld.experiments.runs import same_pictures
+from ldrld.experiments.runner import same_pictures
 
 __all__ = ["NotReady", "notebooks_for", "needs_of"]
 

@@ -9,7 +9,8 @@ from ldrld.batch.pack import MIB, Limits
 from ldrld.core import paths
 from ldrld.core.provenance import default_device
 from ldrld.experiments.config import RunConfig, name_of
-from ldrld.experiments.runs import Hangar, begin_on, start
+from ldrld.experiments.in_flight import Hangar
+from ldrld.experiments.students import begin_on, start
 from ldrld.models.evaluation import precision_used
 from ldrld.training.graphs import InFlight, why_eager
 from ldrld.training.loop import epochs_trained

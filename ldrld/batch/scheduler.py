@@ -24,10 +24,13 @@ from tqdm import tqdm
 
 from ldrld.batch.preflight import NotReady, needs_of, notebooks_for
 from ldrld.core import paths
-from ldrld.experiments.catalog import EXPERIMENTS, batch, profile, selected
+from ldrld.experiments.catalog import EXPERIMENTS, batch, selected
+from ldrld.experiments.profiles import profile
 from ldrld.experiments.config import RunConfig, name_of
 from ldrld.experiments.records import KEPT, finished, load_divergence, load_record
-from ldrld.experiments.runs import Diverged, Paused, company, lock_of, run_in_flight, run_together
+from ldrld.experiments.in_flight import run_in_flight
+from ldrld.experiments.runner import Paused, company, lock_of, run_together
+from ldrld.training.loop import Diverged
 
 __all__ = ["Outcome", "Terminated", "reproduce", "report", "missing", "taken_up_again", "cohorts", "sweep"]
 
@@ -304,7 +307,7 @@ class Workers:
 
 def in_flight(runs: list[tuple[RunConfig, tuple[str, ...]]], folder: str, seconds: float,
               at_once: int) -> list[Outcome]:
-    """Train runs side by side in this process, see `ldrld.experiments.runs.run_in_flight`; one outcome per run."""
+    """Train runs side by side in this process, see `ldrld.experiments.in_flight.run_in_flight`; one outcome per run."""
     run_in_flight(runs, folder, at_once, seconds, tqdm.write)
     outcomes = []
     for name in (name_of(config) for config, _ in runs):

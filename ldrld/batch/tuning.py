@@ -30,10 +30,11 @@ from ..core import paths, validation
 from ..core.files import write_whole
 from ..core.provenance import git, installed
 from ..core.settings import read
-from ..experiments.catalog import Profile, ablation_pair, profile, teacher_config
+from ..experiments.cells import teacher_config
+from ..experiments.profiles import Profile, ablation_pair, profile
 from ..experiments.config import RunConfig, name_of
 from ..experiments.records import load_record
-from ..experiments.runs import Paused, run
+from ..experiments.runner import Paused, run
 from ..losses.base import LogitLoss
 from ..results.report import COLOURS, STYLE, save_figure
 

@@ -87,7 +87,7 @@ def start(profile: str, only: list[str] | None = None, out: Path | None = None) 
     """Check the names before anything is started; returns the experiments asked for."""
     from ldrld.core.validation import known
     from ldrld.experiments.catalog import EXPERIMENTS, selected
-    from ldrld.experiments.catalog import profile as profile_of
+    from ldrld.experiments.profiles import profile as profile_of
 
     try:
         selected(profile_of(profile))
@@ -121,7 +121,7 @@ def tell_odd(profile: str) -> list[str]:
 def end(outcomes, profile: str) -> None:
     """Print what became of each run and where the results are; exit code 1 if one failed or a record is odd."""
     from ldrld.core import paths
-    from ldrld.experiments.catalog import profile as profile_of
+    from ldrld.experiments.profiles import profile as profile_of
 
     profile = profile_of(profile).name
     count = lambda status: sum(o.status == status for o in outcomes)

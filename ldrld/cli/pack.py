@@ -44,7 +44,7 @@ def pack(
     chosen = start(profile, only)
     from ldrld.batch import pack as packing
     from ldrld.batch.scheduler import missing
-    from ldrld.experiments.catalog import profile as profile_of
+    from ldrld.experiments.profiles import profile as profile_of
 
     pairs = [tuple(text.split(":")) for text in pair or ()]
     for words in pairs:

@@ -49,7 +49,7 @@ def status(profile: Profile = "quick", out: Out = None):
     print(pd.DataFrame(lines).to_string(index=False))
     from ldrld.batch.scheduler import missing, taken_up_again
     from ldrld.experiments.catalog import batch as runs_of
-    from ldrld.experiments.catalog import profile as profile_of
+    from ldrld.experiments.profiles import profile as profile_of
     from ldrld.experiments.config import name_of
     from ldrld.experiments.records import finished
     from ldrld.training.loop import epochs_trained

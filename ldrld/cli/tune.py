@@ -53,8 +53,8 @@ def tune(
 
     from ldrld.batch import tuning as searching
     from ldrld.core import paths
-    from ldrld.experiments.catalog import ablation_pair
-    from ldrld.experiments.catalog import profile as profile_of
+    from ldrld.experiments.profiles import ablation_pair
+    from ldrld.experiments.profiles import profile as profile_of
     from ldrld.experiments.config import explain
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -22,8 +22,9 @@ def verify(
     if out is not None:
         os.environ["LDRLD_OUT"] = str(out.resolve())
     from ldrld.core import paths
-    from ldrld.experiments.catalog import EXPERIMENTS, PROFILES
-    from ldrld.experiments.catalog import profile as profile_of
+    from ldrld.experiments.catalog import EXPERIMENTS
+    from ldrld.experiments.profiles import PROFILES
+    from ldrld.experiments.profiles import profile as profile_of
     from ldrld.experiments.model_cards import wrong_teachers
     from ldrld.results.report import to_report, verify_table
 

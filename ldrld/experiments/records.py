@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['KEPT', 'Record', 'Epoch', 'Counts', 'derived', 'contradictions', 'load_record', 'OddRecord', 'sound', 'finished',
-           'records', 'odd_records', 'Divergence', 'divergence_path', 'load_divergence', 'keep_divergence']
+           'records', 'odd_records', 'Divergence', 'divergence_path', 'load_divergence', 'keep_divergence', 'record_of',
+           'save_record', 'invented']
 
 # %% ../../nbs/experiments/records.ipynb #524487ca
 import hashlib
@@ -13,10 +14,12 @@ import warnings
 from datetime import datetime, timezone
 from math import isclose
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from .. import losses
 from ..core import paths
 from ..core.files import write_whole
 from .config import MOST, SCHEMA, RunConfig, explain, name_of
@@ -252,3 +255,51 @@ def keep_divergence(
 KEPT = {"weights": lambda name, profile: paths.weights(profile) / f"{name}.safetensors",
         "logits": lambda name, profile: paths.records(profile) / "logits" / f"{name}.npz",
         "insight": lambda name, profile: paths.records(profile) / "insight" / f"{name}.npz"}
+
+# %% ../../nbs/experiments/records.ipynb #627e7a3d
+def record_of(
+    config: RunConfig,
+    history: list[dict],  # one dict per epoch
+    images,  # `ldrld.data.ImageData`
+    dtype: str,  # of convolutions
+    made: dict,  # from `provenance`, when this process began training
+    together: int = 1,  # students that shared the data pass
+    measures: dict[str, float] | None = None,  # further metrics
+    legs: list[dict] | None = None,  # who trained from which epoch on; saved if there were several
+) -> Record:
+    "The record of a finished training."
+    best = max(history, key=lambda row: row["test_accuracy"])
+    seconds = sum(row["seconds"] for row in history)
+    sizes = {"train": len(images.train_labels), "test": len(images.test_labels), "classes": len(images.classes)}
+    if outside := losses.origin(config.loss): made = {**made, "code": {**made["code"], "loss": outside}}
+    return Record(
+        name=name_of(config), config=config, history=history, last_accuracy=history[-1]["test_accuracy"],
+        best_accuracy=best["test_accuracy"], best_epoch=best["epoch"], seconds=seconds,
+        images_per_second=len(images.train_labels) * len(history) / seconds,
+        data={"fingerprint": images.fingerprint, **sizes},
+        teacher=name_of(config.teacher) if config.teacher else None,
+        precision_used=dtype, together=together, measures=measures or {},
+        legs=legs if legs and len(legs) > 1 else [],
+        finished=datetime.now(timezone.utc).isoformat(timespec="seconds"), **made)
+
+# %% ../../nbs/experiments/records.ipynb #e3a5c970
+def save_record(
+    record: Record,
+    profile: str,
+) -> None:
+    "Write a record, whole or not at all."
+    write_whole(paths.records(profile) / f"{record.name}.json", record.model_dump_json(indent=1) + "\n")
+
+# %% ../../nbs/experiments/records.ipynb #1af0ca58
+def invented(
+    config: RunConfig,
+    accuracy: float,  # in per cent, after every epoch; must be a whole number of 10,000 images
+    seconds: float = 1.0,  # per epoch
+    **made,  # `code`, `libraries` and `machine`, see `provenance`; empty by default
+) -> Record:
+    "A made-up record of a run that reached this accuracy."
+    row = {"lr": config.lr, "seconds": seconds, "train_accuracy": 50.0, "test_accuracy": accuracy, "terms": {"ce": 1.0}}
+    labels = range(10_000)
+    images = SimpleNamespace(fingerprint="invented", train_labels=labels, test_labels=labels, classes=range(100))
+    made = {"code": {}, "libraries": {}, "machine": {}} | made
+    return record_of(config, [{"epoch": k, **row} for k in range(1, config.epochs + 1)], images, "float32", made)

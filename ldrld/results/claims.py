@@ -22,7 +22,8 @@ from statsmodels.stats.power import TTestPower
 
 from ..core import paths
 from ..experiments import published
-from ..experiments.catalog import EXPERIMENTS, Profile, ablation_pair, profile
+from ..experiments.catalog import EXPERIMENTS
+from ..experiments.profiles import Profile, ablation_pair, profile
 from ..experiments.config import name_of
 from ..experiments.records import sound
 from . import report

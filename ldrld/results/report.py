@@ -31,7 +31,9 @@ from .. import data
 from ..core import paths
 from ..core.files import write_whole
 from ..experiments import published
-from ..experiments.catalog import EXPERIMENTS, Experiment, Profile, batch, profile, selected
+from ..experiments.catalog import EXPERIMENTS, batch, selected
+from ..experiments.profiles import Profile, profile
+from ..experiments.registry import Experiment
 from ..experiments.config import name_of
 from ..experiments.records import Record, finished, load_divergence, load_record, sound
 

@@ -17,7 +17,9 @@ from ldrld.experiments import runner
 from ldrld.experiments.config import RunConfig, name_of
 from ldrld.experiments.records import Divergence, divergence_path, load_divergence, load_record, odd_records
 from ldrld.models.evaluation import set_numerics
-from ldrld.results.report import collect, save_table, shown, summarise, verify_table
+from ldrld.results.statistics import collect, summarise
+from ldrld.results.tables import save_table, shown
+from ldrld.results.verification import verify_table
 from ldrld.training.loop import Diverged, Student, train_together
 
 ROOT = Path(__file__).parent.parent

@@ -26,7 +26,7 @@ from ldrld.experiments.profiles import profile
 from ldrld.experiments.config import RunConfig, name_of
 from ldrld.experiments.records import KEPT
 from ldrld.experiments.records import invented
-from ldrld.results.report import what_waits
+from ldrld.results.front_page import what_waits
 
 ROOT = Path(__file__).parent.parent
 YAML = """data: handwritten digits

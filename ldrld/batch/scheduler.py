@@ -374,11 +374,11 @@ def in_parallel(what: str, tasks: list[tuple], jobs: int, needs: dict[str, set[s
 
 
 def report(p: str = "quick", only: tuple[str, ...] = (), jobs: int = 2) -> list[Outcome]:
-    """Make the tables and figures of a profile, see `ldrld.results.report.to_report`; one outcome per notebook.
+    """Make the tables and figures of a profile, see `ldrld.results.tables.to_report`; one outcome per notebook.
 
     Arguments as in `reproduce`. Raises `NotReady` if notebooks or papermill are missing.
     """
-    from ldrld.results.report import to_report  # not needed on machines that only train
+    from ldrld.results.tables import to_report  # not needed on machines that only train
 
     p = str(Path(p).resolve()) if p.endswith((".yaml", ".yml")) else p
     chosen = [EXPERIMENTS[name] for name in (only or to_report(p))]

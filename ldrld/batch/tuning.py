@@ -36,7 +36,7 @@ from ..experiments.config import RunConfig, name_of
 from ..experiments.records import load_record
 from ..experiments.runner import Paused, run
 from ..losses.base import LogitLoss
-from ..results.report import COLOURS, STYLE, save_figure
+from ..results.figures import COLOURS, STYLE, save_figure
 
 with warnings.catch_warnings():
     warnings.simplefilter(

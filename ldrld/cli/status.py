@@ -31,7 +31,7 @@ def status(profile: Profile = "quick", out: Out = None):
         return
     start(profile)
     from ldrld.experiments.catalog import EXPERIMENTS, selected
-    from ldrld.results.report import collect
+    from ldrld.results.statistics import collect
 
     lines, usual = [], selected(profile)
     for name, e in EXPERIMENTS.items():

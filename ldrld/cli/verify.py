@@ -26,7 +26,8 @@ def verify(
     from ldrld.experiments.profiles import PROFILES
     from ldrld.experiments.profiles import profile as profile_of
     from ldrld.experiments.model_cards import wrong_teachers
-    from ldrld.results.report import to_report, verify_table
+    from ldrld.results.tables import to_report
+    from ldrld.results.verification import verify_table
 
     wrong, checked, missing = [], 0, []
     for p in map(profile_of, profile or [p for p in PROFILES if paths.tables(p).exists()]):

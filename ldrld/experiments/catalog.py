@@ -28,7 +28,7 @@ CLAIMED = (
     "label_noise", "probability_gap", "relation_maps")  # experiments that test claims, see `results/claims`
 
 @experiment("claims", "Test of the paper's claims", "02_claims",
-            by=("experiment",), logits=True, checked_by="ldrld.results.claims", reads=True)
+            by=("experiment",), logits=True, checked_by="ldrld.results.claims_verification", reads=True)
 def claims(p):
     "The runs of the experiments that it reads, each once."
     seen = set()

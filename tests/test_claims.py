@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from nbclient import NotebookClient
 
-from ldrld.batch.scheduler import with_kernel
+from ldrld.batch.notebooks import with_kernel
 from ldrld.core import paths
 from ldrld.core.files import write_whole
 from ldrld.experiments.catalog import EXPERIMENTS, batch, selected

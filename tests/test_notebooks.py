@@ -12,7 +12,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from ldrld.batch.scheduler import with_kernel
+from ldrld.batch.notebooks import with_kernel
 
 ROOT = Path(__file__).parent.parent
 NBS = ROOT / "nbs"

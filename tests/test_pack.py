@@ -13,7 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from ldrld.batch.pack import MIB, PACKED, Limits, collect, deliveries, in_pieces, merge, pack
+from ldrld.batch.archives import MIB, Limits, collect
+from ldrld.batch.merge import merge
+from ldrld.batch.pack import deliveries, in_pieces, pack
+from ldrld.core.provenance import PACKED
 from ldrld.batch.priority import Cost, fitting, kind_of
 from ldrld.experiments import runner
 from ldrld.experiments.config import RunConfig, name_of
@@ -263,10 +266,10 @@ def test_limits_of_what_comes_back(tmp_path):
     left = collect(out, "t", home, Limits(files=6, file=16 * MIB), [f"run{k}" for k in range(4)])
     assert left == ["weights/run3.safetensors: 40.0 MiB"]
     assert len(list(home.iterdir())) <= 6 and all(p.stat().st_size <= 16 * MIB for p in home.iterdir())
-    from ldrld.batch.pack import _joined, _members
+    from ldrld.batch.archives import joined, members
 
-    found = {n: c for p in home.glob("part-*.tar") for n, c in _members(p.read_bytes(), p.name).items()}
-    whole = _joined(found)
+    found = {n: c for p in home.glob("part-*.tar") for n, c in members(p.read_bytes(), p.name).items()}
+    whole = joined(found)
     assert all(whole[f"weights/run{k}.safetensors"] == (place / f"run{k}.safetensors").read_bytes() for k in range(3))
 
 

@@ -305,7 +305,7 @@ def test_runs_that_see_other_pictures_are_not_trained_together(out, other):
 
 
 def test_cohorts_are_packed_in_order_and_evenly():
-    from ldrld.batch.scheduler import cohorts
+    from ldrld.batch.pending import cohorts
 
     make = lambda loss, seed, **args: (
         RunConfig(

@@ -86,14 +86,14 @@ class Said:
 class Home:
     """Collects results every minute and at the end."""
     def __init__(self, packed: dict, folder: Path, said: Said):
-        from ldrld.batch.pack import Limits
+        from ldrld.batch.archives import Limits
         self.packed, self.folder, self.said, self.at = packed, folder, said, time.monotonic()
         self.limits, self.names = Limits(**packed["limits"]), [run["name"] for run in packed["runs"]]
         self.busy = threading.Lock()
 
     def bring(self) -> list[str]:
         """Collect everything now; returns the names of files that do not fit."""
-        from ldrld.batch.pack import collect
+        from ldrld.batch.archives import collect
         from ldrld.core import paths
         with self.busy:
             self.at = time.monotonic()

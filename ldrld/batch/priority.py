@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from ldrld import models
-from ldrld.batch.pack import MIB, Limits
+from ldrld.batch.archives import MIB, Limits
 from ldrld.core import paths
 from ldrld.core.provenance import default_device
 from ldrld.experiments.config import RunConfig, name_of

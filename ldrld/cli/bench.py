@@ -31,8 +31,9 @@ def bench(
         raise typer.BadParameter("--small and --full exclude each other")
     if out is not None:
         os.environ["LDRLD_OUT"] = str(out.resolve())
-    from ldrld.batch import scheduler
+    from ldrld.batch.notebooks import execute_one
     from ldrld.batch.preflight import notebooks_for
+    from ldrld.batch.workers import in_parallel
     from ldrld.bench.graphs import graphs  # noqa: F401, registers itself
     from ldrld.bench.methods import methods  # noqa: F401, likewise
     from ldrld.bench.timing import BENCHMARKS, folder_for, measure
@@ -57,9 +58,9 @@ def bench(
             file=sys.stderr,
         )
         raise typer.Exit(1)
-    outcomes = scheduler.in_parallel(
+    outcomes = in_parallel(
         "tables and figures",
-        [([n], scheduler.execute_one, f"paper/{n}.ipynb", n, {"profile": folder}, folder) for n in notebooks],
+        [([n], execute_one, f"paper/{n}.ipynb", n, {"profile": folder}, folder) for n in notebooks],
         1,
     )
     for what, place in {

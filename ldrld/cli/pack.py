@@ -42,8 +42,9 @@ def pack(
 ):
     """Make a folder with all that a bare machine with PyTorch needs to carry out the runs that are missing."""
     chosen = start(profile, only)
+    from ldrld.batch import archives
     from ldrld.batch import pack as packing
-    from ldrld.batch.scheduler import missing
+    from ldrld.batch.pending import missing
     from ldrld.experiments.profiles import profile as profile_of
 
     pairs = [tuple(text.split(":")) for text in pair or ()]
@@ -55,7 +56,7 @@ def pack(
         raise typer.BadParameter(
             "nothing to carry out: every run that was asked for is finished, or none was asked for"
         )
-    limits = packing.Limits(delivery * packing.MIB, files, file * packing.MIB)
+    limits = archives.Limits(delivery * archives.MIB, files, file * archives.MIB)
     try:
         packing.pack(folder, runs, profile_of(profile).name, limits, python, platform)
     except (ValueError, OSError, RuntimeError) as error:
@@ -76,10 +77,10 @@ def merge(
     """Take the results of a packed batch home; what is here stays, what is damaged or foreign is refused."""
     if out is not None:
         os.environ["LDRLD_OUT"] = str(out.resolve())
-    from ldrld.batch import pack as packing
+    from ldrld.batch import merge as merging
 
     try:
-        merged = packing.merge(home, packed)
+        merged = merging.merge(home, packed)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         raise typer.Exit(1) from None

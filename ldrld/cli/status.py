@@ -47,7 +47,7 @@ def status(profile: Profile = "quick", out: Out = None):
             }
         )
     print(pd.DataFrame(lines).to_string(index=False))
-    from ldrld.batch.scheduler import missing, taken_up_again
+    from ldrld.batch.pending import missing, taken_up_again
     from ldrld.experiments.catalog import batch as runs_of
     from ldrld.experiments.profiles import profile as profile_of
     from ldrld.experiments.config import name_of

@@ -61,7 +61,8 @@ def _seeds_again(line: dict, p: Profile, plans: dict) -> tuple[list[float], list
 def _published_again(line: dict) -> float:
     "The difference of two published methods, from the file of results."
     names = pd.read_csv(paths.published() / "architectures.csv").set_index("network")["paper_name"]
-    rows = published.load().query("source == @NOTES and metric == 'top1_acc'")
+    rows = published.load()
+    rows = rows[(rows["source"] == NOTES) & (rows["metric"] == "top1_acc")]
     for role in ("teacher", "student"): rows = rows[rows[role] == names.get(line[role], line[role])]
     of = dict(zip(rows["method"], rows["value"]))
     return of[line["ours"]] - of[line["theirs"]] if {line["ours"], line["theirs"]} <= of.keys() else math.nan

@@ -163,7 +163,8 @@ def members(content: bytes, where: str) -> dict[str, bytes]:
                 path = PurePosixPath(member.name)
                 if not member.isfile() or path.is_absolute() or ".." in path.parts or len(path.parts) != 2:
                     raise ValueError(f"{where}: holds {member.name!r}, which results never do")
-                found[member.name] = tar.extractfile(member).read()
+                file = tar.extractfile(member)
+                found[member.name] = file.read() if file else b""
     except (tarfile.TarError, EOFError, OSError) as error:
         raise ValueError(f"{where}: cannot be read as an archive ({error})") from None
     return found

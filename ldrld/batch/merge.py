@@ -1,6 +1,7 @@
 """The way home for the results of a portable batch: checked, and refused by name where damaged or foreign."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,7 +30,7 @@ class Merged:
     left_out: list[str] = field(default_factory=list)  # what the machine did not bring home, by name
 
 
-def merge(home: str | Path, packed: str | Path, say=print) -> Merged:
+def merge(home: str | Path, packed: str | Path, say: Callable[[str], object] = print) -> Merged:
     """Take results home: every file is checked, what is here already stays, what is damaged or foreign is refused
     by name.
 
@@ -45,7 +46,8 @@ def merge(home: str | Path, packed: str | Path, say=print) -> Merged:
         summary = json.loads((home / MANIFEST).read_text(encoding="utf-8"))
     except ValueError:
         raise ValueError(f"{home / MANIFEST} is damaged; fetch it again") from None
-    merged, found = Merged(left_out=list(summary["left_out"])), {}
+    merged = Merged(left_out=list(summary["left_out"]))
+    found: dict[str, bytes] = {}
     for name, digest in summary["files"].items():
         if name == LOG:
             continue

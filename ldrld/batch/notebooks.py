@@ -1,16 +1,19 @@
 """Notebooks executed with papermill, in kernels that use this Python."""
 
+from collections.abc import Callable
 from functools import cache
+from typing import TypeVar
 
 from ldrld.batch.workers import Outcome
 from ldrld.core import paths
 
 __all__ = ["TRAIN", "COHORT", "execute", "execute_one", "with_kernel"]
 
+T = TypeVar("T")
 TRAIN, COHORT = "run/train.ipynb", "run/cohort.ipynb"
 
 
-def with_kernel(call, *arguments, **options):
+def with_kernel(call: Callable[..., T], *arguments: object, **options: object) -> T:
     """Call a function that starts a Jupyter kernel and executes a notebook; retry at most twice if the kernel fails.
 
     A kernel gets five ports before it binds them. If several kernels start at once, another may take one of the ports;
@@ -66,6 +69,6 @@ def execute(notebook: str, name: str, parameters: dict, folder: str) -> Outcome:
     return Outcome(name, "done")
 
 
-def execute_one(*arguments) -> list[Outcome]:
+def execute_one(notebook: str, name: str, parameters: dict, folder: str) -> list[Outcome]:
     """`execute`, as a task: a list with one outcome."""
-    return [execute(*arguments)]
+    return [execute(notebook, name, parameters, folder)]

@@ -8,6 +8,7 @@ import lzma
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -96,7 +97,7 @@ def with_teachers(runs: list[tuple[RunConfig, tuple[str, ...]]]) -> list[tuple[R
     """Runs in order, each once, teachers before their students; a teacher's weights are kept."""
     found: dict[str, tuple[RunConfig, set]] = {}
 
-    def add(config, keep):
+    def add(config: RunConfig, keep: tuple[str, ...]) -> None:
         if isinstance(config.teacher, RunConfig):
             add(config.teacher, ("weights",))
         found.setdefault(name_of(config), (config, set()))[1].update(keep)
@@ -138,7 +139,7 @@ def pack(
     limits: Limits = Limits(),  # noqa: B008
     python: str | None = None,
     platform: str = "manylinux2014_x86_64",
-    say=print,
+    say: Callable[[str], object] = print,
 ) -> Path:
     """Make a folder that carries runs to another machine: copy it there, and call `python run.py`.
 

@@ -6,7 +6,7 @@ from filelock import Timeout
 
 from ldrld.experiments.catalog import batch
 from ldrld.experiments.config import RunConfig, name_of
-from ldrld.experiments.profiles import profile
+from ldrld.experiments.profiles import Profile, profile
 from ldrld.experiments.records import KEPT, finished, load_divergence, load_record
 from ldrld.experiments.runner import company, lock_of
 
@@ -46,14 +46,14 @@ def odd(name: str, folder: str) -> str:
     return ""
 
 
-def wanted(p, only: tuple[str, ...] = (), plan: bool = False) -> list[tuple[RunConfig, tuple[str, ...]]]:
+def wanted(p: str | Profile, only: tuple[str, ...] = (), plan: bool = False) -> list[tuple[RunConfig, tuple[str, ...]]]:
     """The runs of a profile's experiments, or of its plan; arguments as in `reproduce`."""
     if not plan: return batch(p, only)
     from ldrld.experiments.plan import planned  # here, since it needs what tables are made with
     return planned(p)
 
 
-def missing(p, only: tuple[str, ...] = (), plan: bool = False) -> list[tuple[RunConfig, tuple[str, ...]]]:
+def missing(p: str | Profile, only: tuple[str, ...] = (), plan: bool = False) -> list[tuple[RunConfig, tuple[str, ...]]]:
     """The missing runs of a profile, each with what to keep; arguments as in `reproduce`.
 
     First the unfinished runs (see `ldrld.experiments.records.finished`), the most valuable first. Then finished runs

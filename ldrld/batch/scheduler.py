@@ -118,7 +118,7 @@ def reproduce(p: str = "quick", only: tuple[str, ...] = (), jobs: int = 2, secon
     if math.isfinite(seconds): os.environ["LDRLD_DEADLINE"] = str(time.time() + 0.9 * seconds)
     ends = time.monotonic() + seconds
     while todo:
-        def task(runs):
+        def task(runs: list[tuple[RunConfig, tuple[str, ...]]]) -> tuple:
             given = [(c.model_dump(), k) for c, k in runs]
             return [name_of(c) for c, _ in runs], execute_runs, given, folder, notebooks
         needs = {name_of(c): {name_of(c.teacher)} for c, _ in todo if c.teacher}
@@ -146,8 +146,8 @@ def compare_with_committed(profile_name: str) -> str | None:
     def accuracy(file: Path) -> float | None:
         try: return float(json.loads(file.read_text(encoding="utf-8"))["last_accuracy"])
         except (OSError, ValueError, KeyError, TypeError): return None  # invalid, reported elsewhere
-    both = [(accuracy(file), accuracy(committed / file.name)) for file in sorted(made.glob("*.json"))]
-    both = [pair for pair in both if None not in pair]
+    read = [(accuracy(file), accuracy(committed / file.name)) for file in sorted(made.glob("*.json"))]
+    both = [(a, b) for a, b in read if a is not None and b is not None]
     if not both: return "none of these runs has a committed record to compare with"
     equal, largest = sum(a == b for a, b in both), max(abs(a - b) for a, b in both)
     mean = sum(a - b for a, b in both) / len(both)

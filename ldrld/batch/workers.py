@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -34,13 +35,13 @@ class Terminated(KeyboardInterrupt):
 
 
 @contextmanager
-def terminable():
+def terminable() -> Iterator[None]:
     """Let SIGTERM raise `Terminated`, but only in the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def end(number, frame): raise Terminated
+    def end(number: int, frame: object) -> None: raise Terminated
 
     before = signal.signal(signal.SIGTERM, end)
     try: yield
@@ -49,7 +50,7 @@ def terminable():
 
 def end_with_parent() -> None:
     """End this process, and with it its kernels, as soon as its parent is gone."""
-    multiprocessing.parent_process().join()
+    if parent := multiprocessing.parent_process(): parent.join()
     os._exit(1)
 
 
@@ -71,7 +72,7 @@ class Workers:
         """A pool of one process, which starts with its first task."""
         return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), prepared, (str(self.log),))
 
-    def submit(self, function, *arguments) -> Future:
+    def submit(self, function: Callable, *arguments: object) -> Future:
         """Hand a task to an idle process."""
         pool = self.idle.pop()
         try: future = pool.submit(function, *arguments)
@@ -96,7 +97,7 @@ class Workers:
         for pool in (*self.idle, *self.busy.values()): pool.shutdown(wait=not at_once, cancel_futures=True)
 
 
-def result_of(future, names: list[str], log: Path) -> list[Outcome]:
+def result_of(future: Future, names: list[str], log: Path) -> list[Outcome]:
     """The outcomes of a task; a process that was killed twice fails, the others continue."""
     try: outcomes = future.result()
     except Exception as error:
@@ -114,15 +115,18 @@ def in_parallel(what: str, tasks: list[tuple], jobs: int, needs: dict[str, set[s
     """
     if not tasks: return []
     os.environ["OMP_NUM_THREADS"] = "1"  # on two cores, two processes with two threads are slower than with one
-    outcomes, log = [], paths.executed("kernels.log")
+    outcomes: list[Outcome] = []
+    log = paths.executed("kernels.log")
     log.parent.mkdir(parents=True, exist_ok=True)
     task_of = {name: i for i, (names, *_) in enumerate(tasks) for name in names}
-    graph = TopologicalSorter()
+    graph: TopologicalSorter[int] = TopologicalSorter()
     for i, (names, *_) in enumerate(tasks):
         needed = set().union(*((needs or {}).get(name, ()) for name in names))
         graph.add(i, *(task_of[name] for name in needed if name in task_of))
     graph.prepare()
-    ready, running, killed_once = [], {}, set()
+    ready: list[int] = []
+    running: dict[Future, int] = {}
+    killed_once: set[int] = set()
     workers = Workers(max(1, min(jobs, len(tasks))), log)
     with terminable(), tqdm(total=len(task_of), desc=what, unit="") as bar:
         try:

@@ -25,7 +25,7 @@ def bench(
         bool, typer.Option("--again", help="Measure anew what was measured on this machine before.")
     ] = False,
     out: Out = None,
-):
+) -> None:
     """Measure what the loss, training and every method cost on this machine, then draw all measurements."""
     if small and full:
         raise typer.BadParameter("--small and --full exclude each other")

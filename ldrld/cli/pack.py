@@ -39,7 +39,7 @@ def pack(
     delivery: Annotated[int, typer.Option(min=8, help="Largest delivery, MiB.")] = 64,
     files: Annotated[int, typer.Option(min=4, help="Files at most that come back.")] = 8,
     file: Annotated[int, typer.Option(min=1, help="Largest file that comes back, MiB.")] = 16,
-):
+) -> None:
     """Make a folder with all that a bare machine with PyTorch needs to carry out the runs that are missing."""
     chosen = start(profile, only)
     from ldrld.batch import archives
@@ -47,10 +47,12 @@ def pack(
     from ldrld.batch.pending import missing
     from ldrld.experiments.profiles import profile as profile_of
 
-    pairs = [tuple(text.split(":")) for text in pair or ()]
-    for words in pairs:
-        if len(words) != 2:
-            raise typer.BadParameter(f"--pair {':'.join(words)}: expected teacher:student")
+    pairs = []
+    for text in pair or ():
+        teacher, _, student = text.partition(":")
+        if not teacher or not student or ":" in student:
+            raise typer.BadParameter(f"--pair {text}: expected teacher:student")
+        pairs.append((teacher, student))
     runs = packing.chosen_runs(missing(profile, chosen, planned), pairs, method or [])
     if not runs:
         raise typer.BadParameter(
@@ -73,7 +75,7 @@ def merge(
     home: Annotated[Path, typer.Argument(help="The folder that came back.")],
     packed: Annotated[Path, typer.Option(help="The folder that was packed, or its packed.json.")],
     out: Out = None,
-):
+) -> None:
     """Take the results of a packed batch home; what is here stays, what is damaged or foreign is refused."""
     if out is not None:
         os.environ["LDRLD_OUT"] = str(out.resolve())

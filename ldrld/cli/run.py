@@ -39,7 +39,7 @@ def run(
         list[str] | None,
         typer.Option(help="weights, logits or insight (features and Grad-CAM maps), kept besides the record."),
     ] = None,
-):
+) -> None:
     """Carry out one run; its record is the result."""
     from pydantic import ValidationError
 

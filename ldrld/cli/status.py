@@ -6,7 +6,7 @@ from ldrld.cli.app import Out, Profile, app, start, tell_odd
 
 
 @app.command()
-def status(profile: Profile = "quick", out: Out = None):
+def status(profile: Profile = "quick", out: Out = None) -> None:
     """Show how far a profile is: runs planned, finished and missing for each experiment, and what comes next.
 
     For another folder of records, list them.

@@ -120,7 +120,7 @@ def teachers(
     ] = False,
     dataset: Annotated[str, typer.Option("--data", help="The data set that the FILEs were trained on.")] = "cifar100",
     out: Out = None,
-):
+) -> None:
     """List and check the teachers' weights, or compare checkpoints with published accuracies.
 
     Exit code 1 if anything is wrong.

@@ -42,7 +42,7 @@ def tune(
         typer.Option(help="Of the search. Default: from loss and pair; the same name goes on with the same search."),
     ] = None,
     out: Out = None,
-):
+) -> None:
     """Search a loss's hyper-parameters for a pair, on training pictures held out for it, never on the test set."""
     import time
 

@@ -6,20 +6,20 @@
 __all__ = ['adw', 'completeness', 'depth', 'temperature', 'adw_constants', 'alpha_beta', 'depth_temperature', 'ranking']
 
 # %% ../../nbs/experiments/ablations.ipynb #64417f83
-from .cells import on_pair
-from .profiles import ablation_pair
+from .cells import Lines, on_pair
+from .profiles import Profile, ablation_pair
 from .registry import experiment
 
 # %% ../../nbs/experiments/ablations.ipynb #b699811f
 @experiment("adw", "Effect of the Adaptive Decay Weight", "20_adw", by=("weighting",), baseline={"weighting": "none"})
-def adw(p):
+def adw(p: Profile) -> Lines:
     "Pairs unweighted, weighted by IRW, by ERD, and by their product."
     for w in ("none", "irw", "erd", "adw"):
         yield from on_pair(p, ablation_pair(p), {"weighting": w}, "LDRLD", weighting=w)
 
 @experiment("completeness", "Effect of the two completeness terms", "30_completeness",
             by=("terms",), baseline={"terms": "pairs"})
-def completeness(p):
+def completeness(p: Profile) -> Lines:
     "Pairs alone, the loss without each of its three terms, and the full loss."
     steps = {
         "pairs": dict(llki_weight=0.0, beta=0.0), "pairs + d-way": dict(beta=0.0),
@@ -28,13 +28,13 @@ def completeness(p):
     for terms, args in steps.items(): yield from on_pair(p, ablation_pair(p), {"terms": terms}, "LDRLD", **args)
 
 @experiment("depth", "Depth: the number of classes compared", "40_depth", by=("depth",), baseline={"depth": 7})
-def depth(p):
+def depth(p: Profile) -> Lines:
     "The recursion depth d."
     for d in p.depths: yield from on_pair(p, ablation_pair(p), {"depth": d}, "LDRLD", depth=d)
 
 @experiment("temperature", "Temperature of KD and LDRLD", "50_temperature",
             by=("method", "temperature"), baseline={"method": "KD"})
-def temperature(p):
+def temperature(p: Profile) -> Lines:
     "The temperature T, of KD and of LDRLD."
     for method in ("KD", "LDRLD"):
         for t in p.temperatures:
@@ -43,7 +43,7 @@ def temperature(p):
 # %% ../../nbs/experiments/ablations.ipynb #a3e12e4e
 @experiment("adw_constants", "Sensitivity to the constants of the weights", "22_adw_constants",
             by=("constant", "value"), baseline={"constant": "published", "value": "–"})
-def adw_constants(p):
+def adw_constants(p: Profile) -> Lines:
     "ε, δ and λ, one at a time."
     yield from on_pair(p, ablation_pair(p), {"constant": "published", "value": "–"}, "LDRLD")
     swept = {"epsilon": (0.5, 1.0, 3.0, 6.0), "delta": (0.5, 1.0, 4.0, 8.0), "decay": (0.0, 0.1, 0.2, 0.5)}
@@ -54,7 +54,7 @@ def adw_constants(p):
 
 @experiment("alpha_beta", "The factors of the local and the remaining terms", "32_alpha_beta",
             by=("alpha", "beta"), baseline={"alpha": 10.5, "beta": 7.0})
-def alpha_beta(p):
+def alpha_beta(p: Profile) -> Lines:
     "α × β, each from 0 to four times its published value."
     for a in (0.0, 2.625, 10.5, 42.0):
         for b in (0.0, 1.75, 7.0, 28.0):
@@ -62,7 +62,7 @@ def alpha_beta(p):
 
 @experiment("depth_temperature", "Depth and temperature", "42_depth_temperature",
             by=("depth", "temperature"), baseline={"depth": 7, "temperature": 4.0})
-def depth_temperature(p):
+def depth_temperature(p: Profile) -> Lines:
     "d × T, up to the largest depth of the profile."
     for d in (d for d in (3, 7, 20) if d <= max(p.depths)):
         for t in p.temperatures:
@@ -71,7 +71,7 @@ def depth_temperature(p):
 
 @experiment("ranking", "Ranking by student, teacher or label", "45_ranking",
             by=("ranked by",), baseline={"ranked by": "student"})
-def ranking(p):
+def ranking(p: Profile) -> Lines:
     "Classes ranked by the student, by the teacher, or with the label first."
     for who in ("student", "teacher", "label"):
         yield from on_pair(p, ablation_pair(p), {"ranked by": who}, "LDRLD", rank_by=who)

@@ -8,65 +8,65 @@ __all__ = ['probability_gap', 'relation_maps', 'learning_curves', 'adw_weights',
 
 # %% ../../nbs/experiments/analysis.ipynb #030a7ce7
 from .. import losses
-from .cells import every_method, on_pair, teacher_config
+from .cells import Lines, every_method, on_pair, teacher_config
 from .methods import SHOWN, method_of
-from .profiles import ablation_pair
+from .profiles import Profile, ablation_pair
 from .registry import experiment
 
 # %% ../../nbs/experiments/analysis.ipynb #5222e5c9
 @experiment("probability_gap", "What a global softmax does to the gaps between classes", "60_probability_gap",
             by=(), logits=True, table=False)
-def probability_gap(p):
+def probability_gap(p: Profile) -> Lines:
     "The teachers."
     for teacher in dict.fromkeys(teacher for teacher, _ in p.pairs):
         yield {"teacher": teacher, "student": ""}, teacher_config(p, teacher)
 
 @experiment("relation_maps", "Relations between classes, before and after distillation", "70_relation_maps",
             logits=True, table=False)
-def relation_maps(p):
+def relation_maps(p: Profile) -> Lines:
     "The ablation pair, three methods."
     for method in SHOWN: yield from on_pair(p, ablation_pair(p), {"method": method}, method)
 
 @experiment("learning_curves", "Accuracy over training", "80_learning_curves", table=False)
-def learning_curves(p):
+def learning_curves(p: Profile) -> Lines:
     "The ablation pair, three methods."
     yield from relation_maps(p)
 
 @experiment("adw_weights", "The weight of every pair", "65_adw_weights", by=(), table=False)
-def adw_weights(p):
+def adw_weights(p: Profile) -> Lines:
     "Needs no runs."
-    return ()
+    return iter(())
 
 # %% ../../nbs/experiments/analysis.ipynb #b31662f9
 @experiment("calibration", "Calibration", "62_calibration", measures=("ece", "nll", "top5"), logits=True)
-def calibration(p):
+def calibration(p: Profile) -> Lines:
     "The ablation pair, every method of the profile."
     yield from every_method(p, ablation_pair(p))
 
 @experiment("agreement", "Agreement between students and teacher", "64_agreement",
             measures=("agreement", "overlap", "kendall"))
-def agreement(p):
+def agreement(p: Profile) -> Lines:
     "The ablation pair, every method of the profile that has a teacher."
     for line, config in every_method(p, ablation_pair(p)):
         if losses.needs_teacher(method_of(line["method"]).loss): yield line, config
 
 @experiment("superclasses", "Remaining mistakes by superclass", "72_superclasses", logits=True, table=False)
-def superclasses(p):
+def superclasses(p: Profile) -> Lines:
     "The ablation pair, three methods."
     yield from relation_maps(p)
 
 @experiment("features", "Features of the last layer", "74_features", insight=True, table=False)
-def features(p):
+def features(p: Profile) -> Lines:
     "The teacher and three students of the ablation pair."
     yield {"teacher": ablation_pair(p)[0], "student": "", "method": "teacher"}, teacher_config(p, ablation_pair(p)[0])
     yield from relation_maps(p)
 
 @experiment("grad_cam", "Grad-CAM", "76_grad_cam", insight=True, table=False)
-def grad_cam(p):
+def grad_cam(p: Profile) -> Lines:
     "The teacher and three students of the ablation pair."
     yield from features(p)
 
 @experiment("pulls", "Gradient norm per loss term", "82_pulls", table=False)
-def pulls(p):
+def pulls(p: Profile) -> Lines:
     "LDRLD and KD on the ablation pair."
     for method in ("KD", "LDRLD"): yield from on_pair(p, ablation_pair(p), {"method": method}, method)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from .. import data, models
+from ..data import ImageData
 from .config import RunConfig, name_of
 from .model_cards import checked_weights
 from .records import KEPT
@@ -23,17 +24,17 @@ from ..training.metrics import insight
 # %% ../../nbs/experiments/artifacts.ipynb #c1f515c4
 def arrays_whole(
     path: Path,
-    **arrays,  # by name
+    **arrays: np.ndarray,  # by name
 ) -> None:
     "Write arrays to a file atomically."
     part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(part, "wb") as file: np.savez_compressed(file, **arrays)
+    with open(part, "wb") as file: np.savez_compressed(file, allow_pickle=True, **arrays)
     os.replace(part, path)
 
 def keep_besides(
     keep: tuple[str, ...],  # of "weights", "logits", "insight"
     used: torch.nn.Module,  # the deployed network
-    model, images, config: RunConfig, profile: str, device: str,
+    model: torch.nn.Module, images: ImageData, config: RunConfig, profile: str, device: str | torch.device,
 ) -> None:
     "Save weights in half precision, logits of the first 1,000 test images, or features and Grad-CAM maps."
     path = {k: KEPT[k](name_of(config), profile) for k in keep}
@@ -42,7 +43,7 @@ def keep_besides(
         note = {"record": name_of(config), "model": config.model, "dataset": config.dataset, "recipe": config.recipe}
         models.save_weights(deepcopy(used).half(), path["weights"], metadata=note)
     if "logits" in keep:
-        dtype = precision_used(config.precision, device)
+        dtype = precision_used(config.precision, str(device))
         z = logits_of(used, images.test_images[:1000], images.mean, images.std, dtype)
         arrays_whole(path["logits"], logits=z.half().cpu().numpy(), labels=images.test_labels[:1000].numpy())
     if "insight" in keep: arrays_whole(path["insight"], **insight(model, images))

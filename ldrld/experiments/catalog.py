@@ -8,7 +8,7 @@ __all__ = ['CLAIMED', 'selected', 'claims', 'best_epoch', 'by_worth', 'batch']
 # %% ../../nbs/experiments/catalog.ipynb #02df347e
 from ..core import paths
 from ..core.validation import known
-from .cells import teacher_config
+from .cells import Lines, teacher_config
 from .config import RunConfig, name_of
 from .methods import SEARCHED, method_name
 from .profiles import Profile, profile
@@ -29,7 +29,7 @@ CLAIMED = (
 
 @experiment("claims", "Test of the paper's claims", "02_claims",
             by=("experiment",), logits=True, checked_by="ldrld.results.claims_verification", reads=True)
-def claims(p):
+def claims(p: Profile) -> Lines:
     "The runs of the experiments that it reads, each once."
     seen = set()
     for name in CLAIMED:
@@ -41,13 +41,14 @@ def claims(p):
 # %% ../../nbs/experiments/catalog.ipynb #14bef0b1
 @experiment("best_epoch", "Effect of reporting the best epoch", "84_best_epoch",
             by=("method", "recipe", "epochs"), measures=("best − last",), largest=True, reads=True)
-def best_epoch(p):
+def best_epoch(p: Profile) -> Lines:
     "All runs of the profile on its unaltered data, each once."
     seen, always = set(), selected(p)
     for e in (e for e in EXPERIMENTS.values() if not e.reads):
         for _, c in e.lines(p):
-            as_it_is = c and c.dataset == p.dataset and (c.train_share, c.label_noise, c.holdout) == (1.0, 0.0, 0.0)
-            if not as_it_is or (name := name_of(c)) in seen: continue
+            if c is None or c.dataset != p.dataset or (c.train_share, c.label_noise, c.holdout) != (1.0, 0.0, 0.0): continue
+            name = name_of(c)
+            if name in seen: continue
             if e.name in always or (paths.records(p.name) / f"{name}.json").exists():
                 seen.add(name)
                 values = {"method": method_name(c), "recipe": c.recipe, "epochs": c.epochs}
@@ -59,7 +60,7 @@ def by_worth(
     names: tuple[str, ...],  # of experiments
 ) -> list[tuple[Experiment, dict]]:  # an experiment, and a line of its plan
     "The lines of some experiments, the most valuable first."
-    def worth(i, e, line):
+    def worth(i: int, e: Experiment, line: dict) -> tuple[int, int, int, int, int]:
         pair = (line["teacher"], line["student"])
         early = [*(m for m in p.first if m in p.methods), *(["search"] if e.name == "search" else []), *SEARCHED]
         what = line.get("method") if e.name in ("same_architecture", "different_architecture") else e.name
@@ -67,7 +68,7 @@ def by_worth(
             return 0, p.pairs.index(pair), what not in p.first, line["seed"], early.index(what)
         return 1, i, 0, line["seed"], 0
     lines = []
-    for i, e in enumerate(map(EXPERIMENTS.get, names)):
+    for i, e in enumerate(EXPERIMENTS[name] for name in names):
         lines += [(worth(i, e, line), e, line) for line in e.plan(p).to_dict("records")]
     return [(e, line) for _, e, line in sorted(lines, key=lambda found: found[0])]
 
@@ -76,12 +77,13 @@ def batch(
     only: tuple[str, ...] = (),  # names of experiments; none means those of the profile
 ) -> list[tuple[RunConfig, tuple[str, ...]]]:  # configuration, and what to keep in addition to the record
     "Every run that the experiments of a profile need, each once; the most valuable first, teachers before students."
-    p, runs = profile(p), {}
+    p = profile(p)
+    runs: dict[str, tuple[RunConfig, set[str]]] = {}
     teachers = {name_of(teacher_config(p, teacher)) for teacher, _ in p.pairs}
     names = tuple(known("only", name, list(EXPERIMENTS)) for name in only) or selected(p)
     names = tuple(name for name in names if not EXPERIMENTS[name].reads)
-    def need(config, *keep):
-        if config.teacher: need(config.teacher, "weights", "logits")  # a fine-tuned teacher has a teacher, too
+    def need(config: RunConfig, *keep: str) -> None:
+        if isinstance(config.teacher, RunConfig): need(config.teacher, "weights", "logits")  # a fine-tuned teacher has a teacher, too
         name = name_of(config)
         runs.setdefault(name, (config, set()))[1].update(keep, ("weights", "logits") if name in teachers else ())
     for e, line in by_worth(p, names):

@@ -11,14 +11,16 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
-from .. import data, losses
+from torch import Tensor
+
+from .. import data
 from ..core.provenance import default_device, provenance
+from ..data import ImageData
 from ..data.augmentation import Crops
-from .config import Pretrained, RunConfig, name_of
+from .config import Pretrained, RunConfig, loss_for, name_of
 from .records import KEPT, Record, load_divergence, load_record
-from .runner import finish, give_up, lock_of, run_together, teacher_for
+from .runner import Report, Say, finish, give_up, lock_of, run_together, teacher_for
 from .students import begin_on, start
 from ..models.evaluation import precision_used
 from ..training.graphs import InFlight, Task, train_in_flight, why_eager
@@ -30,9 +32,11 @@ class Hangar:
     "Images and tables of teacher logits that the runs of a batch share, created lazily."
     def __init__(self, profile: str, device: str):
         self.profile, self.device = profile, device
-        self.images, self.crops, self.teachers = {}, {}, {}
+        self.images: dict[tuple, ImageData] = {}
+        self.crops: dict[tuple, tuple[Crops, Tensor, Crops, Tensor]] = {}
+        self.teachers: dict[tuple, TeacherLogits | None] = {}
 
-    def images_for(self, config: RunConfig):
+    def images_for(self, config: RunConfig) -> tuple[tuple, ImageData]:  # key, images
         "A run's images; they depend on the seed only if a subset, wrong labels or a split is drawn."
         drawn = config.seed if config.train_share < 1 or config.label_noise or config.holdout else None
         key = (config.dataset, config.train_share, config.label_noise, config.holdout, drawn)
@@ -42,7 +46,7 @@ class Hangar:
                 loaded, config.train_share, config.label_noise, config.holdout, config.seed)
         return key, self.images[key]
 
-    def task_for(self, config: RunConfig) -> tuple[Task, Any, TeacherLogits | None]:
+    def task_for(self, config: RunConfig) -> tuple[Task, ImageData, TeacherLogits | None]:
         "A student's training task, the images, and its teacher with the logits of all epochs."
         key, images = self.images_for(config)
         if key not in self.crops:
@@ -51,11 +55,11 @@ class Hangar:
             self.crops[key] = crops, images.train_labels.to(self.device), tests, images.test_labels.to(self.device)
         teacher = None
         if config.teacher:
-            live = losses.build(config.loss, **config.loss_args).needs_features
+            live = loss_for(config).needs_features
             place = (key, name_of(config.teacher), live)
             if place not in self.teachers: self.teachers[place] = teacher_for(config, self.profile, images, self.device)
             teacher = self.teachers[place]
-            teacher.cover(config.seed, config.epochs)
+            if teacher: teacher.cover(config.seed, config.epochs)
         dtype = precision_used(config.precision, self.device)
         return Task(*self.crops[key], teacher, config.epochs, config.batch_size, config.seed, dtype), images, teacher
 
@@ -66,15 +70,15 @@ class Underway:
     config: RunConfig
     keep: tuple[str, ...]
     flight: InFlight
-    images: Any
+    images: ImageData
     teacher: TeacherLogits | None
     landed_at: float  # when its last epoch was reported, or training began (`time.monotonic`)
     lasted: float = 0.0  # seconds for its last epoch
 
 class Waiting:
     "Runs to be trained side by side, and what they share."
-    def __init__(self, runs, profile: str, at_once: int, seconds: float, checkpoint_every: float,
-                 say: Callable, after_row: Callable):
+    def __init__(self, runs: list[tuple[RunConfig, tuple[str, ...]]], profile: str, at_once: int, seconds: float,
+                 checkpoint_every: float, say: Say, after_row: Callable[[], None]):
         self.profile, self.at_once, self.every = profile, at_once, checkpoint_every
         self.say, self.after_row = say, after_row
         self.device, self.deadline = default_device(), time.monotonic() + seconds
@@ -82,7 +86,9 @@ class Waiting:
         self.made = provenance(self.device)
         self.made["machine"] = {**self.made["machine"], "engine": "graph", "in_flight": at_once}
         self.hangar = Hangar(profile, self.device)
-        self.records, self.underway, self.flights = {}, [], []
+        self.records: dict[str, Record | None] = {}
+        self.underway: list[Underway] = []
+        self.flights: list[InFlight] = []
         self.waiting = [(c, keep) for c, keep in runs if not self.finished(c, keep)]
         self.needed = {name_of(c.teacher) for c, _ in self.waiting if c.teacher}
 
@@ -156,7 +162,7 @@ def run_in_flight(
     profile: str = "quick",  # where the records go
     at_once: int = 8,  # students trained at the same time
     seconds: float = math.inf,  # time budget; unfinished runs leave a checkpoint
-    report=print,  # called with each line of progress; None for silence
+    report: Report = print,
     checkpoint_every: float = 30.0,  # seconds
     after_row: Callable[[], None] = lambda: None,  # called after each epoch of each run
 ) -> list[Record | None]:  # in the order of `runs`; None if unfinished or diverged

@@ -6,13 +6,14 @@
 __all__ = ['same_architecture', 'different_architecture', 'search', 'rivals', 'imagenet']
 
 # %% ../../nbs/experiments/main_results.ipynb #0518ef4e
-from .cells import every_method, family, trials
+from .cells import Lines, every_method, family, trials
+from .profiles import Profile
 from .registry import experiment
 
 # %% ../../nbs/experiments/main_results.ipynb #46d1a3ad
 @experiment("same_architecture", "Method comparison, teacher and student of one family", "10_same_architecture",
             baseline={"method": "KD"}, logits=True)
-def same_architecture(p):
+def same_architecture(p: Profile) -> Lines:
     "Every pair within a family, every method of the profile."
     for pair in p.pairs:
         if family(pair[0]) == family(pair[1]): yield from every_method(p, pair)
@@ -20,7 +21,7 @@ def same_architecture(p):
 @experiment("different_architecture", "Method comparison, teacher and student of different families",
             "12_different_architecture",
             baseline={"method": "KD"})
-def different_architecture(p):
+def different_architecture(p: Profile) -> Lines:
     "Every pair across families, every method of the profile."
     for pair in p.pairs:
         if family(pair[0]) != family(pair[1]): yield from every_method(p, pair)
@@ -28,19 +29,19 @@ def different_architecture(p):
 # %% ../../nbs/experiments/main_results.ipynb #b8a73e90
 @experiment("search", "α and β for each pair, searched on held-out training images", "24_search",
             by=("alpha", "beta"), baseline={"alpha": 10.5, "beta": 7.0})
-def search(p):
+def search(p: Profile) -> Lines:
     "The declared grid, for every pair without published values."
     for pair in p.pairs: yield from trials(p, pair)
 
 # %% ../../nbs/experiments/main_results.ipynb #ebf46aec
 @experiment("rivals", "Gain of LDRLD over each baseline", "14_rivals", baseline={"method": "LDRLD"})
-def rivals(p):
+def rivals(p: Profile) -> Lines:
     "The runs of the tables above that the profile selects, compared with LDRLD."
     yield from same_architecture(p)
     if p.experiments is None or "different_architecture" in p.experiments: yield from different_architecture(p)
 
 # %% ../../nbs/experiments/main_results.ipynb #29326f72
 @experiment("imagenet", "ImageNet and Tiny-ImageNet", "16_imagenet", by=(), table=False)
-def imagenet(p):
+def imagenet(p: Profile) -> Lines:
     "Published values only; nothing was run here."
-    return ()
+    return iter(())

@@ -11,7 +11,7 @@ from functools import cache
 
 from .. import losses
 from ..core.validation import known
-from .config import RunConfig
+from .config import RunConfig, hyperparameters
 
 # %% ../../nbs/experiments/methods.ipynb #0b6aeaad
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def _names() -> dict[tuple, str]:
     "Names of the methods, by kind."
     names: dict[tuple, str] = {}
     for name, m in (METHODS | VARIANTS).items():
-        kind = _kind(m.loss, losses.build(m.loss, **m.args).hyperparameters)
+        kind = _kind(m.loss, hyperparameters(m.loss, m.args))
         names.setdefault(kind, name)
     return names
 

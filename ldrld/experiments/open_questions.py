@@ -6,20 +6,22 @@
 __all__ = ['variants', 'field_', 'normalisation', 'plateau', 'classes']
 
 # %% ../../nbs/experiments/open_questions.ipynb #103890da
+from typing import Any
+
 from ..data import CLASSES
-from .cells import on_pair
+from .cells import Lines, on_pair
 from .methods import METHODS, VARIANTS
-from .profiles import ablation_pair
+from .profiles import Profile, ablation_pair
 from .registry import experiment
 
 # %% ../../nbs/experiments/open_questions.ipynb #0d851b85
 @experiment("variants", "Variants of LDRLD", "58_variants", by=("variant",), baseline={"variant": "LDRLD"})
-def variants(p):
+def variants(p: Profile) -> Lines:
     "The loss as published, and combinations with other methods."
     for name, method in VARIANTS.items(): yield from on_pair(p, ablation_pair(p), {"variant": name}, method)
 
 @experiment("field", "Comparison of all methods on one pair", "18_field", baseline={"method": "KD"})
-def field_(p):
+def field_(p: Profile) -> Lines:
     "All methods on the ablation pair."
     for method in METHODS: yield from on_pair(p, ablation_pair(p), {"method": method}, method)
 
@@ -27,10 +29,11 @@ def field_(p):
 @experiment("normalisation", "Dividing the local terms by the number of pairs", "34_normalisation",
             by=("depth", "local terms", "alpha"),
             baseline={"local terms": "divided", "alpha": "10.5"})
-def normalisation(p):
+def normalisation(p: Profile) -> Lines:
     "Divided and summed, with α such that both agree at depth 7; there also the sum with the published α."
     for d in (d for d in (3, 7, 20) if d <= max(p.depths)):
-        forms = {("divided", "10.5"): {},
+        forms: dict[tuple[str, str], dict[str, Any]] = {
+                 ("divided", "10.5"): {},
                  ("summed", "10.5 / 22"): dict(normalize=False, alpha=10.5 / 22),
                  ("summed", "10.5"): dict(normalize=False)}
         for (terms, alpha), args in forms.items():
@@ -40,7 +43,7 @@ def normalisation(p):
 
 @experiment("plateau", "The learning rate of the released code", "36_plateau",
             by=("method", "recipe"), baseline={"recipe": "crd"})
-def plateau(p):
+def plateau(p: Profile) -> Lines:
     "KD and LDRLD with the common recipe, with an added warm-up, and with the plateau of the released code as well."
     for method in ("KD", "LDRLD"):
         for recipe in ("crd", "crd-warmup", "ldrld-released"):
@@ -49,7 +52,7 @@ def plateau(p):
 # %% ../../nbs/experiments/open_questions.ipynb #356f0a92
 @experiment("classes", "Depth and the number of classes", "44_depth_classes", by=("data", "classes", "method", "depth"),
             baseline={"method": "LDRLD", "depth": "7"})
-def classes(p):
+def classes(p: Profile) -> Lines:
     "KD, depth 3 and every depth of the profile that fits, on data sets with different numbers of classes."
     depths = sorted({3, *p.depths})
     for name in p.class_sets or [p.dataset] * (p.dataset in CLASSES):

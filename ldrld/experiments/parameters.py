@@ -7,6 +7,7 @@ __all__ = ['PLAIN', 'WrongSetting', 'plainly', 'settings_from', 'configs_from']
 
 # %% ../../nbs/experiments/parameters.ipynb #def3cee0
 import reprlib
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from pydantic import ValidationError
@@ -26,7 +27,7 @@ class WrongSetting(ValueError):
 @contextmanager
 def plainly(
     where: str = "",  # prefix of the message, such as "runs[1]: "
-):
+) -> Iterator[None]:
     "Report invalid settings in one line, as the command line does."
     try: yield
     except ValidationError as error: raise WrongSetting(where + explain(error)) from None

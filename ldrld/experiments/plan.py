@@ -9,6 +9,7 @@ __all__ = ['SEEN', 'VERDICTS', 'Stage', 'Comparison', 'Plan', 'plan_path', 'plan
 
 # %% ../../nbs/experiments/plan.ipynb #ea3eb0bc
 import math
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,11 @@ from scipy import stats
 from ..core import paths
 from ..core.validation import known
 from . import main_results, ablations, robustness, analysis, open_questions  # noqa: F401  a plan may name theirs
+from .cells import Lines
 from .profiles import Profile, profile
 from .registry import EXPERIMENTS, experiment
 from .config import RunConfig, explain, name_of
-from .records import Record, load_record, sound
+from .records import Record, read_record, sound
 
 # %% ../../nbs/experiments/plan.ipynb #7d1642f0
 class Stage(BaseModel):
@@ -37,7 +39,7 @@ class Stage(BaseModel):
         {}, description="column of the experiment -> values of the cells that are run; default: all")
 
     @model_validator(mode="after")
-    def _experiment_is_known(self):
+    def _experiment_is_known(self) -> "Stage":
         known("experiment", self.experiment, list(EXPERIMENTS))
         for column in self.only: known("only", column, list(EXPERIMENTS[self.experiment].by))
         return self
@@ -60,7 +62,7 @@ class Plan(BaseModel):
     secondary: tuple[Comparison, ...] = Field((), description="further comparisons, without correction")
 
     @model_validator(mode="after")
-    def _comparisons_are_run(self):
+    def _comparisons_are_run(self) -> "Plan":
         "Every comparison belongs to a stage, and every experiment has at most one stage."
         run = [stage.experiment for stage in self.stages]
         if len(set(run)) < len(run): raise ValueError(f"stages={run}: give each experiment only once")
@@ -87,7 +89,7 @@ def plan_of(
 def lines_of(
     stage: Stage,
     p: Profile,
-):  # yields (values of the experiment's columns, configuration or None)
+) -> Lines:
     "The cells of a stage, with its seeds."
     p = p.model_copy(update={"seeds": tuple(range(stage.seeds))})
     for values, config in EXPERIMENTS[stage.experiment].lines(p):
@@ -98,19 +100,20 @@ def planned(
 ) -> list[tuple[RunConfig, tuple[str, ...]]]:  # configuration, and what to keep in addition to the record
     "The runs of a profile's plan, each once, in order; teachers before their students."
     p = profile(p)
-    plan, runs = plan_of(p), {}
+    plan = plan_of(p)
+    runs: dict[str, tuple[RunConfig, tuple[str, ...]]] = {}
     if plan is None: raise ValueError(f"profile {p.name} has no plan: {plan_path(p)} does not exist")
     for stage in plan.stages:
         configs = [config for _, config in lines_of(stage, p) if config]
         for config in sorted(configs, key=lambda config: config.seed):
-            if config.teacher: runs.setdefault(name_of(config.teacher), (config.teacher, ("weights",)))
+            if isinstance(config.teacher, RunConfig): runs.setdefault(name_of(config.teacher), (config.teacher, ("weights",)))
             runs.setdefault(name_of(config), (config, ()))
     return list(runs.values())
 
 # %% ../../nbs/experiments/plan.ipynb #a406819d
 @experiment("decisions", "Decisions of the plan", "04_decisions",
             by=("experiment",), checked_by="ldrld.experiments.plan", reads=True)
-def planned_runs(p):
+def planned_runs(p: Profile) -> Lines:
     "The runs of the profile's plan, each once."
     if plan_of(p) is None: return
     for config, _ in planned(p):
@@ -186,7 +189,8 @@ def compared(
     c: Comparison,
     stage: Stage,
     p: Profile,
-):  # yields (teacher, student, ours, theirs, differences by seed, names of the runs)
+) -> Iterator[tuple[str, str, str, str, dict[int, float], list[str]]]:
+    # teacher, student, ours, theirs, differences by seed, names of the runs
     "The paired differences of a comparison, for each pair of networks and each other cell."
     cells = accuracies(stage, p)
     ours = cell_text(c.ours)
@@ -205,8 +209,8 @@ def decided(
 ) -> dict:  # n, planned, difference, low, high, p, verdict, new seeds
     "A comparison's numbers; only the count until all its seeds have been run."
     values = np.array(list(differences.values()))
-    line = {"n": len(values), "planned": stage.seeds,
-            "difference": math.nan, "low": math.nan, "high": math.nan, "p": math.nan,
+    line: dict[str, Any] = {
+            "n": len(values), "planned": stage.seeds, "difference": math.nan, "low": math.nan, "high": math.nan, "p": math.nan,
             "verdict": decide(values, stage.seeds, plan.smallest_effect), "new seeds": math.nan}
     if line["verdict"] == "waiting": return line
     line["difference"] = float(values.mean())
@@ -218,22 +222,27 @@ def decided(
 
 SEEN = 3  # most cells had this many seeds before the plan
 
+def _lines(plan: Plan, p: Profile) -> list[dict]:
+    "The comparisons of a plan, one after the other."
+    stages, lines = {stage.experiment: stage for stage in plan.stages}, []
+    for kind, comparisons in (("primary", plan.primary), ("secondary", plan.secondary)):
+        for c in comparisons:
+            for teacher, student, ours, theirs, differences, runs in compared(c, stages[c.experiment], p):
+                named = {"kind": kind, "claim": c.claim, "teacher": teacher, "student": student,
+                         "ours": ours, "theirs": theirs}
+                numbers = decided(differences, stages[c.experiment], plan)
+                lines.append({**named, **numbers, "runs": " ".join(runs)})
+    return lines
+
 def decisions(
     p: str | Profile,
 ) -> pd.DataFrame:  # one row per comparison, with difference, low, high, p_holm, verdict and runs
     "Every comparison of a profile's plan; empty for a profile without one."
     from statsmodels.stats.multitest import multipletests  # not needed on machines that only train
 
-    p, lines = profile(p), []
+    p = profile(p)
     plan = plan_of(p)
-    stages = {stage.experiment: stage for stage in plan.stages} if plan else {}
-    for kind in ("primary", "secondary") if plan else ():
-        for c in getattr(plan, kind):
-            for teacher, student, ours, theirs, differences, runs in compared(c, stages[c.experiment], p):
-                named = {"kind": kind, "claim": c.claim, "teacher": teacher, "student": student,
-                         "ours": ours, "theirs": theirs}
-                numbers = decided(differences, stages[c.experiment], plan)
-                lines.append({**named, **numbers, "runs": " ".join(runs)})
+    lines = _lines(plan, p) if plan else []
     table = pd.DataFrame(lines, columns=[
         "kind", "claim", "teacher", "student", "ours", "theirs", "n", "planned", "difference", "low", "high",
         "p", "verdict", "new seeds", "runs"])
@@ -307,7 +316,7 @@ def verify(
         wrong += [f"{where}: {line}" for line in _by_hand(new, p)]
     return wrong
 
-def _same(given, expected) -> bool:
+def _same(given: str | float, expected: str | float) -> bool:
     "Whether a value from the file agrees with the records: text exactly, numbers up to rounding, NaN as empty."
     if isinstance(expected, float) and math.isnan(expected): return given == ""
     if isinstance(expected, str) or given == "": return str(given) == str(expected)
@@ -315,9 +324,10 @@ def _same(given, expected) -> bool:
 
 def _by_hand(line: pd.Series, p: Profile) -> list[str]:
     "Problems with a line's difference and verdict, recomputed from the records of its runs."
-    if line["verdict"] == "waiting": return []
+    plan = plan_of(p)
+    if plan is None or line["verdict"] == "waiting": return []
     names, n = line["runs"].split(), int(line["n"])
-    accuracy = lambda name: load_record(name, p.name).last_accuracy
+    accuracy = lambda name: read_record(name, p.name).last_accuracy
     values = [accuracy(a) - accuracy(b) for a, b in zip(names[:n], names[n:])]
     mean = math.fsum(values) / n
     error = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else 0.0
@@ -325,5 +335,5 @@ def _by_hand(line: pd.Series, p: Profile) -> list[str]:
     bound = lambda level: stats.t.ppf(level, n - 1) * error
     if error < 1e-9: told = "inconclusive"
     elif abs(mean) > bound(0.975): told = "supported" if mean > 0 else "refuted"
-    else: told = "equivalent" if abs(mean) + bound(0.95) < plan_of(p).smallest_effect else "inconclusive"
+    else: told = "equivalent" if abs(mean) + bound(0.95) < plan.smallest_effect else "inconclusive"
     return [] if told == line["verdict"] else [f"its runs make it {told}, the table says {line['verdict']}"]

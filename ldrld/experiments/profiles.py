@@ -47,7 +47,7 @@ class Profile(BaseModel):
     experiments: tuple[str, ...] | None = Field(None, description="those that are run by default; all if None")
 
     @model_validator(mode="after")
-    def _can_be_run(self):
+    def _can_be_run(self) -> "Profile":
         "Networks, data sets and settings are valid, and both schedules are complete."
         for name in ("pairs", "seeds", "depths", "temperatures", "methods", "first", "strengths", "class_sets"):
             values = getattr(self, name)

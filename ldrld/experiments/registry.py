@@ -8,9 +8,11 @@ __all__ = ['EXPERIMENTS', 'Experiment', 'experiment']
 # %% ../../nbs/experiments/registry.ipynb #71073c25
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
+from .cells import Lines
 from .config import name_of
 from .profiles import Profile, profile
 
@@ -22,7 +24,7 @@ class Experiment:
     title: str
     notebook: str  # in `nbs/paper/`
     by: tuple[str, ...]  # columns that make up a cell
-    lines: Callable  # profile -> iterator of (values of the columns, configuration)
+    lines: Callable[[Profile], Lines]
     baseline: dict | None = None  # the cell that the others of a pair are compared with
     measures: tuple[str, ...] = ()  # the metrics shown, from a record's `measures`; accuracy if empty
     logits: bool = False  # whether figures need the logits of the seed-0 runs
@@ -47,10 +49,10 @@ def experiment(
     title: str,  # of the table
     notebook: str,  # in `nbs/paper/`, without ending
     by: tuple[str, ...] = ("method",),  # columns that identify a cell, in addition to teacher and student
-    **more,  # other fields of `Experiment`
-):
+    **more: Any,  # other fields of `Experiment`
+) -> Callable[[Callable[[Profile], Lines]], Callable[[Profile], Lines]]:
     "Decorator: register a function of a profile as an experiment."
-    def register(lines):
+    def register(lines: Callable[[Profile], Lines]) -> Callable[[Profile], Lines]:
         EXPERIMENTS[name] = Experiment(name, title, notebook, ("teacher", "student", *by), lines, **more)
         return lines
     return register

@@ -7,10 +7,8 @@ __all__ = ['RATES', 'TUNED', 'teacher_strength', 'learning_rate', 'rate_trials',
            'long_search', 'long_search_tested', 'few_shot', 'label_noise']
 
 # %% ../../nbs/experiments/robustness.ipynb #39cdc600
-from collections.abc import Iterator
-
-from .cells import HELD_OUT, chosen, on_pair, trials, waiting
-from .config import RunConfig, name_of
+from .cells import HELD_OUT, Lines, chosen, on_pair, trials, waiting
+from .config import name_of
 from .methods import SHOWN
 from .profiles import Profile, ablation_pair
 from .records import sound
@@ -18,14 +16,14 @@ from .registry import experiment
 
 # %% ../../nbs/experiments/robustness.ipynb #27185e76
 @experiment("teacher_strength", "Teacher strength", "47_teacher_strength", baseline={"method": "KD"})
-def teacher_strength(p):
+def teacher_strength(p: Profile) -> Lines:
     "One student, teachers from its own size upward."
     for teacher in p.strengths or ablation_pair(p)[:1]:
         for method in ("KD", "LDRLD"): yield from on_pair(p, (teacher, ablation_pair(p)[1]), {"method": method}, method)
 
 @experiment("learning_rate", "Sensitivity to the learning rate", "56_learning_rate",
             by=("method", "lr"), baseline={"method": "KD"})
-def learning_rate(p):
+def learning_rate(p: Profile) -> Lines:
     "Three methods, from a quarter to four times the profile's rate."
     base = p.student.get("lr", 0.05)
     for method in SHOWN:
@@ -40,7 +38,7 @@ TUNED = ("CE", "KD", "DKD", "LDRLD")  # methods whose learning rate is searched
 def rate_trials(
     p: Profile,
     method: str,  # one of `TUNED`
-) -> Iterator[tuple[dict, RunConfig]]:  # lines of an experiment
+) -> Lines:
     "One method at every rate, on the ablation pair, evaluated on held-out training images."
     one_seed = p.model_copy(update={"seeds": p.seeds[:1]})
     for factor in RATES:
@@ -52,18 +50,20 @@ def best_rate_of(
     method: str,  # one of `TUNED`
 ) -> float | None:  # None while the search is not finished
     "The learning rate with the highest accuracy on held-out images."
-    found = [(line["lr"], sound(name_of(config), p.name)) for line, config in rate_trials(p, method)]
-    if not all(record for _, record in found): return None
-    return max(found, key=lambda run: run[1].last_accuracy)[0]
+    lines = [(line, config) for line, config in rate_trials(p, method) if config]
+    found = [(line["lr"], sound(name_of(config), p.name)) for line, config in lines]
+    made = [(lr, record.last_accuracy) for lr, record in found if record]
+    if len(made) < len(found): return None
+    return max(made, key=lambda run: run[1])[0]
 
 @experiment("rates", "Learning rates on held-out images", "57_rates", by=("method", "lr"), baseline={"method": "KD"})
-def rates(p):
+def rates(p: Profile) -> Lines:
     "Every tuned method at every rate."
     for method in TUNED: yield from rate_trials(p, method)
 
 @experiment("best_rate", "Each method at its best learning rate", "55_best_rate",
             by=("method", "rate"), baseline={"method": "KD"})
-def best_rate(p):
+def best_rate(p: Profile) -> Lines:
     "Every tuned method at the profile's learning rate and at its best one."
     for method in TUNED:
         yield from on_pair(p, ablation_pair(p), {"method": method, "rate": "common"}, method)
@@ -74,13 +74,13 @@ def best_rate(p):
 # %% ../../nbs/experiments/robustness.ipynb #1c41035f
 @experiment("long_search", "α and β, searched with the full schedule", "26_long_search",
             by=("alpha", "beta"), baseline={"alpha": 10.5, "beta": 7.0})
-def long_search(p):
+def long_search(p: Profile) -> Lines:
     "The declared grid on the ablation pair, with the student's full schedule."
     yield from trials(p, ablation_pair(p), p.student["epochs"])
 
 @experiment("long_search_tested", "Gain from a longer search", "28_search_worth",
             by=("search",), baseline={"search": "none"})
-def long_search_tested(p):
+def long_search_tested(p: Profile) -> Lines:
     "Published α and β, and those of the short and the long search, trained on all images."
     pair = ablation_pair(p)
     searches = {"short": p.search_epochs or p.student["epochs"], "full length": p.student["epochs"]}
@@ -92,14 +92,14 @@ def long_search_tested(p):
 
 # %% ../../nbs/experiments/robustness.ipynb #f38d439c
 @experiment("few_shot", "Few-shot training", "52_few_shot", by=("method", "share"), baseline={"method": "KD"})
-def few_shot(p):
+def few_shot(p: Profile) -> Lines:
     "A share of each class's images; the teacher was trained on all of them."
     for share in (0.05, 0.1, 0.25, 0.5, 1.0):
         for method in SHOWN:
             yield from on_pair(p, ablation_pair(p), {"method": method, "share": share}, method, train_share=share)
 
 @experiment("label_noise", "Label noise", "54_label_noise", by=("method", "noise"), baseline={"method": "KD"})
-def label_noise(p):
+def label_noise(p: Profile) -> Lines:
     "A share of the student's training labels is wrong; the teacher was trained on clean ones."
     for noise in (0.0, 0.2, 0.4, 0.6):
         for method in SHOWN:

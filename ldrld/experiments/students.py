@@ -11,11 +11,12 @@ from copy import deepcopy
 
 import torch
 
-from .. import losses, models
+from .. import models
 from ..core import paths
 from ..core.provenance import compiled
+from ..data import ImageData
 from ..data.augmentation import Crops
-from .config import RunConfig, name_of
+from .config import RunConfig, loss_for, name_of
 from ..models.evaluation import precision_used, set_numerics
 from ..training.loop import Student
 from ..training.teacher import TeacherLogits
@@ -41,7 +42,7 @@ def last_batch_fits(
 
 def start(
     config: RunConfig,
-    images,  # `ldrld.data.ImageData`
+    images: ImageData,
     device: str,
     teacher: TeacherLogits | None = None,  # for losses whose modules depend on the teacher
     leg: dict | None = None,  # from `provenance`: the machine and code that train now
@@ -52,8 +53,8 @@ def start(
     first = torch.zeros(1, dtype=torch.int64)
     example = Crops(images.train_images[:1], images.mean, images.std, device=device).at(first, first)
     last_batch_fits(config, model, example, len(images.train_labels))
-    loss = losses.build(config.loss, **config.loss_args)
-    loss = loss.prepare(model, teacher and teacher.teacher, example, images).to(device)
+    network = teacher.teacher if teacher else None
+    loss = loss_for(config).prepare(model, network, example, images).to(device)
     note = {"fingerprint": images.fingerprint, "precision": str(precision_used(config.precision, device))}
     checkpoint = str(paths.work(name_of(config)) / "checkpoint.pt")
     sgd = config.recipe, config.lr, config.momentum, config.weight_decay

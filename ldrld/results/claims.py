@@ -8,7 +8,7 @@ __all__ = ['LDRLD', 'KD', 'WHOLE', 'RIVALS', 'COMPARISONS', 'NOTES', 'OUTCOMES',
 
 # %% ../../nbs/results/claims.ipynb #afdd08c6
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -114,7 +114,7 @@ def distance(
     "Mean absolute difference between a student's and its teacher's pair probabilities, per image."
     tops = np.argsort(-teacher, axis=1, kind="stable")[:, :d]
     i, j = np.triu_indices(min(d, teacher.shape[1]), 1)
-    def relations(z):
+    def relations(z: np.ndarray) -> np.ndarray:
         z = np.take_along_axis(z.astype(float), tops, 1)
         return 1 / (1 + np.exp((z[:, j] - z[:, i]) / T))
     return 100 * np.abs(relations(student) - relations(teacher)).mean(1)
@@ -127,7 +127,7 @@ def by_picture(
     "The claims about probabilities, from the logits of the seed-0 runs; no values if they were not kept."
     plan = EXPERIMENTS[c.experiment].plan(p)
     line = {"unit": "points of probability", "of": "pictures"}
-    def kept(name): return found[0] if (found := arrays.logits(name, p)) else None
+    def kept(name: str) -> np.ndarray | None: return found[0] if (found := arrays.logits(name, p)) else None
     if c.claim == "gap":
         for teacher, name in zip(plan["teacher"], plan["name"]):
             z = kept(name)
@@ -139,10 +139,11 @@ def by_picture(
         if first.empty: return
         names = [name_of(first.loc["KD", "config"].teacher), first.loc["KD", "name"], first.loc["LDRLD", "name"]]
         teacher, kd, ldrld = map(kept, names)
-        whole = not any(z is None for z in (teacher, kd, ldrld))
-        values = (distance(kd, teacher) - distance(ldrld, teacher)).tolist() if whole else []
+        values: list[float] = []
+        if teacher is not None and kd is not None and ldrld is not None:
+            values = (distance(kd, teacher) - distance(ldrld, teacher)).tolist()
         yield {**dict(zip(("teacher", "student"), ablation_pair(p))), "ours": "distance of KD",
-               "theirs": "distance of LDRLD", **line, "values": values, "runs": names if whole else []}
+               "theirs": "distance of LDRLD", **line, "values": values, "runs": names if values else []}
 
 # %% ../../nbs/results/claims.ipynb #943ae4ca
 def verdict(
@@ -190,9 +191,10 @@ def compared(
     lines: dict[tuple, dict] = {}
     sides = ("teacher", "student", "ours", "theirs")
     for c in COMPARISONS:
+        found: Iterable[dict]
         if c.experiment in collected: found = by_seed(c, p, collected[c.experiment])
         elif c.experiment: found = by_picture(c, p)
-        else: found = [dict(zip(sides, (*pair, label(c.ours), label(c.theirs)))) | empty for pair in c.pairs]
+        else: found = [dict(zip(sides, (*pair, label(c.ours), label(c.theirs or {})))) | empty for pair in c.pairs]
         for line in found:
             known = effect(c, line) if p.name == "paper" else math.nan
             key = (c.claim, *(line[k] for k in sides))
@@ -202,7 +204,7 @@ def compared(
         lines[c.claim, "", "", "", ""] = {
             "claim": c.claim, **dict.fromkeys(sides, ""), **empty, "published": math.nan}
     order = list(dict.fromkeys(c.claim for c in COMPARISONS))
-    def place(line):
+    def place(line: dict) -> tuple[int, int]:
         pair = (line["teacher"], line["student"])
         return order.index(line["claim"]), p.pairs.index(pair) if pair in p.pairs else 0
     return sorted(lines.values(), key=place)

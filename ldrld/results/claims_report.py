@@ -92,7 +92,7 @@ def against_others(
     "The methods that LDRLD outperforms, does not differ significantly from, and is outperformed by."
     rivals = table[table["claim"].isin(("kd", "rivals", "kd-different")) & table["n"].gt(0)]
     several = len(rivals[["teacher", "student"]].drop_duplicates()) > 1
-    def who(r): return f"{r['theirs']} ({difference_text(r)}" + f", {r['teacher']} → {r['student']}" * several + ")"
+    def who(r: pd.Series) -> str: return f"{r['theirs']} ({difference_text(r)}" + f", {r['teacher']} → {r['student']}" * several + ")"
     words = {"held": "outperforms", "undecided": "does not differ significantly from",
              "did not hold": "is outperformed by"}
     sentences = []
@@ -141,7 +141,7 @@ def forest(
     for ax, (unit, rows) in zip(axes[:, 0], parts): _rows(ax, rows, unit)
     marks = [plt.Line2D([], [], marker="o", linestyle="", markersize=4, color=c, label=o) for o, c in LOOKS.items()]
     if table.loc[table["n"] > 0, "published"].notna().any():
-        look = dict(marker="D", linestyle="", markersize=5, markerfacecolor="none", color="#444444")
-        marks.append(plt.Line2D([], [], label="published", **look))
+        marks.append(plt.Line2D(
+            [], [], label="published", marker="D", linestyle="", markersize=5, markerfacecolor="none", color="#444444"))
     if parts: fig.legend(handles=marks, loc="outside upper right", ncols=len(marks))
     return fig

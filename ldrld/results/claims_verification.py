@@ -18,7 +18,7 @@ from ..experiments.catalog import EXPERIMENTS
 from ..experiments.profiles import Profile, profile
 from ..experiments.records import sound
 from . import arrays
-from .claims import COMPARISONS, compared, label
+from .claims import COMPARISONS, NOTES, compared, label
 from .statistics import ROUNDING
 from .verification import corrected, expected_line, same
 
@@ -28,12 +28,12 @@ def _pictures_again(claim: str, runs: list[str], p: Profile) -> list[float]:
     kept = {name: arrays.logits(name, p) for name in runs}
     if absent := [name for name, found in kept.items() if found is None]:
         raise ValueError(f"the logits of {', '.join(absent)} are not here")
-    teacher, *students = (kept[name][0].astype(float) for name in runs)
+    teacher, *students = (found[0].astype(float) for found in kept.values() if found is not None)
     if claim == "gap":
         e = np.sort(np.exp(teacher - teacher.max(1, keepdims=True)))[:, ::-1]
         squeeze = [(e[:, r] - e[:, r + 1]) * (1 / (e[:, r] + e[:, r + 1]) - 1 / e.sum(1)) for r in (0, 1)]
         return (100 * (squeeze[1] - squeeze[0])).tolist()
-    def share(z, i, j): return math.exp(z[i] / 4) / (math.exp(z[i] / 4) + math.exp(z[j] / 4))
+    def share(z: np.ndarray, i: int, j: int) -> float: return math.exp(z[i] / 4) / (math.exp(z[i] / 4) + math.exp(z[j] / 4))
     values = []
     for t, *both in zip(teacher, *students):
         tops = sorted(range(len(t)), key=lambda c: -t[c])[:7]
@@ -87,7 +87,9 @@ def verify(
     if list(map(named, table)) != planned:
         return [f"{path.name}: its lines are not the {len(planned)} comparisons of this profile; "
                 "make it again with `ldrld report`"]
-    wrong, plans, expected = [], {}, []
+    wrong: list[str] = []
+    plans: dict[str, dict] = {}
+    expected: list[dict] = []
     for line in table:
         try:
             if line["of"] == "pictures":

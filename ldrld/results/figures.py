@@ -13,16 +13,18 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.typing import RcKeyType
 
 from ..core import paths
 from ..core.files import write_whole
 from ..experiments.profiles import Profile, profile
-from ..experiments.records import load_record
+from ..experiments.records import read_record
 from .tables import folder_of
 
 # %% ../../nbs/results/figures.ipynb #37f68250
 # the style of all figures
-STYLE = {"figure.dpi": 110, "savefig.dpi": 200, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
+STYLE: dict[RcKeyType, bool | float | str] = {
+         "figure.dpi": 110, "savefig.dpi": 200, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
          "axes.titlesize": 10, "legend.frameon": False, "svg.hashsalt": "ldrld", "figure.constrained_layout.use": True}
 
 COLOURS = {"teacher": "#444444", "CE": "#9a9a9a", "KD": "#2f6db3", "LDRLD": "#d1495b"}
@@ -63,7 +65,7 @@ def pair_map(
     ax.imshow(np.ma.masked_where(np.tril(np.ones((d, d))) == 1, values), cmap=cmap, vmin=vmin, vmax=vmax)
     for i, j in zip(*np.triu_indices(d, 1)):
         dark = values[i, j] > vmin + 0.6 * (vmax - vmin)
-        ax.text(j, i, f"{values[i, j]:.2f}", ha="center", va="center", fontsize=7, color="white" if dark else "black")
+        ax.text(int(j), int(i), f"{values[i, j]:.2f}", ha="center", va="center", fontsize=7, color="white" if dark else "black")
     ranks = range(1, d + 1)
     ax.set(title=title, xlabel="rank j", xticks=range(d), yticks=range(d), xticklabels=ranks, yticklabels=ranks)
 
@@ -91,7 +93,7 @@ def accuracies(
     p: str | Profile,
 ) -> list[float]:  # in per cent, one per seed
     "The accuracies behind a line of a table."
-    return [load_record(name, profile(p).name).last_accuracy for name in line["runs"].split()]
+    return [read_record(name, profile(p).name).last_accuracy for name in line["runs"].split()]
 
 def line_with_band(
     ax: plt.Axes,
@@ -106,7 +108,7 @@ def line_with_band(
     low, high = table["mean"] - table["sd"], table["mean"] + table["sd"]
     ax.fill_between(table[x], low, high, color=colour, alpha=0.2, linewidth=0)
     dots = [(line[x], a) for _, line in table.iterrows() for a in accuracies(line, p)]
-    if dots: ax.scatter(*zip(*dots), s=8, color=colour, alpha=0.6, zorder=3)
+    if dots: ax.scatter([place for place, _ in dots], [a for _, a in dots], s=8, color=colour, alpha=0.6, zorder=3)
 
 def reference_lines(
     ax: plt.Axes,
@@ -126,8 +128,8 @@ def interval_plot(
     p: str | Profile = "quick",
 ) -> plt.Figure:
     "Paired differences to the first line of the table: mean and 95 % interval, every seed as a dot."
-    def by_seed(line):
-        made = [load_record(name, profile(p).name) for name in line["runs"].split()]
+    def by_seed(line: pd.Series) -> dict[int, float]:
+        made = [read_record(name, profile(p).name) for name in line["runs"].split()]
         return {r.config.seed: r.last_accuracy for r in made}
     fig, ax = plt.subplots(figsize=(5.5, 0.8 + 0.5 * len(table)))
     if not table["pairs"].any(): not_run(ax)

@@ -11,7 +11,7 @@ import pandas as pd
 from ..experiments.catalog import EXPERIMENTS, batch, selected
 from ..experiments.config import name_of
 from ..experiments.profiles import Profile, profile
-from ..experiments.records import Record, finished, load_record
+from ..experiments.records import Record, finished, read_record
 from .statistics import collect, summarise
 from .tables import beside_published, to_report
 
@@ -29,7 +29,7 @@ def evidence_links(
 ) -> str:  # Markdown
     "Links to the records of runs, with the seeds as text."
     folder = profile(p).name
-    seed_of = lambda name: load_record(name, folder).config.seed
+    seed_of = lambda name: read_record(name, folder).config.seed
     return " ".join(f"[{seed_of(name)}]({start}data/runs/{folder}/{name}.json)" for name in names)
 
 def duration(
@@ -48,7 +48,7 @@ def where_and_how_long(
         threads, used = "", r.machine.get("threads")
         if used is not None and not r.machine.get("gpu"): threads = f", {used} thread{'s' * (used != 1)} per run"
         on.setdefault(machine_of(r) + threads, []).append(r)
-    def amount(of): return f"{len(of)} run{'s' * (len(of) != 1)}, {duration(sum(r.seconds for r in of))} of training"
+    def amount(of: list[Record]) -> str: return f"{len(of)} run{'s' * (len(of) != 1)}, {duration(sum(r.seconds for r in of))} of training"
     places = [where + f" ({amount(of)})" * (len(on) > 1) for where, of in sorted(on.items())]
     return f"{amount(made)}; " + "; ".join(places)
 
@@ -70,7 +70,7 @@ def results(
             waiting = rows[(cells["n"] == 0) & cells["method"].isin(methods)]
             further += int((cells["n"] == 0).sum()) - len(waiting)
             for i in cells.index[(cells["n"] > 0) & ~cells.duplicated("runs")]:
-                made = [load_record(name, p.name) for name in cells.loc[i, "runs"].split()]
+                made = [read_record(name, p.name) for name in cells.loc[i, "runs"].split()]
                 machines = ", ".join(sorted({machine_of(r) for r in made}))
                 trained = f"{duration(sum(r.seconds for r in made))}, {machines}"
                 links = evidence_links([r.name for r in made], p, start)
@@ -100,7 +100,7 @@ def what_waits(
     planned, made = set(of), {name for name, config in of.items() if finished(config, p.name)}
     if not planned & made: return f"None of the {len(planned)} runs of profile `{p.name}` has been made."
     share = {}
-    for e in map(EXPERIMENTS.get, selected(p)):
+    for e in (EXPERIMENTS[name] for name in selected(p)):
         names = [name for name in e.plan(p)["name"] if not e.reads]
         if names: share[e.name] = sum(name in made for name in names) / len(names)
     text = f"{len(planned & made)} of the {len(planned)} runs of profile `{p.name}` are finished."

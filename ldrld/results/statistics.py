@@ -95,7 +95,7 @@ def baseline_of(
     key: tuple,  # values of the columns `e.by`
 ) -> tuple:  # values of the same columns
     "The cell that a cell is compared with: the experiment's baseline, on the same pair."
-    return tuple((dict(zip(e.by, key)) | e.baseline).values())
+    return tuple((dict(zip(e.by, key)) | (e.baseline or {})).values())
 
 # %% ../../nbs/results/statistics.ipynb #89c6bd9b
 def measures_of(
@@ -116,7 +116,7 @@ def summarise_measures(
         done = [r for r in cell["record"] if r and e.measures[0] in measures_of(r)]
         rows = [{m: measures_of(r)[m] for m in e.measures} for r in done]
         values = pd.DataFrame(rows, columns=list(e.measures), dtype=float)
-        of = {}
+        of: dict[str, float] = {}
         for m in e.measures:
             of |= {m: values[m].mean(), f"{m} sd": values[m].std()}
             if e.largest: of[f"{m} max"] = values[m].max()

@@ -29,7 +29,7 @@ def to_report(
     usual = set().union(*(names[name] for name in always if not EXPERIMENTS[name].reads))
     made = {path.stem for path in paths.records(p.name).glob("*.json")}
     shared = usual.union(*(runs for name, runs in names.items() if runs <= made and not EXPERIMENTS[name].reads))
-    def has_own(runs): return runs - usual and (runs <= made or (runs - shared) & made)
+    def has_own(runs: set[str]) -> bool: return bool(runs - usual and (runs <= made or (runs - shared) & made))
     return [name for name in EXPERIMENTS if name in always or has_own(names[name])]
 
 # %% ../../nbs/results/tables.ipynb #020ce914
@@ -40,7 +40,7 @@ def shown(
     numbers = ["n", "mean", "diverged", "sd", "best", "difference", "low", "high", "p_holm", "pairs", "runs"]
     out = table.drop(columns=numbers, errors="ignore").astype(str)
     lost = table.get("diverged", pd.Series(0, index=table.index))
-    def accuracy(r, diverged):
+    def accuracy(r: pd.Series, diverged: int) -> str:
         parts = []
         if r["n"]: parts.append(f"{r['mean']:.2f}" + (f" ± {r['sd']:.2f}" if r["n"] > 1 else "") + f" ({r['n']})")
         if diverged: parts.append(f"{diverged} diverged")
@@ -48,7 +48,7 @@ def shown(
     out["last epoch, %"] = [accuracy(r, k) for (_, r), k in zip(table.iterrows(), lost)]
     out["best epoch, %"] = ["" if math.isnan(b) else f"{b:.2f}" for b in table["best"]]
     if "difference" not in table: return out
-    def difference(r):
+    def difference(r: pd.Series) -> str:
         if math.isnan(r["difference"]): return ""
         return f"{r['difference']:+.2f}" + ("" if math.isnan(r["low"]) else f" [{r['low']:+.2f}, {r['high']:+.2f}]")
     out["paired difference"] = [difference(r) for _, r in table.iterrows()]
@@ -70,7 +70,7 @@ def shown_measures(
 ) -> pd.DataFrame:  # text
     "A table of metrics for readers: mean ± sd, or \"not run\"."
     out = table.drop(columns=["n", "runs", *(c for m in names for c in (m, f"{m} sd", f"{m} max"))], errors="ignore")
-    def text(r, m):
+    def text(r: pd.Series, m: str) -> str:
         if not r["n"]: return "not run"
         return f"{r[m]:.{digits}f}" + (f" ± {r[m + ' sd']:.{digits}f}" if r["n"] > 1 else "")
     columns = {name: [text(r, m) for _, r in table.iterrows()] for m, name in names.items()}

@@ -57,7 +57,8 @@ def verify_table(
         lost[key] = sum(load_divergence(name, p.name) is not None for name in cell["name"])
     table = pd.read_csv(path, keep_default_na=False, na_values=[""]).to_dict("records")
     if len(table) != len(cells): return [f"{path.name}: {len(table)} lines where {len(cells)} cells are planned"]
-    wrong, made, seen = [], [r for records in cells.values() for r in records.values()], {}
+    wrong, made = [], [r for records in cells.values() for r in records.values()]
+    seen: dict[str, set] = {}
     for r in sorted(made, key=lambda r: r.config.dataset):
         seen.setdefault(f"images of {r.config.dataset}", set()).add(r.data.get("fingerprint"))
     for what, found in {**seen, "precision": {r.precision_used for r in made}}.items():
@@ -121,8 +122,8 @@ def corrected(
 
 # %% ../../nbs/results/verification.ipynb #568db26a
 def same(
-    given,  # from the file
-    expected,  # from the records
+    given: object,  # from the file
+    expected: str | float,  # from the records
 ) -> bool:
     "Whether two values agree: text exactly, numbers up to rounding, NaN with NaN."
     if isinstance(expected, str): return ("" if isinstance(given, float) else str(given)) == expected

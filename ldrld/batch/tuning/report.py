@@ -16,15 +16,14 @@ import pandas as pd
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import TrialState
 
-from ... import losses
 from .search import Search, trial_config
 from .study import study_of
 from .trials import best_of, settings_in, settings_of
 from ...core import paths
 from ...core.files import write_whole
-from ...experiments.config import RunConfig
+from ...experiments.config import RunConfig, hyperparameters
 from ...experiments.profiles import Profile, profile
-from ...experiments.records import load_record
+from ...experiments.records import read_record
 from ...results.figures import COLOURS, STYLE, save_figure
 
 # %% ../../../nbs/tuning/report.ipynb #5277ac41
@@ -54,7 +53,7 @@ def caption(
     table: pd.DataFrame,  # from `table_of`, with at least one line
 ) -> str:
     "What the table shows, and what it does not."
-    record = load_record(table["runs"].iloc[0].split()[0], search.folder)
+    record = read_record(table["runs"].iloc[0].split()[0], search.folder)
     n, share = record.data["test"], table["held_out"].max() / 100
     counted = lambda number, what: f"{number} {what}{'s' * (number != 1)}"
     pair = " → ".join(([search.base.teacher.model] if search.base.teacher else []) + [search.base.model])
@@ -83,7 +82,7 @@ def command(
         for k, v in dict(c).items()
         if k not in ("model", "loss", "loss_args", "teacher") and (k in ("recipe", "epochs", "lr") or v != shared[k])
     }
-    differ = lambda c: {k: v for k, v in c.loss_args.items() if v != losses.build(c.loss).hyperparameters[k]}
+    differ = lambda c: {k: v for k, v in c.loss_args.items() if v != hyperparameters(c.loss, {})[k]}
     words = [
         f"model={config.model}",
         f"loss={config.loss}",

@@ -7,13 +7,14 @@ __all__ = ['Search', 'trial_config', 'search_for', 'studies', 'declare', 'Declar
 
 # %% ../../../nbs/tuning/search.ipynb #b783f16f
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
-from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.distributions import CategoricalDistribution
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ... import data, losses
-from .space import dimension, space_of
+from .space import Dimension, dimension, space_of
 from ...core import paths
 from ...core.files import write_whole
 from ...core.provenance import git, installed
@@ -39,14 +40,14 @@ class Search(BaseModel):
     startup: int = Field(10, ge=1, description="trials drawn at random before the sampler learns from them")
 
     @model_validator(mode="after")
-    def _holds_out(self):
+    def _holds_out(self) -> "Search":
         "Trials are judged on training pictures that neither student nor teacher learns from."
         if not self.base.holdout:
             raise ValueError(
                 "holdout=0: trials would be judged on the test set; hold out a share of the training pictures, such "
                 "as 0.1"
             )
-        if self.base.teacher and self.base.teacher.holdout != self.base.holdout:
+        if isinstance(self.base.teacher, RunConfig) and self.base.teacher.holdout != self.base.holdout:
             raise ValueError(
                 f"teacher.holdout={self.base.teacher.holdout}: expected the student's, {self.base.holdout}, or it "
                 "learns from the held-out pictures"
@@ -59,7 +60,7 @@ class Search(BaseModel):
         return f"{self.profile}-tune"
 
     @property
-    def dimensions(self) -> dict[str, BaseDistribution]:  # by name
+    def dimensions(self) -> dict[str, Dimension]:  # by name
         return {name: dimension(self.base.loss, name, text) for name, text in self.space.items()}
 
     @property
@@ -86,7 +87,7 @@ def trial_config(
     loss: str,  # name in `ldrld.losses`
     holdout: float = 0.0,  # share of each class's training images held out; 0: full training, tested on the test set
     epochs: int | None = None,  # the student's; None: the profile's
-    **loss_args,  # hyper-parameters that differ from the defaults
+    **loss_args: Any,  # hyper-parameters that differ from the defaults
 ) -> RunConfig:
     "A student of a profile, on a part of its training pictures; its teacher has the same part."
     needs = losses.build(loss, **loss_args).needs_teacher
@@ -103,7 +104,7 @@ def search_for(
     holdout: float = 0.1,  # share of the training pictures of each class held out
     epochs: int | None = None,  # the student's; None: the profile's
     name: str | None = None,  # of the study; None: from loss and pair
-    **more,  # other fields of `Search`: seeds, seed, startup
+    **more: Any,  # other fields of `Search`: seeds, seed, startup
 ) -> Search:
     """The search for one pair of a profile. `ValueError` for what does not fit; loads the data to see how many
     classes there are.

@@ -8,15 +8,15 @@ __all__ = ['SeededByNumber', 'study_of', 'values_of', 'mend_journal', 'Claim', '
 # %% ../../../nbs/tuning/study.ipynb #5823dce1
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import optuna
 from filelock import FileLock, Timeout
-from optuna.distributions import FloatDistribution
+from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.samplers import BaseSampler, TPESampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from .search import Search, lock_file, studies
 
@@ -31,18 +31,22 @@ class SeededByNumber(BaseSampler):
     ):
         self.seed, self.startup = seed, startup
 
-    def before_trial(self, study, trial):
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
         "A new trial, a new stream."
         self.tpe = TPESampler(seed=(1_000_003 * (self.seed + 1) + trial.number) % 2**32, n_startup_trials=self.startup)
         self.tpe.before_trial(study, trial)
 
-    def infer_relative_search_space(self, study, trial):
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return self.tpe.infer_relative_search_space(study, trial)
 
-    def sample_relative(self, study, trial, search_space):
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
         return self.tpe.sample_relative(study, trial, search_space)
 
-    def sample_independent(self, study, trial, param_name, param_distribution):
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
         return self.tpe.sample_independent(study, trial, param_name, param_distribution)
 
 
@@ -137,5 +141,6 @@ def claim(
             return None
         if not begun and search.holds(search.defaults):
             study.enqueue_trial(search.defaults)
-        trial = study.ask(search.dimensions)
+        space: dict[str, BaseDistribution] = dict(search.dimensions)
+        trial = study.ask(space)
         return Claim(trial.number, values_of(search, trial.params), lock_of(trial.number).acquire().lock)

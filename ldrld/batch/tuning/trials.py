@@ -17,13 +17,13 @@ from .search import Search, declare
 from .study import claim, study_of, values_of
 from ...experiments.config import name_of
 from ...experiments.records import load_record
-from ...experiments.runner import Paused, run
+from ...experiments.runner import Paused, Report, run
 
 # %% ../../../nbs/tuning/trials.ipynb #22b3b60f
 def measured(
     search: Search,
     values: dict,  # of what is searched
-    report=None,  # called with each line of progress
+    report: Report = None,
 ) -> float:  # per cent
     "Accuracy on the held-out training pictures after the last epoch, a mean over the seeds; trained now if nobody has."
     return (
@@ -37,7 +37,7 @@ def measured(
 def tune(
     search: Search,
     trials: int = 30,  # in all, those of earlier calls included
-    report=print,  # called with each line of progress; None for silence
+    report: Report = print,
 ) -> pd.DataFrame:  # see `table_of`
     """Carry out a search, or go on with it; stops at `LDRLD_DEADLINE` (seconds since 1970) as runs do.
 
@@ -55,8 +55,12 @@ def tune(
             measured(search, search.defaults, report and (lambda line: say(f"defaults  {line}")))
         while time.time() < deadline and (claimed := claim(search, study, trials)):
             number, values, lock = claimed
+
+            def told(line: str, number: int = number) -> None:
+                say(f"trial {number}  {line}")
+
             try:
-                value = measured(search, values, report and (lambda line, n=number: say(f"trial {n}  {line}")))
+                value = measured(search, values, told if report else None)
                 study.tell(number, value, skip_if_finished=True)
             finally:
                 lock.release()
@@ -88,7 +92,7 @@ def _line(search: Search, number: int | None, values: dict) -> dict:
             f"trial {number} has no record {names[found.index(None)]}; bring it back, or delete "
             f"{search.name}.journal and call again"
         )
-    accuracy = pd.Series([r.last_accuracy for r in found])
+    accuracy = pd.Series([r.last_accuracy for r in found if r])
     return {
         "trial": number,
         **values,

@@ -133,7 +133,8 @@ def test_an_edited_record_is_named_and_the_rest_goes_on(made, edit):
         assert len(records("toy")) == len(made) - 1
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", OddRecord)
-        table = statistics.summarise(statistics.collect("same_architecture", TOY), "same_architecture").set_index("method")
+        table = statistics.summarise(statistics.collect("same_architecture", TOY), "same_architecture")
+        table = table.set_index("method")
         assert table["n"].to_dict() == {"CE": 3, "KD": 2, "LDRLD": 3} and table.loc["LDRLD", "pairs"] == 2
         wrong = verification.verify_table("same_architecture", TOY)
         assert any("KD: n is 3, the records give 2" in line for line in wrong)

@@ -53,7 +53,9 @@ def wanted(p: str | Profile, only: tuple[str, ...] = (), plan: bool = False) -> 
     return planned(p)
 
 
-def missing(p: str | Profile, only: tuple[str, ...] = (), plan: bool = False) -> list[tuple[RunConfig, tuple[str, ...]]]:
+def missing(
+    p: str | Profile, only: tuple[str, ...] = (), plan: bool = False
+) -> list[tuple[RunConfig, tuple[str, ...]]]:
     """The missing runs of a profile, each with what to keep; arguments as in `reproduce`.
 
     First the unfinished runs (see `ldrld.experiments.records.finished`), the most valuable first. Then finished runs

@@ -12,7 +12,8 @@ from .cells import Lines, teacher_config
 from .config import RunConfig, name_of
 from .methods import SEARCHED, method_name
 from .profiles import Profile, profile
-from . import main_results, ablations, robustness, analysis, open_questions, plan  # noqa: F401  they register theirs
+# each registers its experiments
+from . import main_results, ablations, robustness, analysis, open_questions, plan  # noqa: F401
 from .registry import EXPERIMENTS, Experiment, experiment
 
 # %% ../../nbs/experiments/catalog.ipynb #6c18bd3c
@@ -46,9 +47,9 @@ def best_epoch(p: Profile) -> Lines:
     seen, always = set(), selected(p)
     for e in (e for e in EXPERIMENTS.values() if not e.reads):
         for _, c in e.lines(p):
-            if c is None or c.dataset != p.dataset or (c.train_share, c.label_noise, c.holdout) != (1.0, 0.0, 0.0): continue
-            name = name_of(c)
-            if name in seen: continue
+            if c is None or c.dataset != p.dataset: continue
+            name, unaltered = name_of(c), (c.train_share, c.label_noise, c.holdout) == (1.0, 0.0, 0.0)
+            if not unaltered or name in seen: continue
             if e.name in always or (paths.records(p.name) / f"{name}.json").exists():
                 seen.add(name)
                 values = {"method": method_name(c), "recipe": c.recipe, "epochs": c.epochs}
@@ -83,7 +84,8 @@ def batch(
     names = tuple(known("only", name, list(EXPERIMENTS)) for name in only) or selected(p)
     names = tuple(name for name in names if not EXPERIMENTS[name].reads)
     def need(config: RunConfig, *keep: str) -> None:
-        if isinstance(config.teacher, RunConfig): need(config.teacher, "weights", "logits")  # a fine-tuned teacher has a teacher, too
+        # a fine-tuned teacher has a teacher, too
+        if isinstance(config.teacher, RunConfig): need(config.teacher, "weights", "logits")
         name = name_of(config)
         runs.setdefault(name, (config, set()))[1].update(keep, ("weights", "logits") if name in teachers else ())
     for e, line in by_worth(p, names):

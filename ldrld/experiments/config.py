@@ -52,10 +52,12 @@ LARGEST = 2**31 - 1  # for counts and seeds: every library accepts this
 if TYPE_CHECKING: Recipe = str
 else: Recipe = Literal[RECIPES]
 
+# %% ../../nbs/experiments/config.ipynb #10d6d24a
 class RunConfig(BaseModel):
     "All settings that determine a run's result; frozen, with strict names and types."
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=(), allow_inf_nan=False)
-    dataset: str = Field(default="glyphs", description="in `ldrld.data`, or a folder, optionally with an image size: `own@32`")
+    dataset: str = Field(
+        default="glyphs", description="in `ldrld.data`, or a folder, optionally with an image size: `own@32`")
     model: str = Field(default="resnet8", description="name in `ldrld.models`")
     loss: str = Field(default="ce", description="name in `ldrld.losses`")
     loss_args: dict[str, Any] = Field(default={}, description="hyper-parameters of the loss; defaults are filled in")
@@ -67,7 +69,8 @@ class RunConfig(BaseModel):
     lr: float = Field(default=0.05, gt=0, description="base learning rate; the default depends on the network")
     momentum: float = Field(default=0.9, ge=0, lt=1, description="of SGD")
     weight_decay: float = Field(default=5e-4, ge=0, description="of SGD, on every parameter")
-    precision: Literal["float32", "fast"] = Field(default="fast", description="of convolutions, see `ldrld.training.loop`")
+    precision: Literal["float32", "fast"] = Field(
+        default="fast", description="of convolutions, see `ldrld.training.loop`")
     seed: int = Field(default=0, ge=0, le=LARGEST, description="of the initial weights, data order and augmentation")
     train_share: float = Field(
         default=1.0, gt=0, le=1, description="share of each class's training images that is used, drawn by `seed`")

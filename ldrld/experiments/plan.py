@@ -22,7 +22,8 @@ from scipy import stats
 
 from ..core import paths
 from ..core.validation import known
-from . import main_results, ablations, robustness, analysis, open_questions  # noqa: F401  a plan may name theirs
+# each registers its experiments, which a plan may name
+from . import main_results, ablations, robustness, analysis, open_questions  # noqa: F401
 from .cells import Lines
 from .profiles import Profile, profile
 from .registry import EXPERIMENTS, experiment
@@ -106,7 +107,8 @@ def planned(
     for stage in plan.stages:
         configs = [config for _, config in lines_of(stage, p) if config]
         for config in sorted(configs, key=lambda config: config.seed):
-            if isinstance(config.teacher, RunConfig): runs.setdefault(name_of(config.teacher), (config.teacher, ("weights",)))
+            teacher = config.teacher
+            if isinstance(teacher, RunConfig): runs.setdefault(name_of(teacher), (teacher, ("weights",)))
             runs.setdefault(name_of(config), (config, ()))
     return list(runs.values())
 
@@ -210,7 +212,8 @@ def decided(
     "A comparison's numbers; only the count until all its seeds have been run."
     values = np.array(list(differences.values()))
     line: dict[str, Any] = {
-            "n": len(values), "planned": stage.seeds, "difference": math.nan, "low": math.nan, "high": math.nan, "p": math.nan,
+            "n": len(values), "planned": stage.seeds,
+            "difference": math.nan, "low": math.nan, "high": math.nan, "p": math.nan,
             "verdict": decide(values, stage.seeds, plan.smallest_effect), "new seeds": math.nan}
     if line["verdict"] == "waiting": return line
     line["difference"] = float(values.mean())

@@ -215,6 +215,7 @@ def _train(
             finished[name] = finish(
                 c, keep, student, finished[name], profile, images, dtype, made, len(todo), say, teacher)
 
+# %% ../../nbs/experiments/runner.ipynb #ede191e1
 def finish(
     config: RunConfig, keep: tuple[str, ...], student: Student,
     record: Record | None,  # from an earlier training

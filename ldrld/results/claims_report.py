@@ -92,7 +92,9 @@ def against_others(
     "The methods that LDRLD outperforms, does not differ significantly from, and is outperformed by."
     rivals = table[table["claim"].isin(("kd", "rivals", "kd-different")) & table["n"].gt(0)]
     several = len(rivals[["teacher", "student"]].drop_duplicates()) > 1
-    def who(r: pd.Series) -> str: return f"{r['theirs']} ({difference_text(r)}" + f", {r['teacher']} → {r['student']}" * several + ")"
+    def who(r: pd.Series) -> str:
+        pair = f", {r['teacher']} → {r['student']}" if several else ""
+        return f"{r['theirs']} ({difference_text(r)}{pair})"
     words = {"held": "outperforms", "undecided": "does not differ significantly from",
              "did not hold": "is outperformed by"}
     sentences = []

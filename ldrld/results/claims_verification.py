@@ -33,7 +33,8 @@ def _pictures_again(claim: str, runs: list[str], p: Profile) -> list[float]:
         e = np.sort(np.exp(teacher - teacher.max(1, keepdims=True)))[:, ::-1]
         squeeze = [(e[:, r] - e[:, r + 1]) * (1 / (e[:, r] + e[:, r + 1]) - 1 / e.sum(1)) for r in (0, 1)]
         return (100 * (squeeze[1] - squeeze[0])).tolist()
-    def share(z: np.ndarray, i: int, j: int) -> float: return math.exp(z[i] / 4) / (math.exp(z[i] / 4) + math.exp(z[j] / 4))
+    def share(z: np.ndarray, i: int, j: int) -> float:
+        return math.exp(z[i] / 4) / (math.exp(z[i] / 4) + math.exp(z[j] / 4))
     values = []
     for t, *both in zip(teacher, *students):
         tops = sorted(range(len(t)), key=lambda c: -t[c])[:7]

@@ -65,7 +65,8 @@ def pair_map(
     ax.imshow(np.ma.masked_where(np.tril(np.ones((d, d))) == 1, values), cmap=cmap, vmin=vmin, vmax=vmax)
     for i, j in zip(*np.triu_indices(d, 1)):
         dark = values[i, j] > vmin + 0.6 * (vmax - vmin)
-        ax.text(int(j), int(i), f"{values[i, j]:.2f}", ha="center", va="center", fontsize=7, color="white" if dark else "black")
+        colour = "white" if dark else "black"
+        ax.text(int(j), int(i), f"{values[i, j]:.2f}", ha="center", va="center", fontsize=7, color=colour)
     ranks = range(1, d + 1)
     ax.set(title=title, xlabel="rank j", xticks=range(d), yticks=range(d), xticklabels=ranks, yticklabels=ranks)
 

@@ -48,7 +48,8 @@ def where_and_how_long(
         threads, used = "", r.machine.get("threads")
         if used is not None and not r.machine.get("gpu"): threads = f", {used} thread{'s' * (used != 1)} per run"
         on.setdefault(machine_of(r) + threads, []).append(r)
-    def amount(of: list[Record]) -> str: return f"{len(of)} run{'s' * (len(of) != 1)}, {duration(sum(r.seconds for r in of))} of training"
+    def amount(of: list[Record]) -> str:
+        return f"{len(of)} run{'s' * (len(of) != 1)}, {duration(sum(r.seconds for r in of))} of training"
     places = [where + f" ({amount(of)})" * (len(on) > 1) for where, of in sorted(on.items())]
     return f"{amount(made)}; " + "; ".join(places)
 

@@ -45,7 +45,7 @@ def _range(low: str, high: str, by: str | None, whole: bool) -> Dimension:
         return IntDistribution(int(a), int(b), step=int(step or 1))
     return FloatDistribution(a, b, step=step)
 
-
+# %% ../../../nbs/tuning/space.ipynb #0fbe6451
 def ends(
     dimension: Dimension,
 ) -> tuple:

@@ -1,4 +1,4 @@
-"""Benchmarks: they run, their files are sound, what they compare is equal, and pictures follow from files. No timing
+"""Benchmarks: they run, their files are sound, what they compare is equal, and images follow from files. No timing
 is asserted."""
 
 import os
@@ -16,7 +16,7 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks as hooks
 from commands import ldrld
 
 from ldrld import LDRLD, data
-from ldrld.bench import graphs, methods, timing, training
+from ldrld.bench import graphs, losses, measurements, methods, registered, stopwatch, training
 from ldrld.data.augmentation import Crops
 from ldrld.training.graphs import InFlight
 from ldrld.training.loop import Student, train_together
@@ -37,9 +37,9 @@ def made(tmp_path_factory):
 def test_small_benchmarks_leave_files_tables_and_figures(made):
     out, got = made
     files = list((out / "data" / "bench-small").glob("*/*.json"))
-    assert {f.stem for f in files} == set(timing.BENCHMARKS) and not (out / "data" / "bench").exists()
+    assert {f.stem for f in files} == set(registered()) and not (out / "data" / "bench").exists()
     for file in files:
-        m = timing.load_measurement(file)
+        m = measurements.load_measurement(file)
         assert m.scale == "small" and m.points and m.libraries["torch"] == torch.__version__
         assert all(p.q1 <= p.median <= p.q3 and min(p.values) > 0 for p in m.points if p.unit != "B")
     assert {"loss_targets.csv", "loss_memory.csv", "training_speed.csv", "method_cost.csv", "graphs.csv"} <= {
@@ -86,7 +86,7 @@ def test_the_reference_is_the_loss(depth, labels):
     z_s, z_t = (3 * torch.randn(16, 30, dtype=torch.float64, generator=generator) for _ in range(2))
     y = torch.randint(30, (16,), generator=generator) if labels else None
     z_s.requires_grad_()
-    values = [loss(z_s, z_t, y) for loss in (LDRLD(depth=depth), partial(timing.reference_ldrld, depth=depth))]
+    values = [loss(z_s, z_t, y) for loss in (LDRLD(depth=depth), partial(losses.reference_ldrld, depth=depth))]
     gradients = [torch.autograd.grad(v, z_s)[0] for v in values]
     # the reference multiplies by weights in single precision
     torch.testing.assert_close(*values, rtol=1e-6, atol=1e-8)
@@ -94,15 +94,16 @@ def test_the_reference_is_the_loss(depth, labels):
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
-@pytest.mark.parametrize("contender", ["KD", "LDRLD, plain"])
-def test_bytes_agree_with_what_the_system_sees(contender):
+@pytest.mark.parametrize("implementation", ["KD", "LDRLD, plain"])
+def test_bytes_agree_with_what_the_system_sees(implementation):
     """In a process of its own, where the C library gives freed memory back at once, the peak of the resident set says
     the same."""
     code = f"""
 import gc
-from ldrld.bench.timing import peak_bytes, task
+from ldrld.bench.losses import task
+from ldrld.bench.timing import peak_bytes
 def status(key): return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
-run = task({contender!r}, 64, 65536)
+run = task({implementation!r}, 64, 65536)
 counted = peak_bytes(run)
 run(); gc.collect()
 open("/proc/self/clear_refs", "w").write("5")
@@ -123,7 +124,7 @@ print(counted, status("VmHWM") - before)
 
 
 def test_the_stopwatch_leaves_nothing_behind():
-    before, watch = len(hooks), training.Stopwatch()
+    before, watch = len(hooks), stopwatch.Stopwatch()
     with pytest.raises(KeyError), watch.running():
         raise KeyError
     assert len(hooks) == before and watch.last is None
@@ -135,8 +136,8 @@ def test_the_stopwatch_leaves_nothing_behind():
 def test_a_lesson_is_a_step_of_training(name, monkeypatch):
     """The terms that `train_together` reports for an epoch of one batch are those of the step that is timed."""
     monkeypatch.setattr(methods, "EPOCHS", 1)
-    s = training.Setting(methods.random_pictures(16, 16, 10), "resnet14", "resnet8", batch_size=16)
-    teacher, method = methods.teacher_of(s, "float32"), methods.CONTENDERS[name]
+    s = training.Setting(methods.random_images(16, 16, 10), "resnet14", "resnet8", batch_size=16)
+    teacher, method = methods.teacher_of(s, "float32"), methods.IMPLEMENTATIONS[name]
     lesson = methods.lesson(method, s, teacher)
     lesson.step_live()
     (network, _), loss = s.networks(), methods.losses.build(method.loss, **method.args)
@@ -148,9 +149,9 @@ def test_a_lesson_is_a_step_of_training(name, monkeypatch):
 def test_small_methods_are_all_there_and_add_up(made):
     out, _ = made
     (file,) = (out / "data" / "bench-small").glob("*/methods.json")
-    points = timing.frame(timing.load_measurement(file))
+    points = measurements.frame(measurements.load_measurement(file))
     table = methods.costs(points).set_index("method")
-    assert set(table.index) == set(methods.CONTENDERS)
+    assert set(table.index) == set(methods.IMPLEMENTATIONS)
     assert (
         table.loc[["KD", "LDRLD", "RLD", "USKD"], "whole_times median"]
         == table.loc[["KD", "LDRLD", "RLD", "USKD"], "times median"]
@@ -158,7 +159,9 @@ def test_small_methods_are_all_there_and_add_up(made):
     assert (
         table.loc[table["asks"] == "live", "whole median"] > table.loc[table["asks"] == "live", "step median"]
     ).all()
-    assert table.loc["MLKD", "kind"] == "pictures" and set(points.loc[points["contender"] == "MLKD", "asked"]) == {32}
+    assert table.loc["MLKD", "kind"] == "images" and set(points.loc[points["implementation"] == "MLKD", "asked"]) == {
+        32
+    }
     assert (table.loc[["KD", "LDRLD", "AT"], "extra"] == 0).all() and (
         table.loc[["CRD", "FitNet", "FCFD"], "extra"] > 0
     ).all()
@@ -277,7 +280,7 @@ def test_runs_per_hour():
     }
     pair = {"teacher": "a", "student": "b", "unit": "s/step"}
     table = graphs.compared_runs(
-        pd.DataFrame([{"contender": c, "students": n, "values": v, **pair} for (c, n), v in lines.items()])
+        pd.DataFrame([{"implementation": c, "students": n, "values": v, **pair} for (c, n), v in lines.items()])
     )
     assert table["times median"].tolist() == [1, 6, 12, 24] and table["share"].tolist() == [
         pytest.approx(1 / 12),
@@ -290,12 +293,12 @@ def test_runs_per_hour():
 
 @pytest.mark.parametrize("file", COMMITTED, ids=lambda f: f"{f.parent.name}-{f.stem}")
 def test_committed_measurements_are_sound(file):
-    m = timing.load_measurement(file)
+    m = measurements.load_measurement(file)
     assert (
         m.name == file.stem
-        and file.parent.name == timing.machine_key(m.machine)
+        and file.parent.name == measurements.machine_key(m.machine)
         and m.scale != "small"
-        and m.name in timing.BENCHMARKS
+        and m.name in registered()
     )
 
 
@@ -309,7 +312,7 @@ def test_tables_and_figures_follow_from_the_measurements(tmp_path, monkeypatch):
     monkeypatch.setenv("LDRLD_OUT", str(tmp_path))
     outcomes = [
         notebooks.execute(f"paper/{n}.ipynb", n, {"profile": "bench"}, "bench")
-        for n in dict.fromkeys(b.notebook for b in timing.BENCHMARKS.values())
+        for n in dict.fromkeys(b.notebook for b in registered().values())
     ]
     assert [o.status for o in outcomes] == ["done"] * len(outcomes), outcomes
     for folder in (Path("data/tables/bench"), Path("figures/bench")):
@@ -326,11 +329,13 @@ def test_ratios_of_a_table_follow_from_the_values():
     for file in COMMITTED:
         if file.stem != "loss-targets":
             continue
-        points = timing.frame(timing.load_measurement(file))
-        theirs = timing.compared(points, "KD").set_index(["contender", "batch", "threads", "labels"])["median"]
-        for p in points[points["contender"] == "LDRLD"].to_dict("records"):
+        points = measurements.frame(measurements.load_measurement(file))
+        theirs = measurements.compared(points, "KD").set_index(["implementation", "batch", "threads", "labels"])[
+            "median"
+        ]
+        for p in points[points["implementation"] == "LDRLD"].to_dict("records"):
             kd = points[
-                (points["contender"] == "KD")
+                (points["implementation"] == "KD")
                 & (
                     points[["batch", "threads", "labels"]]
                     == pd.Series({k: p[k] for k in ("batch", "threads", "labels")})

@@ -34,15 +34,14 @@ def bench(
     from ldrld.batch.notebooks import execute_one
     from ldrld.batch.preflight import notebooks_for
     from ldrld.batch.workers import in_parallel
-    from ldrld.bench.graphs import graphs  # noqa: F401, registers itself
-    from ldrld.bench.methods import methods  # noqa: F401, likewise
-    from ldrld.bench.timing import BENCHMARKS, folder_for, measure
-    from ldrld.bench.training import training  # noqa: F401, likewise
+    from ldrld.bench import registered
+    from ldrld.bench.measurements import folder_for, measure
     from ldrld.core import paths
     from ldrld.core.validation import known
 
+    benchmarks = registered()
     try:
-        chosen = [BENCHMARKS[known("benchmark", name, list(BENCHMARKS))] for name in names or BENCHMARKS]
+        chosen = [benchmarks[known("benchmark", name, list(benchmarks))] for name in names or benchmarks]
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     scale = "small" if small else "full" if full else "usual"

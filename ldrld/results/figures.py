@@ -149,7 +149,7 @@ def interval_plot(
 # %% ../../nbs/results/figures.ipynb #0214ad59
 def quartile_lines(
     ax: plt.Axes,
-    points: pd.DataFrame,  # contender, x, median, q1, q3
+    points: pd.DataFrame,  # implementation, x, median, q1, q3
     x: str,  # the column along the axis
     scale: float = 1.0,  # multiplies the values
 ) -> None:
@@ -157,7 +157,7 @@ def quartile_lines(
     if points.empty: return not_run(ax)
     looks = {"KD": ("-", 3.0), "LDRLD": ("-", 1.5), "LDRLD, plain": ("--", 1.0)}  # keeps overlapping lines visible
     colours = COLOURS | {"reference": "#9a9a9a", "LDRLD, plain": "#444444"}
-    for i, (name, p) in enumerate(points.groupby("contender", sort=False)):
+    for i, (name, p) in enumerate(points.groupby("implementation", sort=False)):
         (style, width), colour = looks.get(name, ("-", 1.5)), colours.get(name, f"C{i}")
         ax.plot(p[x], p["median"] * scale, style, marker="o", markersize=3, linewidth=width, color=colour, label=name)
         ax.fill_between(p[x], p["q1"] * scale, p["q3"] * scale, color=colour, alpha=0.2, linewidth=0)

@@ -555,12 +555,12 @@ def test_a_size_that_all_have_leaves_the_bytes_alone_and_is_stated(pictures):
 
 def test_shrinking_averages():
     """A chequerboard of single pixels becomes grey, not black or white."""
-    from ldrld.data import _read_image
+    from ldrld.data.image_files import read_image
 
     board = Image.fromarray((np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8))
     with tempfile.NamedTemporaryFile(suffix=".png") as file:
         board.save(file.name)
-        small = _read_image(Path(file.name), (8, 8))
+        small = read_image(Path(file.name), (8, 8))
     assert abs(small[2:-2, 2:-2].astype(int) - 128).max() < 8
 
 
@@ -614,10 +614,10 @@ def test_a_run_on_a_folder_of_several_sizes(pictures, tmp_path, monkeypatch):
 
 
 def read_back(name, image, tmp_path, **how):
-    from ldrld.data import _read_image
+    from ldrld.data.image_files import read_image
 
     image.save(tmp_path / name, **how)
-    return _read_image(tmp_path / name)
+    return read_image(tmp_path / name)
 
 
 RNG = np.random.default_rng(0)
@@ -721,17 +721,17 @@ MADE_BY_HAND = {  # what Pillow opens with a mode that does not tell what it lea
 
 @pytest.mark.parametrize("name", MADE_BY_HAND)
 def test_a_hostile_or_odd_file_is_refused_by_name(name, tmp_path):
-    from ldrld.data import _read_image
+    from ldrld.data.image_files import read_image
 
     content, says = MADE_BY_HAND[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=rf"{name} \({len(content):,} bytes\) cannot be read as an image: .*({says})"):
-        _read_image(tmp_path / name)
+        read_image(tmp_path / name)
 
 
 def test_a_tiff_with_more_channels_than_colours_is_refused(tmp_path):
     """Such as near infrared in a photograph from the air: Pillow leaves the fourth channel out."""
-    from ldrld.data import _read_image
+    from ldrld.data.image_files import read_image
 
     path = tmp_path / "aerial.tif"
     SEEN_THROUGH.save(path)
@@ -742,14 +742,14 @@ def test_a_tiff_with_more_channels_than_colours_is_refused(tmp_path):
     with Image.open(path) as image:
         assert image.mode == "RGB"
     with pytest.raises(ValueError, match="aerial.tif .*it has 4 channels"):
-        _read_image(path)
+        read_image(path)
 
 
 def test_small_ranges_are_scaled_to_white(tmp_path):
-    from ldrld.data import _read_image
+    from ldrld.data.image_files import read_image
 
     (tmp_path / "a.pgm").write_bytes(b"P2 3 1 4\n0 2 4\n")
-    assert _read_image(tmp_path / "a.pgm")[0, :, 0].tolist() == [0, 128, 255]
+    assert read_image(tmp_path / "a.pgm")[0, :, 0].tolist() == [0, 128, 255]
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
@@ -860,7 +860,7 @@ def test_the_list_of_superclasses_is_that_of_the_data():
 def test_the_official_files_without_torchvision():
     """A machine that only trains knows the same names and MD5 sums."""
     from ldrld.core.torchvision import torchvision
-    from ldrld.data import _Cifar100Files
+    from ldrld.data.cifar import _Cifar100Files
 
     official = torchvision.datasets.CIFAR100
     for name in ("base_folder", "train_list", "test_list"):

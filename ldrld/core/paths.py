@@ -25,6 +25,12 @@ def shown(path: str | os.PathLike) -> str:
     except (ValueError, OSError): return str(path)
 
 
+def in_project(path: Path) -> str:
+    """A path for display: relative to the project's root if it lies below, so the same on every machine; else as is."""
+    try: return str(path.resolve().relative_to(root()))
+    except ValueError: return str(path)
+
+
 def root() -> Path:
     """Project root: `LDRLD_ROOT`, else the nearest parent folder with our `settings.ini`, else the current folder."""
     if "LDRLD_ROOT" in os.environ: return Path(os.environ["LDRLD_ROOT"]).resolve()

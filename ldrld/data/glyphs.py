@@ -22,7 +22,8 @@ import PIL
 import torch
 from PIL import Image, ImageDraw, ImageFont, features
 
-from . import ImageData, _shown, fingerprint, image_data, some_of
+from ..core.paths import in_project
+from .images import ImageData, fingerprint, image_data, some_of
 
 # %% ../../nbs/data/glyphs.ipynb #bf31cbd5
 FAMILIES = {
@@ -212,11 +213,11 @@ def _make_or_read(path: Path, recipe: Recipe) -> list[torch.Tensor]:
     if path.exists():
         try: return _read(path)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            warnings.warn(f"{_shown(path)} is damaged ({error}); generating it again", stacklevel=4)
+            warnings.warn(f"{in_project(path)} is damaged ({error}); generating it again", stacklevel=4)
     tensors = [torch.from_numpy(array) for split in ("train", "test") for array in make(recipe, split)]
     try: _write(path, tensors)
     except OSError as error:
-        message = f"{_shown(path)} cannot be written ({error}); the images will be generated again next time"
+        message = f"{in_project(path)} cannot be written ({error}); the images will be generated again next time"
         warnings.warn(message, stacklevel=4)
     return tensors
 

@@ -18,7 +18,7 @@ from commands import ldrld
 from ldrld import LDRLD, data
 from ldrld.bench import graphs, losses, measurements, methods, registered, stopwatch, training
 from ldrld.data.augmentation import Crops
-from ldrld.training.graphs import InFlight
+from ldrld.training.in_flight import InFlight
 from ldrld.training.loop import Student, train_together
 
 ROOT = Path(__file__).parent.parent

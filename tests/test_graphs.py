@@ -10,19 +10,9 @@ from ldrld.data.augmentation import Crops, draw
 from ldrld.experiments.methods import METHODS, VARIANTS
 from ldrld.models.evaluation import precision_used
 from ldrld.training import selfcheck
-from ldrld.training.graphs import (
-    EAGER,
-    Address,
-    CaptureError,
-    Imitation,
-    InFlight,
-    Produced,
-    Task,
-    called,
-    imitated,
-    train_in_flight,
-    why_eager,
-)
+from ldrld.training.capture import Address, CaptureError, Imitation, Produced
+from ldrld.training.graphs import EAGER, Task, called, imitated, why_eager
+from ldrld.training.in_flight import InFlight, train_in_flight
 from ldrld.training.loop import Diverged, Student, train_together
 from ldrld.training.teacher import TeacherLogits
 

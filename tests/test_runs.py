@@ -341,7 +341,8 @@ def test_a_compiled_network_learns_the_same_to_rounding(out, monkeypatch):
 @pytest.mark.parametrize("recipe", ["crd", "crd-warmup", "ldrld-released", "onecycle"])
 def test_training_follows_the_schedule_of_its_recipe(out, recipe):
     from ldrld.data import load
-    from ldrld.training.loop import schedule, train
+    from ldrld.training.loop import train
+    from ldrld.training.recipes import schedule
 
     digits, epochs = load("digits"), 8
     rows = list(

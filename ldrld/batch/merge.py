@@ -12,7 +12,7 @@ from ldrld.core.provenance import PACKED
 from ldrld.experiments.config import name_of
 from ldrld.experiments.model_cards import card_path, facts, page, read_card
 from ldrld.experiments.records import KEPT, Divergence, Record, divergence_path, load_record
-from ldrld.training.loop import epochs_trained
+from ldrld.training.checkpoint import epochs_trained
 
 __all__ = ["Merged", "merge"]
 

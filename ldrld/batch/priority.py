@@ -13,8 +13,9 @@ from ldrld.experiments.config import RunConfig, name_of
 from ldrld.experiments.in_flight import Hangar
 from ldrld.experiments.students import begin_on, start
 from ldrld.models.evaluation import precision_used
-from ldrld.training.graphs import InFlight, why_eager
-from ldrld.training.loop import epochs_trained
+from ldrld.training.graphs import why_eager
+from ldrld.training.in_flight import InFlight
+from ldrld.training.checkpoint import epochs_trained
 from ldrld.training.teacher import TeacherLogits
 
 __all__ = ["Cost", "measured_costs", "plan_by_worth", "fitting"]

@@ -28,7 +28,8 @@ from .timing import alternate, clock, ratio, spread
 from .training import WARM_UP, Setting, answers, ask_ahead, numerics, ours, shortened, usual
 from ..data.augmentation import Crops
 from ..models.evaluation import precision_used
-from ..training.graphs import InFlight, Lap, Task
+from ..training.graphs import Task
+from ..training.in_flight import InFlight, Lap
 from ..training.loop import Batch, Student
 
 # %% ../../nbs/bench/graphs.ipynb #72a61529

@@ -52,7 +52,7 @@ def status(profile: Profile = "quick", out: Out = None) -> None:
     from ldrld.experiments.profiles import profile as profile_of
     from ldrld.experiments.config import name_of
     from ldrld.experiments.records import finished
-    from ldrld.training.loop import epochs_trained
+    from ldrld.training.checkpoint import epochs_trained
 
     folder, planned, todo = profile_of(profile).name, runs_of(profile), missing(profile)
     waiting = [config for config, _ in todo if not finished(config, folder)]

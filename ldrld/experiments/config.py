@@ -24,7 +24,7 @@ from ..core.files import sha256_of
 from ..core.validation import known
 from ..losses.base import LogitLoss
 from ..models.weights import identify, read_weights
-from ..training.loop import RECIPES, base_lr
+from ..training.recipes import RECIPES, base_lr
 
 # %% ../../nbs/experiments/config.ipynb #ea53bf3f
 class Pretrained(BaseModel):

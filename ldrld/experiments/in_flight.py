@@ -23,7 +23,8 @@ from .records import KEPT, Record, load_divergence, load_record
 from .runner import Report, Say, finish, give_up, lock_of, run_together, teacher_for
 from .students import begin_on, start
 from ..models.evaluation import precision_used
-from ..training.graphs import InFlight, Task, train_in_flight, why_eager
+from ..training.graphs import Task, why_eager
+from ..training.in_flight import InFlight, train_in_flight
 from ..training.loop import Diverged
 from ..training.teacher import TeacherLogits
 

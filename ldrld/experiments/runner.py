@@ -33,7 +33,8 @@ from ldrld.experiments.records import (
 from .students import begin_on, start
 from ..losses.base import LogitLoss
 from ..models.evaluation import logits_of, precision_used
-from ..training.loop import Diverged, Student, epochs_trained, train_together
+from ..training.checkpoint import epochs_trained
+from ..training.loop import Diverged, Student, train_together
 from ..training.metrics import measure
 from ..training.teacher import TeacherLogits
 

@@ -10,7 +10,8 @@ from ldrld import losses, models
 from ldrld.data.augmentation import Crops
 from ldrld.losses.ldrld.loss import LDRLD
 from ldrld.models.evaluation import set_numerics
-from ldrld.training.graphs import InFlight, Task, called, captured, train_in_flight
+from ldrld.training.graphs import Task, called, captured
+from ldrld.training.in_flight import InFlight, train_in_flight
 from ldrld.training.loop import Student
 
 __all__ = ["selfcheck", "CHECKS"]

@@ -6,11 +6,12 @@ import torch
 from ldrld import losses
 from ldrld.experiments import runner
 from ldrld.experiments.cells import method_config
-from ldrld.experiments.methods import METHODS, VARIANTS
+from ldrld.experiments.methods import BLOCKWISE, METHODS, VARIANTS
 from ldrld.experiments.profiles import Profile
 from ldrld.experiments.config import name_of
 from ldrld.experiments.records import load_record
 
+ALL = {**METHODS, **{f"LDRLD, {name}": m for name, m in VARIANTS.items() if name != "LDRLD"}, **BLOCKWISE}
 SHORT = dict(recipe="onecycle", epochs=2, lr=0.02)
 P = Profile(
     name="t",
@@ -33,14 +34,14 @@ def out(tmp_path_factory):
 
 
 def test_every_loss_stands_in_some_table():
-    shown = {m.loss for m in (*METHODS.values(), *VARIANTS.values())} | {"mcmi"}
+    shown = {m.loss for m in (*METHODS.values(), *VARIANTS.values(), *BLOCKWISE.values())} | {"mcmi"}
     assert {name for name in losses.available() if not name.startswith(("my-", "test-"))} == shown
 
 
 @pytest.mark.xdist_group("methods")
-@pytest.mark.parametrize("name", [*METHODS, *(f"LDRLD, {v}" for v in VARIANTS if v != "LDRLD")])
+@pytest.mark.parametrize("name", ALL)
 def test_a_method_trains_and_resumes(out, name, monkeypatch):
-    config = method_config(P, P.pairs[0], METHODS[name] if name in METHODS else VARIANTS[name.removeprefix("LDRLD, ")])
+    config = method_config(P, P.pairs[0], ALL[name])
     monkeypatch.setenv("LDRLD_DEADLINE", "1")  # long past: paused after every epoch
     stops = 0
     while load_record(name_of(config), "t") is None and stops < 9:

@@ -40,6 +40,8 @@ mobile_stages = (  # expansion, output channels, blocks, stride of the first blo
 
 class MobileNetV2(Staged):
     """Half-width MobileNetV2 (Sandler et al. 2018) with the keys of RepDistiller's `models/mobilenetv2.py`."""
+    rectified = False  # the blocks end without an activation
+
     def __init__(
         self,
         num_classes: int = 100,  # number of logits

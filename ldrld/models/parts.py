@@ -100,6 +100,14 @@ def rows_after(
 
 class Staged(nn.Module):
     """A network of stem, stages and head. Subclasses define `stem(x)`, `rows` and `onward(x, rows, features)`."""
+    rectified = True  # whether the maps that `tail` takes follow a ReLU; False: they may have negative values
+    pools_next = False  # whether the stage after such a map pools it first; if so, `tail` does
+
+    @property
+    def takes(self) -> str:
+        """What `tail` takes, in words: rectified or raw, before pooling or not."""
+        return ("rectified" if self.rectified else "raw") + (", before pooling" if self.pools_next else "")
+
     def forward(self, x, features=False):
         return self.onward(self.stem(x), self.rows, features)
 

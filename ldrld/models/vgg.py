@@ -35,6 +35,8 @@ vgg_widths = {
 # %% ../../nbs/models/vgg.ipynb #f1d1d24f
 class VGG(Staged):
     """VGG with batch norm and one linear layer, with the keys of RepDistiller's `models/vgg.py`."""
+    pools_next = True  # blocks 1 to 3, and block 4 for images of 64 pixels, pool their input
+
     def __init__(
         self,
         depth: int,  # 8, 11, 13, 16 or 19

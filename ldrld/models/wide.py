@@ -34,6 +34,8 @@ class WideBlock(nn.Module):
 # %% ../../nbs/models/wide.ipynb #0a26b205
 class WideResNet(Staged):
     """WRN-depth-k (Zagoruyko and Komodakis 2016), no dropout, with the keys of RepDistiller's `models/wrn.py`."""
+    rectified = False  # every block begins with batch norm and ReLU
+
     def __init__(
         self,
         depth: int,  # 6n + 4: 16, 40

@@ -42,9 +42,13 @@ def why_eager(
 ) -> str:  # empty if its step can be recorded
     """Why a loss cannot be recorded.
 
-    Nothing is known of a loss from outside; it says so itself with an attribute `can_be_recorded = True`.
+    Nothing is known of a loss from outside; it says so itself with an attribute `can_be_recorded = True`. A loss that
+    can be recorded with some hyper-parameters only has a static method `why_eager`, which takes them.
     """
     if ":" in name and not getattr(loss_class(name), "can_be_recorded", False): return "does not say that it can be"
+    says = getattr(loss_class(name), "why_eager", None)
+    own = says(hyperparameters or {}) if says else ""
+    if own: return own
     inner = [v for k, v in (hyperparameters or {}).items() if k in ("loss", "distance") and isinstance(v, str)]
     return next((EAGER[n] for n in (name, *inner) if n in EAGER), "")
 

@@ -25,13 +25,14 @@ def relation_terms(
     temperature: float = 4.0,  # T
     rank_by: str = "student",  # who selects the classes: "student" | "teacher" | "label"
     target: Tensor | None = None,  # (batch,) int64, for "label"
+    find=analytic.largest,  # function (scores, depth) → indices of the largest, see `top_d`
 ) -> dict[str, Tensor]:  # "pairs", "llki", "rntk", each (batch,), without α, β and T²
     """The three divergences of LDRLD for every sample: weighted pairs, selected classes jointly, remaining classes.
 
     Source: the paper, arXiv 2507.15911, as quoted in a reading note (Paper-Notes), and the official code.
     """
     teacher_logits = without_shared(student_logits, teacher_logits)
-    pi, z_s, z_t = top_d(student_logits, teacher_logits, len(weights), rank_by, target, analytic.largest)
+    pi, z_s, z_t = top_d(student_logits, teacher_logits, len(weights), rank_by, target, find)
     return {"pairs": (weights[pair_indices(len(weights), weights.device)] * pair_kl(z_s, z_t, temperature)).sum(-1),
             "llki": dway_kl(z_s, z_t, temperature),
             "rntk": remaining_kl(student_logits, teacher_logits, pi, temperature)}

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ldrld import data, losses, models
     from ldrld.experiments.records import Record
-    from ldrld.experiments.runs import RunConfig, run
+    from ldrld.experiments.config import RunConfig
+    from ldrld.experiments.runner import run
     from ldrld.losses.ldrld.loss import LDRLD
     from ldrld.losses.ldrld.weights import adw_weights
 
@@ -22,7 +23,7 @@ _HOMES = {
     "data": "ldrld.data",
     "RunConfig": "ldrld.experiments.config",
     "Record": "ldrld.experiments.records",
-    "run": "ldrld.experiments.runs",
+    "run": "ldrld.experiments.runner",
     "paths": "ldrld.core.paths",  # as the committed model cards import it
 }
 

@@ -17,7 +17,7 @@ from jupyter_client.connect import LocalPortCache
 
 import commands
 
-from ldrld.batch.scheduler import execute
+from ldrld.batch.notebooks import execute
 from ldrld.experiments.config import RunConfig
 
 ROOT = Path(__file__).parent.parent

@@ -306,12 +306,12 @@ def test_tables_and_figures_follow_from_the_measurements(tmp_path, monkeypatch):
     """Made again from the committed files alone, in the same words and digits."""
     if not COMMITTED:
         pytest.skip("nothing measured yet")
-    from ldrld.batch import scheduler
+    from ldrld.batch import notebooks
 
     shutil.copytree(ROOT / "data" / "bench", tmp_path / "data" / "bench")
     monkeypatch.setenv("LDRLD_OUT", str(tmp_path))
     outcomes = [
-        scheduler.execute(f"paper/{n}.ipynb", n, {"profile": "bench"}, "bench")
+        notebooks.execute(f"paper/{n}.ipynb", n, {"profile": "bench"}, "bench")
         for n in dict.fromkeys(b.notebook for b in registered().values())
     ]
     assert [o.status for o in outcomes] == ["done"] * len(outcomes), outcomes

@@ -14,7 +14,9 @@ from commands import PAIRS
 from ldrld import data, losses, models
 from ldrld.core.validation import values_unseen
 from ldrld.data.augmentation import Crops, draw
-from ldrld.experiments.catalog import BLOCKWISE, EXPERIMENTS, PROFILES, Profile, batch, method_name, selected
+from ldrld.experiments.catalog import EXPERIMENTS, batch, selected
+from ldrld.experiments.methods import BLOCKWISE, method_name
+from ldrld.experiments.profiles import PROFILES, Profile
 from ldrld.experiments.config import name_of
 from ldrld.losses.features.blockwise import batch_statistics, connector, cuts_between, step_macs, stone_weights
 from ldrld.losses.ldrld.loss import relation_terms

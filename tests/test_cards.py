@@ -16,7 +16,7 @@ import commands
 from ldrld import data, models
 from ldrld.core import paths
 from ldrld.core.files import sha256_of
-from ldrld.experiments import model_cards, records, runs
+from ldrld.experiments import model_cards, records, runner
 from ldrld.experiments.config import Pretrained, RunConfig, file_of, name_of, pretrained
 from ldrld.experiments.records import KEPT
 
@@ -35,7 +35,7 @@ def out(tmp_path, monkeypatch):
 @pytest.fixture
 def teacher(out):
     """The record of a teacher that a run has just left in profile t."""
-    return runs.run(TEACHER, "t", keep=("weights",), report=None)
+    return runner.run(TEACHER, "t", keep=("weights",), report=None)
 
 
 def checkpoint_at(path, model="resnet8", classes=10, seed=0):
@@ -167,7 +167,7 @@ def test_weights_made_again_get_their_card_again(teacher):
     KEPT["weights"](teacher.name, "t").unlink()
     assert "is missing" in wrong()[0]
     place.write_text("---\nold: 1\n---\n", encoding="utf-8")
-    runs.run(TEACHER, "t", keep=("weights",), report=None)
+    runner.run(TEACHER, "t", keep=("weights",), report=None)
     assert place.read_bytes() == before
 
 
@@ -253,22 +253,22 @@ def test_no_student_learns_from_other_weights_than_the_cards(damage, teacher, ou
     damage(teacher)
     told = f"{weights.name}: its SHA-256 is {sha256_of(weights)[:10]}…, its card says {before[:10]}….*fetch it again"
     with pytest.raises(ValueError, match=told):
-        runs.run(STUDENT, "t", report=None)
+        runner.run(STUDENT, "t", report=None)
     with pytest.raises(ValueError, match=told):
-        runs.run(TEACHER, "t", keep=("logits",), report=None)
+        runner.run(TEACHER, "t", keep=("logits",), report=None)
     assert len(list(paths.records("t").glob("*.json"))) == 1 and not KEPT["logits"](teacher.name, "t").exists(), (
         "nothing came of it"
     )
     assert model_cards.wrong_teachers("t") and ldrld("teachers", "--profile", "t", out=out)[0] == 1
     weights.write_bytes(good)
-    assert runs.run(STUDENT, "t", report=None).teacher == teacher.name and not model_cards.wrong_teachers("t")
+    assert runner.run(STUDENT, "t", report=None).teacher == teacher.name and not model_cards.wrong_teachers("t")
 
 
 def test_what_the_refusal_says_to_do_helps(teacher):
     flip_a_bit(teacher)
     for path in (KEPT["weights"](teacher.name, "t"), model_cards.card_path(teacher.name, "t")):
         path.unlink()
-    assert runs.run(STUDENT, "t", report=None).teacher == teacher.name and not wrong(check=True)
+    assert runner.run(STUDENT, "t", report=None).teacher == teacher.name and not wrong(check=True)
 
 
 def test_weights_without_a_card_are_measured_before_they_teach(teacher):
@@ -283,7 +283,7 @@ def test_weights_without_a_card_are_measured_before_they_teach(teacher):
     place.unlink()
     untrained(teacher)
     with pytest.raises(ValueError, match="has no card, and reaches .*damaged or exchanged; move .* away"):
-        runs.run(STUDENT, "t", report=None)
+        runner.run(STUDENT, "t", report=None)
     assert not place.exists()
 
 
@@ -294,7 +294,7 @@ def test_weights_that_nobody_can_vouch_for_are_refused(teacher, monkeypatch):
     text = place.read_text(encoding="utf-8")
     place.write_text("---\nsha256: 0\n---\n", encoding="utf-8")
     with pytest.raises(ValueError, match="is not a card, or was damaged"):
-        runs.run(STUDENT, "t", report=None)
+        runner.run(STUDENT, "t", report=None)
     place.unlink()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model_cards, "pictures", lambda *_: data.load("glyphs-10"))
@@ -325,7 +325,7 @@ def test_verify_checks_the_teachers(out):
 
 def test_a_run_whose_file_is_no_network_of_ours_leaves_a_card_too(out):
     """SimKD leaves the student with the teacher's head behind."""
-    record = runs.run(
+    record = runner.run(
         RunConfig(model="resnet8", loss="simkd", teacher=TEACHER, **SHORT), "t", keep=("weights",), report=None
     )
     place = model_cards.card_path(record.name, "t")
@@ -345,7 +345,7 @@ def test_a_training_that_diverged_leaves_record_and_card(out):
             "measured",
             lambda *_: (_ for _ in ()).throw(models.WeightsError("infinite or missing numbers")),
         )
-        record = runs.run(TEACHER, "t", keep=("weights",), report=None)
+        record = runner.run(TEACHER, "t", keep=("weights",), report=None)
     assert model_cards.read_card(model_cards.card_path(record.name, "t"))["accuracy_stored_file"] is None
 
 
@@ -413,8 +413,8 @@ def test_a_student_learns_from_a_file(out, tmp_path):
     assert len(names) == 3 and RunConfig(**config.model_dump()) == config
     (tmp_path / "ckpt.pth").unlink()  # runs keep a copy
     record, another = (
-        runs.run(config, "t", report=None),
-        runs.run(config.model_copy(update={"teacher": other}), "t", report=None),
+        runner.run(config, "t", report=None),
+        runner.run(config.model_copy(update={"teacher": other}), "t", report=None),
     )
     assert (
         record.config.teacher == given
@@ -431,7 +431,7 @@ def test_a_file_teaches_what_the_same_weights_teach_as_a_trained_teacher(teacher
     """To the last bit: only the way to the weights differs."""
     given = pretrained(KEPT["weights"](teacher.name, "t"))
     students = [
-        runs.run(
+        runner.run(
             RunConfig(model="resnet8", loss="ldrld", loss_args={"depth": 4}, teacher=t, seed=1, **SHORT),
             "t",
             report=None,
@@ -447,11 +447,11 @@ def test_a_missing_or_exchanged_file_is_told_and_nothing_is_trained(out, tmp_pat
     config, place = RunConfig(model="resnet8", loss="kd", teacher=given, **SHORT), file_of(given)
     checkpoint_at(place, seed=1)
     with pytest.raises(ValueError, match="has changed since.*--keep"):
-        runs.run(config, "t", report=None)
+        runner.run(config, "t", report=None)
     assert pretrained(tmp_path / "ckpt.pth") == given and file_of(given) == place
     place.unlink()
     with pytest.raises(FileNotFoundError, match="is missing; add the checkpoint again: ldrld teachers FILE --keep"):
-        runs.run(config, "t", report=None)
+        runner.run(config, "t", report=None)
     assert not paths.records("t").exists()
 
 
@@ -473,13 +473,13 @@ def test_a_wrong_setting_of_a_file_is_refused(settings, said):
 
 def test_a_file_is_no_run(out):
     with pytest.raises(ValueError, match="a teacher's file, trained already"):
-        runs.run(Pretrained(model="resnet8", sha256="0" * 64), "t")
+        runner.run(Pretrained(model="resnet8", sha256="0" * 64), "t")
 
 
 def test_a_file_for_other_classes_is_refused(out, tmp_path):
     given = pretrained(checkpoint_at(tmp_path / "ckpt.pth", classes=100))
     with pytest.raises(ValueError, match="resnet8 for 100 classes"):
-        runs.run(RunConfig(model="resnet8", loss="kd", teacher=given, **SHORT), "t", report=None)
+        runner.run(RunConfig(model="resnet8", loss="kd", teacher=given, **SHORT), "t", report=None)
 
 
 # ---- the command ------------------------------------------------------------------------------------------------

@@ -12,13 +12,14 @@ import pandas as pd
 import pytest
 from nbclient import NotebookClient
 
-from ldrld.batch.scheduler import with_kernel
+from ldrld.batch.notebooks import with_kernel
 from ldrld.core import paths
 from ldrld.core.files import write_whole
-from ldrld.experiments.catalog import EXPERIMENTS, batch, profile, selected
+from ldrld.experiments.catalog import EXPERIMENTS, batch, selected
+from ldrld.experiments.profiles import profile
 from ldrld.experiments.config import name_of
-from ldrld.experiments.runs import invented
-from ldrld.results import claims, report
+from ldrld.experiments.records import invented
+from ldrld.results import claims, claims_report, claims_verification, tables, verification
 
 ROOT = Path(__file__).parent.parent
 MACHINE = {"gpu": "A GPU", "processor": "CPU", "threads": 1}
@@ -60,14 +61,14 @@ def test_a_claim_can_fail_and_a_published_number_stands_beside_it(some_paper_rec
     assert (kd["verdict"], dkd["verdict"], kd["n"]) == ("did not hold", "held", 3)
     assert np.isclose(kd["difference"], -1.2) and np.isclose(kd["published"], 77.20 - 73.33)
     assert table.loc[("kd", "vgg13", "KD"), "verdict"] == "undecided"  # one seed
-    said = claims.in_words(claims.judged("paper"), "paper")
+    said = claims_report.in_words(claims.judged("paper"), "paper")
     assert "LDRLD is outperformed by KD" in said and "`kd` (2 of 5 run)" in said
 
 
 def test_published_marks_are_drawn_in_the_paper_profile_alone(some_paper_records):
     hollow = lambda fig: [line for ax in fig.axes for line in ax.lines if line.get_marker() == "D"]
     table = claims.judged("paper")
-    assert len(hollow(claims.forest(table))) == int((table["n"].gt(0) & table["published"].notna()).sum()) == 4
+    assert len(hollow(claims_report.forest(table))) == int((table["n"].gt(0) & table["published"].notna()).sum()) == 4
     assert claims.judged("small")["published"].isna().all()
     plt.close("all")
 
@@ -78,13 +79,13 @@ def test_published_marks_are_drawn_in_the_paper_profile_alone(some_paper_records
 )
 def test_a_forged_table_is_found(some_paper_records, column, row, value):
     table = claims.judged("paper")
-    report.save_table(table, "claims", claims.caption(table, "paper"), "paper", claims.shown(table))
-    assert report.verify_table("claims", "paper") == []
+    tables.save_table(table, "claims", claims_report.caption(table, "paper"), "paper", claims_report.shown(table))
+    assert verification.verify_table("claims", "paper") == []
     csv = paths.tables("paper") / "claims.csv"
     forgery = pd.read_csv(csv)
     forgery.loc[row, column] = value
     forgery.to_csv(csv, index=False)
-    assert report.verify_table("claims", "paper")
+    assert verification.verify_table("claims", "paper")
 
 
 def test_pictures_are_computed_again(tmp_path, monkeypatch):
@@ -100,9 +101,9 @@ def test_pictures_are_computed_again(tmp_path, monkeypatch):
                 labels=np.zeros(20, int),
             )
     table = claims.judged("small")
-    report.save_table(table, "claims", claims.caption(table, "small"), "small", claims.shown(table))
+    tables.save_table(table, "claims", claims_report.caption(table, "small"), "small", claims_report.shown(table))
     assert table.loc[table["of"] == "pictures", "n"].tolist() == [20, 0, 20]
-    assert claims.verify("small") == []
+    assert claims_verification.verify("small") == []
 
 
 def test_claims_add_no_run_to_a_profile():
@@ -111,7 +112,7 @@ def test_claims_add_no_run_to_a_profile():
         assert "claims" in selected(p) and [name_of(c) for c, _ in batch(p)] == [
             name_of(c) for c, _ in batch(p, others)
         ]
-        assert "claims" in report.to_report(p)
+        assert "claims" in tables.to_report(p)
     assert batch("quick", ("claims",)) == []
 
 

@@ -35,8 +35,8 @@ from ldrld.data import (
 from ldrld.data.glyphs import CHARACTERS, Recipe, glyphs, make
 from ldrld.experiments.config import RunConfig
 from ldrld.experiments.records import records
-from ldrld.experiments.runs import run
-from ldrld.results.report import superclasses
+from ldrld.experiments.runner import run
+from ldrld.results.arrays import superclasses
 
 FEW = Recipe(train=200, test=100)
 

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from ldrld.experiments.catalog import EXPERIMENTS, PROFILES, batch
+from ldrld.experiments.catalog import EXPERIMENTS, batch
+from ldrld.experiments.profiles import PROFILES
 from ldrld.experiments.records import load_record, records
-from ldrld.results.report import to_report, verify_table
+from ldrld.results.tables import to_report
+from ldrld.results.verification import verify_table
 
 ROOT = Path(__file__).parent.parent
 COMMITTED = [p for p in PROFILES if (ROOT / "data" / "tables" / p).exists()]

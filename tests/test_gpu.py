@@ -5,8 +5,10 @@ import torch
 
 from ldrld import LDRLD, data, losses, models
 from ldrld.data.augmentation import Crops
-from ldrld.experiments import runs
-from ldrld.experiments.catalog import METHODS, VARIANTS, Profile, method_config
+from ldrld.experiments import runner
+from ldrld.experiments.cells import method_config
+from ldrld.experiments.methods import METHODS, VARIANTS
+from ldrld.experiments.profiles import Profile
 from ldrld.experiments.config import RunConfig
 from ldrld.losses.ldrld.analytic import choose, kernel
 from ldrld.training.loop import Student, train_together
@@ -70,7 +72,7 @@ def test_a_table_that_is_held(tmp_path):
 def test_a_run(tmp_path, monkeypatch):
     monkeypatch.setenv("LDRLD_OUT", str(tmp_path))
     short = {"dataset": "digits", "recipe": "onecycle", "lr": 0.1, "epochs": 2}
-    record = runs.run(
+    record = runner.run(
         RunConfig(model="resnet8", loss="kd", teacher="resnet8", **short), "t", keep=("logits",), report=None
     )
     assert record.machine["gpu"] and len(record.history) == 2
@@ -84,7 +86,7 @@ def test_a_method_trains(tmp_path_factory, name, monkeypatch):
     p = Profile(
         name="t", data="digits", dataset="digits", pairs=(("resnet14", "resnet8"),), teacher=short, student=short
     )
-    record = runs.run(
+    record = runner.run(
         method_config(p, p.pairs[0], METHODS[name] if name in METHODS else VARIANTS[name.removeprefix("LDRLD, ")]),
         "t",
         report=None,

@@ -7,7 +7,7 @@ import torch
 from ldrld import data, losses, models
 from ldrld.core.validation import values_unseen
 from ldrld.data.augmentation import Crops, draw
-from ldrld.experiments.catalog import METHODS, VARIANTS
+from ldrld.experiments.methods import METHODS, VARIANTS
 from ldrld.models.evaluation import precision_used
 from ldrld.training import selfcheck
 from ldrld.training.capture import Address, CaptureError, Imitation, Produced

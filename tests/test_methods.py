@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from ldrld import losses
-from ldrld.experiments import runs
-from ldrld.experiments.catalog import BLOCKWISE, METHODS, VARIANTS, Profile, method_config
+from ldrld.experiments import runner
+from ldrld.experiments.cells import method_config
+from ldrld.experiments.methods import BLOCKWISE, METHODS, VARIANTS
+from ldrld.experiments.profiles import Profile
 from ldrld.experiments.config import name_of
 from ldrld.experiments.records import load_record
 
@@ -44,8 +46,8 @@ def test_a_method_trains_and_resumes(out, name, monkeypatch):
     stops = 0
     while load_record(name_of(config), "t") is None and stops < 9:
         try:
-            record = runs.run(config, "t", keep=("logits", "weights", "insight"), report=None)
-        except runs.Paused:
+            record = runner.run(config, "t", keep=("logits", "weights", "insight"), report=None)
+        except runner.Paused:
             stops += 1
     assert 1 <= stops < 9
     assert all(torch.tensor(list(row["terms"].values())).isfinite().all() for row in record.history)
@@ -53,7 +55,7 @@ def test_a_method_trains_and_resumes(out, name, monkeypatch):
     if config.loss in losses.available("logits") and not list(loss.parameters()):
         return  # it remembers nothing: test_runs.py covers that
     monkeypatch.delenv("LDRLD_DEADLINE")
-    whole = runs.run(config, "whole", report=None)
+    whole = runner.run(config, "whole", report=None)
     strip = lambda r: [{k: v for k, v in row.items() if k != "seconds"} for row in r.history]
     assert strip(whole) == strip(record), "an interruption changed the result"
     assert whole.measures == record.measures
@@ -62,7 +64,7 @@ def test_a_method_trains_and_resumes(out, name, monkeypatch):
 def test_some_methods_keep_a_part_and_most_do_not(out):
     record = lambda name: (
         load_record(name_of(method_config(P, P.pairs[0], METHODS[name])), "whole")
-        or runs.run(method_config(P, P.pairs[0], METHODS[name]), "whole", report=None)
+        or runner.run(method_config(P, P.pairs[0], METHODS[name]), "whole", report=None)
     )
     plain, simkd, fitnet = (record(name).measures for name in ("KD", "SimKD", "FitNet"))
     assert plain["extra_parameters"] == 0 and fitnet["extra_parameters"] > 0 and simkd["extra_parameters"] > 0
@@ -89,8 +91,8 @@ def test_in_company_each_learns_what_it_learns_alone(out, names):
     """They share a batch, and what the teacher says and shows: none may alter what the next one sees."""
     configs = [method_config(P, P.pairs[0], METHODS[name]) for name in names]
     alone, together = (
-        [runs.run(c, "whole", report=None) for c in configs],
-        runs.run_together([(c, ()) for c in configs], "together", report=None),
+        [runner.run(c, "whole", report=None) for c in configs],
+        runner.run_together([(c, ()) for c in configs], "together", report=None),
     )
     strip = lambda r: [{k: v for k, v in row.items() if k != "seconds"} for row in r.history]
     assert [strip(r) for r in together] == [strip(r) for r in alone]

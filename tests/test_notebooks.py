@@ -12,13 +12,19 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from ldrld.batch.scheduler import with_kernel
+from ldrld.batch.notebooks import with_kernel
 
 ROOT = Path(__file__).parent.parent
 NBS = ROOT / "nbs"
 NOTEBOOKS = sorted(p for p in NBS.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 OPTIONAL = {"hugging_face": ("transformers", "accelerate")}  # without these its cells are skipped
-READ_RECORDS = ("lesson/02_weights", "experiments/catalog", "experiments/plan", "results/claims")
+READ_RECORDS = (
+    "lesson/02_weights",
+    "experiments/catalog",
+    "experiments/plan",
+    "results/claims",
+    "results/claims_report",
+)
 NUMBER = re.compile(r"(?<![\w.])[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 
 

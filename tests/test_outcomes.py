@@ -12,11 +12,14 @@ import commands
 from ldrld import losses, models
 from ldrld.core.files import sha256_of
 from ldrld.core.provenance import code_of
-from ldrld.experiments import runs
+from ldrld import data
+from ldrld.experiments import runner
 from ldrld.experiments.config import RunConfig, name_of
 from ldrld.experiments.records import Divergence, divergence_path, load_divergence, load_record, odd_records
 from ldrld.models.evaluation import set_numerics
-from ldrld.results.report import collect, save_table, shown, summarise, verify_table
+from ldrld.results.statistics import collect, summarise
+from ldrld.results.tables import save_table, shown
+from ldrld.results.verification import verify_table
 from ldrld.training.loop import Diverged, Student, train_together
 
 ROOT = Path(__file__).parent.parent
@@ -59,7 +62,7 @@ def test_a_diverged_run_on_the_command_line(out):
 def test_the_others_of_a_cohort_go_on(out):
     config = GOOD.model_copy(update={"epochs": 1})
     with pytest.raises(Diverged, match=name_of(BAD)):
-        runs.run_together([(BAD, ()), (config, ())], "t", report=None)
+        runner.run_together([(BAD, ()), (config, ())], "t", report=None)
     assert load_record(name_of(config), "t") and load_record(name_of(BAD), "t") is None
     found = load_divergence(name_of(BAD), "t")
     assert (found.epoch, found.term) == (1, "logits") and found.value in ("nan", "inf") and found.history == []
@@ -69,13 +72,13 @@ def test_the_others_of_a_cohort_go_on(out):
 def test_a_student_of_a_diverged_teacher(out):
     student = RunConfig(dataset="digits", model="resnet8", loss="kd", recipe="onecycle", epochs=1, lr=0.1, teacher=BAD)
     with pytest.raises(Diverged, match=name_of(BAD)):
-        runs.run(student, "t", report=None)
+        runner.run(student, "t", report=None)
     assert load_divergence(name_of(student), "t") is None  # it never began
 
 
 def test_an_outcome_that_was_edited_is_refused(out):
     with pytest.raises(Diverged):
-        runs.run(BAD, "t", report=None)
+        runner.run(BAD, "t", report=None)
     path = divergence_path(name_of(BAD), "t")
     told = json.loads(path.read_text())
     path.write_text(json.dumps({**told, "config": {**told["config"], "seed": 3}}))
@@ -89,7 +92,7 @@ def test_an_outcome_that_was_edited_is_refused(out):
 def test_weights_that_break_in_the_last_step(out):
     """All losses were finite, the network is not: its logits on the test images tell."""
     torch.manual_seed(0)
-    digits, student = runs.data.load("digits"), Student(models.build("resnet8", 10), losses.build("ce"), "crd", 0.1)
+    digits, student = data.load("digits"), Student(models.build("resnet8", 10), losses.build("ce"), "crd", 0.1)
     end = Student.step
 
     def last_step_breaks(self, batch, dtype):
@@ -132,23 +135,23 @@ experiments: [same_architecture]
 def test_a_run_begun_here_and_ended_there_names_both(out, monkeypatch):
     machine = {"processor": "one", "gpu": None}
     made = {"code": {"commit": "c"}, "libraries": {"torch": "1"}, "machine": machine}
-    monkeypatch.setattr(runs, "provenance", lambda device="cpu": {**made, "machine": dict(machine)})
+    monkeypatch.setattr(runner, "provenance", lambda device="cpu": {**made, "machine": dict(machine)})
     monkeypatch.setenv("LDRLD_DEADLINE", "0")
-    with pytest.raises(runs.Paused):
-        runs.run(GOOD, "t", report=None)
+    with pytest.raises(runner.Paused):
+        runner.run(GOOD, "t", report=None)
     monkeypatch.delenv("LDRLD_DEADLINE")
     machine["processor"] = "another"
-    record = runs.run(GOOD, "t", report=None)
+    record = runner.run(GOOD, "t", report=None)
     assert [(leg["from_epoch"], leg["machine"]["processor"]) for leg in record.legs] == [(1, "one"), (2, "another")]
     assert load_record(record.name, "t") == record
 
 
 def test_a_run_of_one_machine_has_no_legs(out, monkeypatch):
     monkeypatch.setenv("LDRLD_DEADLINE", "0")
-    with pytest.raises(runs.Paused):
-        runs.run(GOOD, "t", report=None)
+    with pytest.raises(runner.Paused):
+        runner.run(GOOD, "t", report=None)
     monkeypatch.delenv("LDRLD_DEADLINE")
-    assert runs.run(GOOD, "t", report=None).legs == []
+    assert runner.run(GOOD, "t", report=None).legs == []
 
 
 # ---- which code did -------------------------------------------------------------------------------------------------

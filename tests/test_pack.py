@@ -13,9 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from ldrld.batch.pack import MIB, PACKED, Limits, collect, deliveries, in_pieces, merge, pack
+from ldrld.batch.archives import MIB, Limits, collect
+from ldrld.batch.merge import merge
+from ldrld.batch.pack import deliveries, in_pieces, pack
+from ldrld.core.provenance import PACKED
 from ldrld.batch.priority import Cost, fitting, kind_of
-from ldrld.experiments import runs
+from ldrld.experiments import runner
 from ldrld.experiments.config import RunConfig, name_of
 from ldrld.experiments.records import KEPT, load_record
 
@@ -100,7 +103,7 @@ def test_there_and_back(home, packed, tmp_path, monkeypatch):
     again = merge(home, packed, say=lambda line: None)
     assert sorted(again.same) == sorted(names()) and not again.added and not again.refused
     monkeypatch.setenv("LDRLD_OUT", str(tmp_path / "here"))
-    here = runs.run(BATCH[0][0], "t", report=None)
+    here = runner.run(BATCH[0][0], "t", report=None)
     assert (here.last_accuracy, here.history[-1]["terms"]) == (record.last_accuracy, record.history[-1]["terms"])
 
 
@@ -246,7 +249,7 @@ def test_a_flipped_bit_is_seen(home, packed, tmp_path, monkeypatch):
 
 def test_what_is_here_stays(home, packed, tmp_path, monkeypatch):
     monkeypatch.setenv("LDRLD_OUT", str(tmp_path))
-    record = runs.run(BATCH[2][0], "t", report=None)
+    record = runner.run(BATCH[2][0], "t", report=None)
     before = (tmp_path / "data/runs/t" / f"{record.name}.json").read_bytes()
     merged = merge(home, packed, say=lambda line: None)
     assert (tmp_path / "data/runs/t" / f"{record.name}.json").read_bytes() == before
@@ -263,10 +266,10 @@ def test_limits_of_what_comes_back(tmp_path):
     left = collect(out, "t", home, Limits(files=6, file=16 * MIB), [f"run{k}" for k in range(4)])
     assert left == ["weights/run3.safetensors: 40.0 MiB"]
     assert len(list(home.iterdir())) <= 6 and all(p.stat().st_size <= 16 * MIB for p in home.iterdir())
-    from ldrld.batch.pack import _joined, _members
+    from ldrld.batch.archives import joined, members
 
-    found = {n: c for p in home.glob("part-*.tar") for n, c in _members(p.read_bytes(), p.name).items()}
-    whole = _joined(found)
+    found = {n: c for p in home.glob("part-*.tar") for n, c in members(p.read_bytes(), p.name).items()}
+    whole = joined(found)
     assert all(whole[f"weights/run{k}.safetensors"] == (place / f"run{k}.safetensors").read_bytes() for k in range(3))
 
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from ldrld.experiments import plan
-from ldrld.experiments.catalog import EXPERIMENTS, profile
+from ldrld.experiments.catalog import EXPERIMENTS
+from ldrld.experiments.profiles import profile
 from ldrld.experiments.config import name_of
 from ldrld.experiments.records import load_record
 

@@ -16,16 +16,17 @@ import torch
 import commands
 
 from ldrld import data, models
-from ldrld.batch import preflight, scheduler
+from ldrld.batch import leftovers, notebooks, pending, preflight, scheduler
 from ldrld.core import paths
 from ldrld.core.files import write_whole
-from ldrld.experiments import records, runs
+from ldrld.data.augmentation import Crops
+from ldrld.experiments import records, runner, students
 from ldrld.experiments.catalog import batch as runs_of
-from ldrld.experiments.catalog import profile
+from ldrld.experiments.profiles import profile
 from ldrld.experiments.config import RunConfig, name_of
 from ldrld.experiments.records import KEPT
-from ldrld.experiments.runs import invented
-from ldrld.results.report import what_waits
+from ldrld.experiments.records import invented
+from ldrld.results.front_page import what_waits
 
 ROOT = Path(__file__).parent.parent
 YAML = """data: handwritten digits
@@ -149,7 +150,7 @@ def test_the_room_for_a_teachers_logits_is_counted_once(mine):
     images, teacher = data.load("digits"), RunConfig(dataset="digits", model="resnet14", epochs=1)
     config = RunConfig(dataset="digits", model="resnet8", loss="kd", teacher=teacher, epochs=1)
     ((folder, size),) = preflight._table_bytes(config, images).items()
-    crops = runs.Crops(images.train_images, images.mean, images.std, images.padding, images.flip)
+    crops = Crops(images.train_images, images.mean, images.std, images.padding, images.flip)
     assert size == crops.n * crops.views * 11 * 2 and folder == paths.work(name_of(teacher))
     assert (
         preflight._table_bytes(teacher, images) == {}
@@ -215,25 +216,25 @@ def test_one_number_for_what_is_finished(mine):
 
 def test_a_fresh_clone_runs_nothing_again_for_weights_that_nobody_needs(mine):
     names = pretend(mine, without=("weights",))
-    assert scheduler.missing(mine) == []
+    assert pending.missing(mine) == []
     student = next(n for n in names if "-kd-" in n)
     (paths.records("mine") / f"{student}.json").unlink()
-    todo = scheduler.missing(mine)
+    todo = pending.missing(mine)
     assert [name_of(c) for c, _ in todo] == [student, names[names.index(name_of(todo[0][0].teacher))]] and todo[1][
         1
     ] == ("weights",)
-    assert scheduler.taken_up_again(todo, "mine").endswith(f"weights of {name_of(todo[0][0].teacher)}")
+    assert pending.taken_up_again(todo, "mine").endswith(f"weights of {name_of(todo[0][0].teacher)}")
     write_whole(KEPT["weights"](name_of(todo[0][0].teacher), "mine"), "pretended")
-    assert [name_of(c) for c, _ in scheduler.missing(mine)] == [student]
+    assert [name_of(c) for c, _ in pending.missing(mine)] == [student]
 
 
 def test_the_committed_profiles_count_alike():
     for p in ("quick", "small"):
-        planned, todo = runs_of(p), scheduler.missing(p)
+        planned, todo = runs_of(p), pending.missing(p)
         finished = sum(records.finished(config, p) for config, _ in planned)
         assert f"{finished} of the {len(planned)} runs" in what_waits(p)
         assert len([c for c, _ in todo if not records.finished(c, p)]) == len(planned) - finished
-        assert scheduler.taken_up_again(todo, p).count("insight of") == (p == "small")
+        assert pending.taken_up_again(todo, p).count("insight of") == (p == "small")
 
 
 # ---- leftovers ------------------------------------------------------------------------------------------------------
@@ -265,7 +266,7 @@ def test_what_a_killed_process_left_is_swept(mine):
         os.utime(path, (old, old))
     young = paths.tables("mine") / f"u.md.{gone.pid}.tmp"  # perhaps another machine's, at it now
     write_whole(young, "half")
-    assert sorted(scheduler.sweep(mine)) == sorted(places)
+    assert sorted(leftovers.sweep(mine)) == sorted(places)
     assert (
         all(path.exists() for path in (*kept, young))
         and not any(path.exists() for path in places)
@@ -290,9 +291,9 @@ def test_a_checkpoint_that_is_in_use_or_needed_stays(mine):
     names = pretend(mine)
     checkpoint = paths.work(names[0]) / "checkpoint.pt"
     write_whole(checkpoint, "half")
-    with runs.lock_of(names[0]):
+    with runner.lock_of(names[0]):
         busy = subprocess.run(
-            [sys.executable, "-c", f"from ldrld.batch import scheduler; print(scheduler.sweep({mine!r}))"],
+            [sys.executable, "-c", f"from ldrld.batch import leftovers; print(leftovers.sweep({mine!r}))"],
             capture_output=True,
             text=True,
             cwd=ROOT,
@@ -300,7 +301,7 @@ def test_a_checkpoint_that_is_in_use_or_needed_stays(mine):
         )
     assert busy.stdout.strip() == "[]", busy.stderr
     (paths.records("mine") / f"{names[0]}.json").unlink()
-    assert scheduler.sweep(mine) == [] and checkpoint.exists()
+    assert leftovers.sweep(mine) == [] and checkpoint.exists()
 
 
 # ---- terminals, kernels, folders ------------------------------------------------------------------------------------
@@ -359,7 +360,7 @@ def test_a_broken_kernelspec_of_ones_own_does_not_matter(tmp_path, monkeypatch):
         nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("import sys; print(sys.executable)")]),
         tmp_path / "nbs" / "one.ipynb",
     )
-    assert scheduler.execute("one.ipynb", "once", {}, "try").status == "done"
+    assert notebooks.execute("one.ipynb", "once", {}, "try").status == "done"
     assert sys.executable in (tmp_path / "runs/executed/try/once.ipynb").read_text()
 
 
@@ -424,21 +425,21 @@ def test_a_last_batch_of_one_image_is_told_before_training(model, batch_size, re
     )
     config = RunConfig(dataset="digits", model=model, epochs=1, batch_size=batch_size)
     if not refused:
-        runs.start(config, one_left, "cpu")
+        students.start(config, one_left, "cpu")
         return
     with pytest.raises(
         ValueError, match=rf"batch_size={batch_size}: of 641 training images one is left.*would work"
     ) as error:
-        runs.start(config, one_left, "cpu")
+        students.start(config, one_left, "cpu")
     fits = int(str(error.value).split("; ")[1].split()[0])
     assert images % fits != 1
-    runs.start(config.model_copy(update={"batch_size": fits}), one_left, "cpu")
+    students.start(config.model_copy(update={"batch_size": fits}), one_left, "cpu")
 
 
 def test_the_look_at_one_image_changes_nothing():
     digits = data.load("digits")
     config = RunConfig(dataset="digits", model="resnet8", epochs=1, batch_size=1)
-    student = runs.start(config, digits, "cpu")
+    student = students.start(config, digits, "cpu")
     torch.manual_seed(0)
     fresh = models.build("resnet8", 10)
     assert all(torch.equal(a, b) for a, b in zip(student.model.state_dict().values(), fresh.state_dict().values()))

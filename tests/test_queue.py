@@ -14,13 +14,16 @@ import pytest
 
 from commands import ldrld
 
-from ldrld.batch import scheduler
+from ldrld.batch import pending, workers
 from ldrld.core import paths
-from ldrld.experiments.catalog import EXPERIMENTS, GRID, chosen, method_of, profile
+from ldrld.experiments.catalog import EXPERIMENTS
+from ldrld.experiments.cells import GRID, chosen
+from ldrld.experiments.methods import method_of
+from ldrld.experiments.profiles import profile
 from ldrld.experiments.catalog import batch as runs_of
 from ldrld.experiments.config import name_of
 from ldrld.experiments.records import load_record
-from ldrld.experiments.runs import Paused, run
+from ldrld.experiments.runner import Paused, run
 
 ROOT = Path(__file__).parent.parent
 SEARCHING = """
@@ -76,7 +79,7 @@ def test_the_paper_profile_begins_with_what_is_worth_most():
 
 def test_cohorts_keep_the_order_and_leave_teachers_alone():
     runs = runs_of("small")
-    packed = scheduler.cohorts(runs, 5)
+    packed = pending.cohorts(runs, 5)
     assert sorted(name_of(c) for cohort in packed for c, _ in cohort) == sorted(name_of(c) for c, _ in runs)
     place = {name_of(c): i for i, (c, _) in enumerate(runs)}
     starts = [place[name_of(cohort[0][0])] for cohort in packed]
@@ -102,7 +105,7 @@ def task(folder: Path, name: str, status: str = "done"):
     status = status.removesuffix("killed once") or "done"
     time.sleep(0.2)
     (folder / f"{name} ended").write_text(str(time.time()))
-    return [scheduler.Outcome(name, status)]
+    return [workers.Outcome(name, status)]
 
 
 def test_what_needs_another_waits_for_it_and_nothing_else_does(tmp_path, monkeypatch):
@@ -113,7 +116,7 @@ def test_what_needs_another_waits_for_it_and_nothing_else_does(tmp_path, monkeyp
         {"student": {"teacher"}, "its student": {"bad teacher"}},
     )
     tasks = [([name], task, tmp_path, name, "failed" if name == "bad teacher" else "done") for name in names]
-    outcomes = {o.name: o.status for o in scheduler.in_parallel("tasks", tasks, 2, needs)}
+    outcomes = {o.name: o.status for o in workers.in_parallel("tasks", tasks, 2, needs)}
     assert outcomes == {
         "teacher": "done",
         "student": "done",
@@ -134,7 +137,7 @@ def test_a_killed_process_costs_only_its_own_task(tmp_path, monkeypatch):
     kinds = (("first", "done"), ("second", "killed"), ("third", "done"), ("fourth", "killed once"), ("fifth", "done"))
     tasks = [([name], task, tmp_path, name, status) for name, status in kinds]
     for jobs in (1, 2):
-        outcomes = {o.name: o for o in scheduler.in_parallel("tasks", tasks, jobs)}
+        outcomes = {o.name: o for o in workers.in_parallel("tasks", tasks, jobs)}
         assert {name: o.status for name, o in outcomes.items()} == {
             name: "failed" if name == "second" else "done" for name, _ in kinds
         }
@@ -146,16 +149,16 @@ def test_what_needs_a_task_that_was_killed_once_still_comes_after_it(tmp_path, m
     monkeypatch.setenv("LDRLD_OUT", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     tasks = [(["teacher"], task, tmp_path, "teacher", "killed once"), (["student"], task, tmp_path, "student", "done")]
-    assert [o.status for o in scheduler.in_parallel("tasks", tasks, 2, {"student": {"teacher"}})] == ["done", "done"]
+    assert [o.status for o in workers.in_parallel("tasks", tasks, 2, {"student": {"teacher"}})] == ["done", "done"]
     assert float((tmp_path / "student").read_text()) > float((tmp_path / "teacher ended").read_text())
 
 
 PARENT = """
 import sys
 from pathlib import Path
-from ldrld.batch import scheduler
+from ldrld.batch import workers
 from tests.test_queue import sleeper
-if __name__ == "__main__": scheduler.in_parallel("tasks", [([n], sleeper, Path(sys.argv[1]), n) for n in ("a", "b")], 2)
+if __name__ == "__main__": workers.in_parallel("tasks", [([n], sleeper, Path(sys.argv[1]), n) for n in ("a", "b")], 2)
 """
 
 
@@ -164,7 +167,7 @@ def sleeper(folder: Path, name: str):
     (folder / f"{name}.part").write_text(str(os.getpid()))
     (folder / f"{name}.part").rename(folder / f"{name}.pid")
     time.sleep(600)
-    return [scheduler.Outcome(name, "done")]
+    return [workers.Outcome(name, "done")]
 
 
 def alive(number: int) -> bool:
@@ -201,11 +204,11 @@ def test_no_process_outlives_its_batch(tmp_path, number):
         preexec_fn=heeds_signals,
     )
     assert until(lambda: all((tmp_path / f"{n}.pid").exists() for n in "ab")), "the workers did not begin"
-    workers = [int((tmp_path / f"{n}.pid").read_text()) for n in "ab"]
-    assert all(map(alive, workers))
+    started = [int((tmp_path / f"{n}.pid").read_text()) for n in "ab"]
+    assert all(map(alive, started))
     parent.send_signal(number)
     parent.wait(120)
-    assert until(lambda: not any(map(alive, workers)), 60), f"left: {[w for w in workers if alive(w)]}"
+    assert until(lambda: not any(map(alive, started)), 60), f"left: {[p for p in started if alive(p)]}"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])

@@ -13,11 +13,12 @@ from commands import ldrld
 
 from ldrld.core import paths
 from ldrld.core.files import write_whole
-from ldrld.experiments.catalog import EXPERIMENTS, Profile
+from ldrld.experiments.catalog import EXPERIMENTS
+from ldrld.experiments.profiles import Profile
 from ldrld.experiments.config import name_of
 from ldrld.experiments.records import OddRecord, load_record, odd_records, records
-from ldrld.experiments.runs import invented
-from ldrld.results import claims, report
+from ldrld.experiments.records import invented
+from ldrld.results import claims, claims_report, claims_verification, statistics, tables, verification
 
 ROOT = Path(__file__).parent.parent
 SCHEDULE = dict(recipe="onecycle", epochs=2, lr=0.1)
@@ -46,8 +47,8 @@ def keep(record):
 
 
 def save():
-    table = report.summarise(report.collect("same_architecture", TOY), "same_architecture")
-    report.save_table(table, "same_architecture", report.caption(table, "Toy", TOY), TOY)
+    table = statistics.summarise(statistics.collect("same_architecture", TOY), "same_architecture")
+    tables.save_table(table, "same_architecture", tables.caption(table, "Toy", TOY), TOY)
 
 
 def change(name, how):
@@ -132,12 +133,13 @@ def test_an_edited_record_is_named_and_the_rest_goes_on(made, edit):
         assert len(records("toy")) == len(made) - 1
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", OddRecord)
-        table = report.summarise(report.collect("same_architecture", TOY), "same_architecture").set_index("method")
+        table = statistics.summarise(statistics.collect("same_architecture", TOY), "same_architecture")
+        table = table.set_index("method")
         assert table["n"].to_dict() == {"CE": 3, "KD": 2, "LDRLD": 3} and table.loc["LDRLD", "pairs"] == 2
-        wrong = report.verify_table("same_architecture", TOY)
+        wrong = verification.verify_table("same_architecture", TOY)
         assert any("KD: n is 3, the records give 2" in line for line in wrong)
         save()
-        assert report.verify_table("same_architecture", TOY) == [], "the table of what is left is right again"
+        assert verification.verify_table("same_architecture", TOY) == [], "the table of what is left is right again"
 
 
 FILES = {
@@ -267,17 +269,17 @@ def test_no_interval_and_no_p_without_a_spread(ours, theirs, pairs, interval):
     """And the check by hand says the same."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        got = report.paired(ours, theirs)
+        got = statistics.paired(ours, theirs)
         both = [(a, b) for a, b in zip(ours, theirs)]
-        again = report.expected_line([], [], both)
+        again = verification.expected_line([], [], both)
     assert got["pairs"] == pairs and [got[k] == got[k] for k in ("low", "high", "p")] == [interval] * 3
     for k in got:
-        assert report.same(got[k], again[k]), k
+        assert verification.same(got[k], again[k]), k
 
 
 def test_a_seed_given_twice_is_refused():
     with pytest.raises(ValueError, match="seed 1 is given twice"):
-        report.paired(pd.Series([1.0, 2.0], index=[1, 1]), of(0, 0))
+        statistics.paired(pd.Series([1.0, 2.0], index=[1, 1]), of(0, 0))
 
 
 @pytest.mark.parametrize(
@@ -312,20 +314,21 @@ def test_no_verdict_is_stronger_than_the_data(tmp_path, monkeypatch, values, ver
         "runs": ["a"],
         "published": NAN,
     }
-    monkeypatch.setattr(claims, "compared", lambda p: [dict(line)])
-    monkeypatch.setattr(claims, "_seeds_again", lambda *given: (values, ["a"]))
+    for module in (claims, claims_verification):
+        monkeypatch.setattr(module, "compared", lambda p: [dict(line)])
+    monkeypatch.setattr(claims_verification, "_seeds_again", lambda *given: (values, ["a"]))
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         table = claims.judged(TOY)
         assert table["verdict"].tolist() == [verdict]
-        report.save_table(table, "claims", claims.caption(table, TOY), TOY, claims.shown(table))
-        assert claims.verify(TOY) == []
-    claims.forest(table)
+        tables.save_table(table, "claims", claims_report.caption(table, TOY), TOY, claims_report.shown(table))
+        assert claims_verification.verify(TOY) == []
+    claims_report.forest(table)
     csv = paths.tables("toy") / "claims.csv"
     forged = pd.read_csv(csv)
     forged["verdict"] = "held" if verdict != "held" else "undecided"
     forged.to_csv(csv, index=False)
-    assert any("verdict is" in found for found in claims.verify(TOY))
+    assert any("verdict is" in found for found in claims_verification.verify(TOY))
 
 
 def test_the_detectable_difference_at_the_edges():
@@ -336,7 +339,7 @@ def test_the_detectable_difference_at_the_edges():
     assert [value == value for value in found] == [False] * 5 + [True] * 2 and found[5] == found[6]
     for n in (2, 3, 4, 7, 30, 1000, 20_000):
         values = [float(i % 2) for i in range(n)]
-        assert abs(claims._power(claims.detectable(values), values) - 0.8) < 1e-4, n
+        assert abs(claims_verification._power(claims.detectable(values), values) - 0.8) < 1e-4, n
 
 
 def test_one_arm_missing(tmp_path, monkeypatch):
@@ -347,23 +350,23 @@ def test_one_arm_missing(tmp_path, monkeypatch):
     for i, config in enumerate(plan[plan["method"] == "LDRLD"]["config"]):
         keep(invented(config, 60.0 + i))
     save()
-    table = report.summarise(report.collect("same_architecture", TOY), "same_architecture").set_index("method")
+    table = statistics.summarise(statistics.collect("same_architecture", TOY), "same_architecture").set_index("method")
     assert (
         table["n"].to_dict() == {"CE": 0, "KD": 0, "LDRLD": 3}
         and table["pairs"].sum() == 0
         and table[["difference", "low", "high", "p_holm"]].isna().all(axis=None)
     )
-    assert report.verify_table("same_architecture", TOY) == []
+    assert verification.verify_table("same_architecture", TOY) == []
     assert (
-        report.said(table.loc["LDRLD"], "LDRLD", "KD") == "LDRLD against KD: not both run."
+        tables.said(table.loc["LDRLD"], "LDRLD", "KD") == "LDRLD against KD: not both run."
         and claims.judged(TOY)["verdict"].eq("not run").all()
     )
     two_pairs = TOY.model_copy(update={"pairs": (("resnet14", "resnet8"), ("resnet20", "resnet8"))})
-    runs_of = report.collect("same_architecture", two_pairs)
-    partly = report.summarise(
+    runs_of = statistics.collect("same_architecture", two_pairs)
+    partly = statistics.summarise(
         runs_of[~((runs_of["teacher"] == "resnet20") & (runs_of["method"] == "KD"))], "same_architecture"
     )
-    assert partly["pairs"].dtype.kind == "i" and report.said(partly.iloc[-1], "LDRLD", "KD").endswith("not both run.")
+    assert partly["pairs"].dtype.kind == "i" and tables.said(partly.iloc[-1], "LDRLD", "KD").endswith("not both run.")
 
 
 def test_lost_or_damaged_logits_are_named(tmp_path, monkeypatch):
@@ -373,8 +376,8 @@ def test_lost_or_damaged_logits_are_named(tmp_path, monkeypatch):
     kept = paths.records("quick") / "logits" / "glyphs-resnet8-kd-s0-432a51ffea.npz"
     content = kept.read_bytes()
     kept.unlink()
-    wrong = claims.verify("quick")
+    wrong = claims_verification.verify("quick")
     assert len(wrong) == 1 and kept.stem in wrong[0] and "are not here" in wrong[0]
     kept.write_bytes(content[:5000])
     with pytest.raises(ValueError, match=f"{kept.name} is damaged"):
-        claims.verify("quick")
+        claims_verification.verify("quick")

@@ -12,7 +12,9 @@ from pydantic import ValidationError
 
 from ldrld import losses, models
 from ldrld.core import paths
-from ldrld.experiments import records, runs
+from ldrld import data
+from ldrld.experiments import records, runner
+from ldrld.models.evaluation import logits_of
 from ldrld.experiments.config import RunConfig, name_of
 
 ROOT = Path(__file__).parent.parent
@@ -97,7 +99,7 @@ def test_names_of_committed_records_still_hold():
 
 
 def test_a_run_leaves_a_record_and_is_not_done_twice(out):
-    record = runs.run(STUDENT, "t", keep=("weights", "logits"), report=None)
+    record = runner.run(STUDENT, "t", keep=("weights", "logits"), report=None)
     assert (
         len(record.history) == 2
         and record.last_accuracy == record.history[-1]["test_accuracy"]
@@ -106,19 +108,19 @@ def test_a_run_leaves_a_record_and_is_not_done_twice(out):
     assert record.best_accuracy == max(h["test_accuracy"] for h in record.history)
     assert set(record.history[0]["terms"]) == {"ce", "kd"}
     said = []
-    assert runs.run(STUDENT, "t", report=said.append) == record and "finished before" in said[0]
+    assert runner.run(STUDENT, "t", report=said.append) == record and "finished before" in said[0]
     assert not list(out.rglob("*.tmp")) and not list(out.rglob("checkpoint.pt"))
     weights = records.KEPT["weights"](record.name, "t")
-    z = runs.logits_of(
+    z = logits_of(
         models.load_weights(models.build("resnet8", 10), weights),
-        *[getattr(runs.data.load("digits"), f) for f in ("test_images", "mean", "std")],
+        *[getattr(data.load("digits"), f) for f in ("test_images", "mean", "std")],
     )
     kept = __import__("numpy").load(records.KEPT["logits"](record.name, "t"))["logits"]
     assert (z.argmax(1).numpy() == kept.argmax(1)).mean() > 0.98  # weights in half precision, logits from the full ones
 
 
 def test_measures_say_more_than_accuracy(out):
-    teacher, student = runs.run(TEACHER, "t", report=None), runs.run(STUDENT, "t", keep=("insight",), report=None)
+    teacher, student = runner.run(TEACHER, "t", report=None), runner.run(STUDENT, "t", keep=("insight",), report=None)
     assert {"agreement", "overlap", "kendall"} & teacher.measures.keys() == set() and student.measures["kendall"] <= 1
     assert (
         student.measures["parameters"] == student.measures["used_parameters"]
@@ -140,7 +142,7 @@ def test_a_run_on_altered_data(out, settings):
         **settings,
         **SHORT,
     )
-    plain, record = runs.run(STUDENT, "t", report=None), runs.run(altered, "t", report=None)
+    plain, record = runner.run(STUDENT, "t", report=None), runner.run(altered, "t", report=None)
     assert record.name != plain.name and record.history != plain.history
     assert record.data["train"] < plain.data["train"] or "label_noise" in settings
     assert (record.data["test"] != plain.data["test"]) == ("holdout" in settings)
@@ -148,19 +150,19 @@ def test_a_run_on_altered_data(out, settings):
 
 
 def test_a_lost_file_is_made_again_and_the_record_stays(out):
-    record = runs.run(TEACHER, "t", keep=("weights",), report=None)
+    record = runner.run(TEACHER, "t", keep=("weights",), report=None)
     before, weights = (
         (paths.records("t") / f"{record.name}.json").read_bytes(),
         records.KEPT["weights"](record.name, "t"),
     )
     first = weights.read_bytes()
     weights.unlink()
-    runs.run(TEACHER, "t", keep=("weights",), report=None)
+    runner.run(TEACHER, "t", keep=("weights",), report=None)
     assert weights.read_bytes() == first and (paths.records("t") / f"{record.name}.json").read_bytes() == before
 
 
 def test_an_edited_or_damaged_record_is_refused(out):
-    record = runs.run(TEACHER, "t", report=None)
+    record = runner.run(TEACHER, "t", report=None)
     file = paths.records("t") / f"{record.name}.json"
     text = file.read_text()
     for damage in (text[:100], text.replace('"epochs": 2', '"epochs": 3'), "", "[]"):
@@ -172,13 +174,13 @@ def test_an_edited_or_damaged_record_is_refused(out):
 SCRIPT = """
 import os, sys, torch
 torch.set_num_threads(1)
-from ldrld.experiments import runs
+from ldrld.experiments import runner
 from tests.test_runs import STUDENT
 lines = []
 def report(line):
     if sys.argv[1] == "kill" and "epoch 1/2" in line and "-kd-" in line: os._exit(9)
-try: print(runs.run(STUDENT, "t", keep=("weights",), report=report).last_accuracy)
-except runs.Paused: print("paused")
+try: print(runner.run(STUDENT, "t", keep=("weights",), report=report).last_accuracy)
+except runner.Paused: print("paused")
 """
 
 
@@ -210,7 +212,7 @@ def test_killed_paused_or_undisturbed_the_weights_are_the_same(tmp_path):
 def test_two_processes_make_one_teacher(tmp_path):
     configs = [STUDENT.model_copy(update={"seed": s}) for s in (3, 4)]
     code = (
-        "import sys, torch; torch.set_num_threads(1); from ldrld.experiments.runs import RunConfig, run; "
+        "import sys, torch; torch.set_num_threads(1); from ldrld.experiments.runner import RunConfig, run; "
         "run(RunConfig.model_validate_json(sys.argv[1], strict=False), 't', report=print)"
     )
     env = {**os.environ, "LDRLD_OUT": str(tmp_path), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -248,8 +250,8 @@ def without_times(record):
 
 
 def test_together_each_learns_what_it_learns_alone(out, monkeypatch):
-    alone = [runs.run(config, "alone", report=None) for config in (CE, STUDENT, LDRLD)]
-    together = runs.run_together([(CE, ()), (STUDENT, ("logits",)), (LDRLD, ("weights",))], "together", report=None)
+    alone = [runner.run(config, "alone", report=None) for config in (CE, STUDENT, LDRLD)]
+    together = runner.run_together([(CE, ()), (STUDENT, ("logits",)), (LDRLD, ("weights",))], "together", report=None)
     assert [without_times(r) for r in together] == [without_times(r) for r in alone]
     assert [r.together for r in alone] == [1, 1, 1] and [r.together for r in together] == [3, 3, 3]
     assert (
@@ -260,29 +262,30 @@ def test_together_each_learns_what_it_learns_alone(out, monkeypatch):
 
 
 def test_one_that_is_finished_and_one_that_is_ahead_join_those_that_begin(out, monkeypatch):
-    whole = [runs.run(config, "whole", report=None) for config in (CE, STUDENT, LDRLD)]
-    runs.run(CE, "t", report=None)
-    runs.run(TEACHER, "t", keep=("weights",), report=None)
+    whole = [runner.run(config, "whole", report=None) for config in (CE, STUDENT, LDRLD)]
+    runner.run(CE, "t", report=None)
+    runner.run(TEACHER, "t", keep=("weights",), report=None)
     monkeypatch.setenv("LDRLD_DEADLINE", "0")
-    with pytest.raises(runs.Paused, match="paused after epoch 1 of 2"):
-        runs.run(STUDENT, "t", report=None)
+    with pytest.raises(runner.Paused, match="paused after epoch 1 of 2"):
+        runner.run(STUDENT, "t", report=None)
     monkeypatch.delenv("LDRLD_DEADLINE")
     said = []
-    records = runs.run_together([(CE, ()), (STUDENT, ()), (LDRLD, ())], "t", report=said.append)
+    records = runner.run_together([(CE, ()), (STUDENT, ()), (LDRLD, ())], "t", report=said.append)
     assert [without_times(r) for r in records] == [without_times(r) for r in whole]
     assert records[0].together == 1 and any("finished before" in line for line in said)
 
 
 def test_a_cohort_that_was_paused_goes_on(out, monkeypatch):
     cohort = [(CE, ()), (STUDENT, ())]
-    whole = runs.run_together(cohort, "whole", report=None)
-    runs.run(TEACHER, "t", keep=("weights",), report=None)
+    whole = runner.run_together(cohort, "whole", report=None)
+    runner.run(TEACHER, "t", keep=("weights",), report=None)
     monkeypatch.setenv("LDRLD_DEADLINE", "0")
-    with pytest.raises(runs.Paused, match="paused after epoch 1 of 2"):
-        runs.run_together(cohort, "t", report=None)
+    with pytest.raises(runner.Paused, match="paused after epoch 1 of 2"):
+        runner.run_together(cohort, "t", report=None)
     assert len(list(out.rglob("checkpoint.pt"))) == 2 and not list((out / "data/runs/t").glob("*-kd-*"))
     monkeypatch.delenv("LDRLD_DEADLINE")
-    assert [without_times(r) for r in runs.run_together(cohort, "t", report=None)] == [without_times(r) for r in whole]
+    resumed = runner.run_together(cohort, "t", report=None)
+    assert [without_times(r) for r in resumed] == [without_times(r) for r in whole]
 
 
 @pytest.mark.parametrize(
@@ -298,11 +301,11 @@ def test_a_cohort_that_was_paused_goes_on(out, monkeypatch):
 )
 def test_runs_that_see_other_pictures_are_not_trained_together(out, other):
     with pytest.raises(ValueError, match="must share dataset, seed, epochs"):
-        runs.run_together([(CE, ()), (RunConfig(**{**CE.model_dump(), **other}), ())], "t")
+        runner.run_together([(CE, ()), (RunConfig(**{**CE.model_dump(), **other}), ())], "t")
 
 
 def test_cohorts_are_packed_in_order_and_evenly():
-    from ldrld.batch.scheduler import cohorts
+    from ldrld.batch.pending import cohorts
 
     make = lambda loss, seed, **args: (
         RunConfig(

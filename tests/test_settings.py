@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from ldrld.core.settings import assigned, read
-from ldrld.experiments.catalog import profile
+from ldrld.experiments.profiles import profile
 from ldrld.experiments.config import RunConfig, explain
 
 GOOD = """

@@ -19,10 +19,16 @@ from typer.testing import CliRunner
 
 from ldrld import cli, data
 from ldrld.cli.run import run as run_command
-from ldrld.batch import tuning
+from ldrld.batch.tuning.report import command, shown
+from ldrld.batch.tuning.search import Search, declare, declared, search_for, studies, trial_config
+from ldrld.batch.tuning.space import SPACES, dimension, ends, space_from, space_of
+from ldrld.batch.tuning.study import study_of, values_of
+from ldrld.batch.tuning.trials import table_of, tune
 from ldrld.core import paths
-from ldrld.experiments import records, runs
-from ldrld.experiments.catalog import Method, Profile, method_config, profile
+from ldrld.experiments import records, runner
+from ldrld.experiments.cells import method_config
+from ldrld.experiments.methods import Method
+from ldrld.experiments.profiles import Profile, profile
 
 ROOT = Path(__file__).parent.parent
 SHORT = {"recipe": "onecycle", "lr": 0.1, "batch_size": 64, "precision": "float32"}
@@ -39,7 +45,7 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 def tiny_search(**more):
-    return tuning.search_for(TINY, **{"space": SPACE, "holdout": 0.8, **more})
+    return search_for(TINY, **{"space": SPACE, "holdout": 0.8, **more})
 
 
 @pytest.fixture
@@ -79,7 +85,7 @@ def out(tmp_path, monkeypatch):
 )
 def test_a_slip_in_a_space_says_what_would_work(word, says):
     with pytest.raises(ValueError, match=re.escape(says)):
-        tuning.space_of("ldrld", 10, tuning.space_from([word]))
+        space_of("ldrld", 10, space_from([word]))
 
 
 @pytest.mark.parametrize(
@@ -95,19 +101,19 @@ def test_a_slip_in_a_space_says_what_would_work(word, says):
     ],
 )
 def test_what_a_space_may_say(text, kind, values):
-    made = tuning.dimension("ldrld", *text.split("="))
-    assert type(made) is kind and tuning.ends(made) == values
+    made = dimension("ldrld", *text.split("="))
+    assert type(made) is kind and ends(made) == values
 
 
 def test_every_space_that_comes_with_a_loss_fits_it():
     from ldrld import losses
 
-    for loss in set(tuning.SPACES) & set(losses.available()):
+    for loss in set(SPACES) & set(losses.available()):
         for classes in (10, 100):
-            assert tuning.space_of(loss, classes)
+            assert space_of(loss, classes)
     with pytest.raises(ValueError, match="has no space of its own.*ce_weight=1.0"):
-        tuning.space_of("ce", 10)
-    assert tuning.search_for(TINY, "ce", space={"ce_weight": "0.5..2"}).base.teacher is None
+        space_of("ce", 10)
+    assert search_for(TINY, "ce", space={"ce_weight": "0.5..2"}).base.teacher is None
 
 
 # ---- what is held out -------------------------------------------------------------------------------------------
@@ -115,13 +121,13 @@ def test_every_space_that_comes_with_a_loss_fits_it():
 
 def test_the_test_set_is_never_looked_at(out, monkeypatch):
     """Every run of a search, the teacher's included, is given other pictures."""
-    digits, given, train_together = data.load("digits"), [], runs.train_together
+    digits, given, train_together = data.load("digits"), [], runner.train_together
     monkeypatch.setattr(
-        runs,
+        runner,
         "train_together",
         lambda students, images, *more: given.append(images) or train_together(students, images, *more),
     )
-    table = tuning.tune(tiny_search(), 1, report=None)
+    table = tune(tiny_search(), 1, report=None)
     pictures = lambda *splits: {picture.numpy().tobytes() for split in splits for picture in split}
     test, train = pictures(digits.test_images), pictures(digits.train_images)
     assert len(given) == 2 and len(table) == 1
@@ -137,7 +143,7 @@ def test_a_search_without_held_out_pictures_is_refused():
     good = tiny_search()
     knows = good.base.model_copy(update={"teacher": good.base.teacher.model_copy(update={"holdout": 0.0})})
     with pytest.raises(ValidationError, match="it learns from the held-out pictures"):
-        tuning.Search(**{**dict(good), "base": knows})
+        Search(**{**dict(good), "base": knows})
     values = {"alpha": 3.0, "depth": 4}
     config = good.config(values, 2)
     assert (
@@ -152,12 +158,12 @@ def test_a_search_without_held_out_pictures_is_refused():
 
 def suggested(search, n, opened_anew=False):
     """What n trials try if their results are 1, 2, 3, …"""
-    study, got = tuning.study_of(search), []
+    study, got = study_of(search), []
     for k in range(n):
         if opened_anew:
-            study = tuning.study_of(search)
+            study = study_of(search)
         trial = study.ask(search.dimensions)
-        got.append(tuning.values_of(search, trial.params))
+        got.append(values_of(search, trial.params))
         study.tell(trial, k)
     return got
 
@@ -176,41 +182,41 @@ def test_suggestions_depend_on_the_seed_alone(tmp_path, monkeypatch):
 
 
 def test_defaults_come_first_and_outside_of_the_space_beside_it(out):
-    table = tuning.tune(tiny_search(), 2, report=None)
+    table = tune(tiny_search(), 2, report=None)
     assert (
         table["defaults"].tolist() == [True, False]
         and table.loc[0, ["alpha", "depth"]].tolist() == [10.5, 7]
         and table.loc[0, "gain"] == 0
     )
     beside = tiny_search(space={"alpha": "0.5..5:log"}, name="beside")
-    table = tuning.tune(beside, 1, report=None)
+    table = tune(beside, 1, report=None)
     assert (
         table["trial"].isna().tolist() == [True, False]
         and table["defaults"].tolist() == [True, False]
         and table.loc[1, "alpha"] <= 5
     )
     assert table.loc[1, "gain"] == table.loc[1, "held_out"] - table.loc[0, "held_out"]
-    assert tuning.shown(beside, table)["trial"].tolist().count("– (defaults)") == 1
+    assert shown(beside, table)["trial"].tolist().count("– (defaults)") == 1
 
 
 def test_a_trial_of_several_seeds_is_their_mean(out):
     search = tiny_search(seeds=2)
-    line = tuning.tune(search, 1, report=None).iloc[0]
+    line = tune(search, 1, report=None).iloc[0]
     accuracies = [records.load_record(name, search.folder).last_accuracy for name in line["runs"].split()]
     assert len(set(accuracies)) == 2 and line["held_out"] == pytest.approx(sum(accuracies) / 2) and line["sd"] > 0
-    assert tuning.study_of(search).best_value == pytest.approx(line["held_out"])
+    assert study_of(search).best_value == pytest.approx(line["held_out"])
 
 
 # ---- what must not matter ---------------------------------------------------------------------------------------
 
 SCRIPT = """
 import os, sys, optuna
-from ldrld.batch import tuning
+from ldrld.batch.tuning.trials import tune
 from tests.test_tune import tiny_search
 def report(line):
     print(line, flush=True)
     if sys.argv[1] == "kill" and line.startswith("trial 1 ") and "epoch 1/2" in line: os._exit(9)
-tuning.tune(tiny_search(), int(sys.argv[2]), report)
+tune(tiny_search(), int(sys.argv[2]), report)
 """
 
 
@@ -228,20 +234,20 @@ def process(out, *words):
 def test_killed_lost_or_undisturbed_the_trials_are_the_same(tmp_path, monkeypatch):
     monkeypatch.setenv("LDRLD_OUT", str(tmp_path / "whole"))
     search, said = tiny_search(), []
-    whole = tuning.tune(search, 3, report=None)
+    whole = tune(search, 3, report=None)
 
     killed = process(tmp_path / "killed", "kill", "3")
     assert killed.communicate() and killed.returncode == 9
     monkeypatch.setenv("LDRLD_OUT", str(tmp_path / "killed"))
-    assert [t.state.name for t in tuning.study_of(search).trials] == ["COMPLETE", "RUNNING"]
-    pd.testing.assert_frame_equal(tuning.tune(search, 3, said.append), whole)
+    assert [t.state.name for t in study_of(search).trials] == ["COMPLETE", "RUNNING"]
+    pd.testing.assert_frame_equal(tune(search, 3, said.append), whole)
     assert any(line.startswith("trial 1 ") and "goes on after epoch 1/2" in line for line in said) and not any(
         line.startswith("trial 0") for line in said
     )
 
-    (tuning.studies(search.folder) / f"{search.name}.journal").unlink()  # the records alone give the study back
+    (studies(search.folder) / f"{search.name}.journal").unlink()  # the records alone give the study back
     said.clear()
-    pd.testing.assert_frame_equal(tuning.tune(search, 3, said.append), whole)
+    pd.testing.assert_frame_equal(tune(search, 3, said.append), whole)
     assert not any("epoch" in line for line in said)
 
 
@@ -251,7 +257,7 @@ def test_two_processes_share_a_study(tmp_path, monkeypatch):
     assert [p.returncode for p in both] == [0, 0], said
     monkeypatch.setenv("LDRLD_OUT", str(tmp_path))
     search = tiny_search()
-    table, done = tuning.table_of(search), [set(re.findall(r"^trial (\d+): ", out, re.M)) for out, _ in said]
+    table, done = table_of(search), [set(re.findall(r"^trial (\d+): ", out, re.M)) for out, _ in said]
     assert (
         table["trial"].tolist() == [0, 1, 2]
         and table["runs"].is_unique
@@ -262,8 +268,8 @@ def test_two_processes_share_a_study(tmp_path, monkeypatch):
 
 
 def test_a_name_belongs_to_one_search(out):
-    tuning.declare(tiny_search())
-    tuning.declare(tiny_search())
+    declare(tiny_search())
+    declare(tiny_search())
     for other, says in (
         ({"space": {**SPACE, "alpha": "1..5"}}, "space.alpha was '0.5..50:log', now '1..5'"),
         ({"epochs": 1}, "base.epochs was 2, now 1"),
@@ -271,20 +277,20 @@ def test_a_name_belongs_to_one_search(out):
         ({"holdout": 0.5}, "base.holdout was 0.8, now 0.5"),
     ):
         with pytest.raises(ValueError, match=re.escape(says)):
-            tuning.tune(tiny_search(**other), 1, report=None)
-    tuning.declare(tiny_search(epochs=1, name="shorter"))
-    file = tuning.studies("tiny-tune") / f"{tiny_search().name}.json"
+            tune(tiny_search(**other), 1, report=None)
+    declare(tiny_search(epochs=1, name="shorter"))
+    file = studies("tiny-tune") / f"{tiny_search().name}.json"
     file.write_text(file.read_text()[:50])
     with pytest.raises(ValueError, match="does not declare a search"):
-        tuning.declare(tiny_search())
+        declare(tiny_search())
 
 
 def test_a_damaged_study_says_how_to_go_on(out):
     search = tiny_search()
-    tuning.study_of(search)
-    (tuning.studies(search.folder) / f"{search.name}.journal").write_text("{\n{\n")
+    study_of(search)
+    (studies(search.folder) / f"{search.name}.journal").write_text("{\n{\n")
     with pytest.raises(ValueError, match="delete it and call again"):
-        tuning.study_of(search)
+        study_of(search)
 
 
 @pytest.mark.parametrize("cut", [1, 7, 40, "zeros", "first line"])
@@ -292,7 +298,7 @@ def test_a_journal_cut_in_mid_line_loses_no_study(out, cut):
     """What a kill or a power cut leaves: looked at before anything is appended, and then as if nothing had happened."""
     search = tiny_search()
     whole = suggested(search, 3)
-    journal = tuning.studies(search.folder) / f"{search.name}.journal"
+    journal = studies(search.folder) / f"{search.name}.journal"
     content = journal.read_bytes()
     if cut == "zeros":
         journal.write_bytes(content + b"\0" * 100)
@@ -300,22 +306,22 @@ def test_a_journal_cut_in_mid_line_loses_no_study(out, cut):
         journal.write_bytes(content[:10])
     else:
         journal.write_bytes(content[:-cut])
-    again = [tuning.values_of(search, t.params) for t in tuning.study_of(search).trials]
+    again = [values_of(search, t.params) for t in study_of(search).trials]
     for line in journal.read_bytes().splitlines():
         json.loads(line)
     assert again == ([] if cut == "first line" else whole)
-    assert len(tuning.study_of(search).trials) == len(again)
+    assert len(study_of(search).trials) == len(again)
 
 
 @pytest.mark.parametrize("damage", [b'{"op_code": 0\n', b"3\n", b"\xff\xfe\n", b"[]\n"])
 def test_other_damage_of_a_journal_changes_nothing(out, damage):
     search = tiny_search()
     suggested(search, 2)
-    journal = tuning.studies(search.folder) / f"{search.name}.journal"
+    journal = studies(search.folder) / f"{search.name}.journal"
     lines = journal.read_bytes().splitlines(keepends=True)
     journal.write_bytes(damaged := b"".join([*lines[:2], damage, *lines[2:]]))
     with pytest.raises(ValueError, match=r"journal is damaged in line 3; delete it and call again"):
-        tuning.study_of(search)
+        study_of(search)
     assert journal.read_bytes() == damaged
 
 
@@ -327,16 +333,16 @@ def test_the_command_at_the_end_names_the_run_of_the_profile(monkeypatch):
 
     def carry_out(config, folder, keep):
         asked.append((config, folder))
-        raise runs.Paused
+        raise runner.Paused
 
-    monkeypatch.setattr(runs, "run", carry_out)
+    monkeypatch.setattr(runner, "run", carry_out)
     for p, loss, args in (
         (profile("small"), "ldrld", {"alpha": 2.31, "depth": 5, "weighting": "none"}),
         (profile("paper"), "kd", {"temperature": 2.0}),
         (TINY, "ldrld", {"normalize": False}),
     ):
         pair = p.pairs[-1]
-        program, run, *words = shlex.split(tuning.command(tuning.trial_config(p, pair, loss, **args), p.name))
+        program, run, *words = shlex.split(command(trial_config(p, pair, loss, **args), p.name))
         with pytest.raises(typer.Exit):
             run_command(words[:-2], profile=words[-1])
         assert asked[-1] == (method_config(p, pair, Method(loss, args)), p.name) and (program, run) == ("ldrld", "run")
@@ -394,6 +400,6 @@ def test_committed_searches_follow_from_their_records(tmp_path, monkeypatch):
     monkeypatch.setenv("LDRLD_OUT", str(tmp_path))
     for file in (ROOT / "data" / "runs").glob("*/studies/*.json"):
         shutil.copytree(file.parent.parent, tmp_path / "data" / "runs" / file.parent.parent.name, dirs_exist_ok=True)
-        search = tuning.declared(file.stem, file.parent.parent.name)
+        search = declared(file.stem, file.parent.parent.name)
         kept = ROOT / "data" / "tables" / search.folder / f"{search.name}.csv"
-        assert kept.read_text() == tuning.table_of(search).to_csv(index=False), f"{kept}: call ldrld tune again"
+        assert kept.read_text() == table_of(search).to_csv(index=False), f"{kept}: call ldrld tune again"

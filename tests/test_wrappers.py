@@ -163,7 +163,9 @@ def test_published_settings_build():
 
 
 def test_published_settings_go_with_the_wrapped_loss():
-    from ldrld.experiments.catalog import METHODS, VARIANTS, method_config, profile
+    from ldrld.experiments.cells import method_config
+    from ldrld.experiments.methods import METHODS, VARIANTS
+    from ldrld.experiments.profiles import profile
 
     given = lambda method, *pair: method_config(profile("paper"), pair, method).loss_args
     kd, dkd = (given(METHODS[name], "vgg13", "vgg8") for name in ("KD+LS", "DKD+LS"))

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -75,8 +76,9 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
 
 class Said:
     """The log: prints lines with times and keeps them."""
-    def __init__(self):
-        self.started, self.lines = time.monotonic(), []
+    def __init__(self) -> None:
+        self.started = time.monotonic()
+        self.lines: list[str] = []
 
     def __call__(self, line: str) -> None:
         self.lines.append(f"{time.monotonic() - self.started:7.1f} s  {line}")
@@ -86,14 +88,14 @@ class Said:
 class Home:
     """Collects results every minute and at the end."""
     def __init__(self, packed: dict, folder: Path, said: Said):
-        from ldrld.batch.pack import Limits
+        from ldrld.batch.archives import Limits
         self.packed, self.folder, self.said, self.at = packed, folder, said, time.monotonic()
         self.limits, self.names = Limits(**packed["limits"]), [run["name"] for run in packed["runs"]]
         self.busy = threading.Lock()
 
     def bring(self) -> list[str]:
         """Collect everything now; returns the names of files that do not fit."""
-        from ldrld.batch.pack import collect
+        from ldrld.batch.archives import collect
         from ldrld.core import paths
         with self.busy:
             self.at = time.monotonic()
@@ -142,9 +144,10 @@ def main(given: list[str] | None = None) -> int:
     return 0 if well else 1
 
 
-def carry_out(runs, profile: str, left, at_once: int, said: Said, home: Home, device: str) -> bool:
+def carry_out(runs: list[tuple], profile: str, left: Callable[[], float], at_once: int, said: Said, home: Home,
+              device: str) -> bool:
     """Train the runs; an error in one of them must not prevent collecting the results of the others."""
-    from ldrld.experiments.runs import run_in_flight
+    from ldrld.experiments.in_flight import run_in_flight
     try: run_in_flight(runs, profile, at_once if device == "cuda" else 1, left(), said, after_row=home.now_and_then)
     except Exception as error: said(f"FAILED {type(error).__name__}: {error}")
     else: return True

@@ -1,15 +1,17 @@
 """Which runs of a batch can be finished in a given time, by measurements on the machine itself."""
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from ldrld import models
-from ldrld.batch.pack import MIB, Limits
+from ldrld.batch.archives import MIB, Limits
 from ldrld.core import paths
 from ldrld.core.provenance import default_device
 from ldrld.experiments.config import RunConfig, name_of
-from ldrld.experiments.runs import Hangar, begin_on, start
+from ldrld.experiments.in_flight import Hangar
+from ldrld.experiments.students import begin_on, start
 from ldrld.models.evaluation import precision_used
 from ldrld.training.graphs import why_eager
 from ldrld.training.in_flight import InFlight
@@ -48,9 +50,12 @@ def measured_costs(runs: list[tuple[RunConfig, tuple[str, ...]]], profile: str, 
     runs: configurations and what is kept.  at_once: concurrent students.  seconds: for all kinds together.
     The loss is a small part of a step and a teacher's table is computed once, so students without a teacher suffice.
     """
-    device, costs, tables = default_device(), {}, {}
+    device = default_device()
+    costs: dict[tuple, Cost] = {}
+    tables: dict[str, float] = {}
     begin_on(device)
-    hangar, kinds = Hangar(profile, device), {}
+    hangar = Hangar(profile, device)
+    kinds: dict[tuple, RunConfig] = {}
     for config, _ in runs: kinds.setdefault((config.model, config.dataset, config.batch_size), config)
     for key, config in kinds.items():
         costs[key] = _measured(config, hangar, at_once if device == "cuda" else 1, seconds / len(kinds))
@@ -86,7 +91,7 @@ def _measured(config: RunConfig, hangar: Hangar, at_once: int, seconds: float) -
 
 def _table_seconds(config: RunConfig, hangar: Hangar) -> float:
     """Estimated seconds for a teacher's logits of every crop; 0 if they are computed lazily."""
-    if hangar.device != "cuda": return 0.0
+    if hangar.device != "cuda" or config.teacher is None: return 0.0
     alone = RunConfig(**{**config.model_dump(), "loss": "ce", "loss_args": {}, "teacher": None})
     task, images, _ = hangar.task_for(alone)
     network = models.build(config.teacher.model, len(images.classes)).to(hangar.device)
@@ -150,7 +155,7 @@ def fitting(runs: list[tuple[RunConfig, tuple[str, ...]]], seconds: float, costs
 
 
 def plan_by_worth(runs: list[tuple[RunConfig, tuple[str, ...]]], profile: str, seconds: float, at_once: int,
-                  limits: Limits, say) -> list:
+                  limits: Limits, say: Callable[[str], object]) -> list[tuple[RunConfig, tuple[str, ...]]]:
     """The runs to start in the remaining time; reports which are not started, and why.
 
     runs: most valuable first.  seconds: time left, including measurements.  at_once: concurrent students.

@@ -23,7 +23,7 @@ from .timing import alternate, clock, peak_bytes, ratio, spread
 from .training import Setting
 from ..data import ImageData
 from ..data.augmentation import Crops, draw
-from ..experiments.catalog import METHODS, Method
+from ..experiments.methods import METHODS, Method
 from ..models.evaluation import precision_used
 from ..training.loop import Batch, Student, asked_for
 from ..training.teacher import TeacherLogits

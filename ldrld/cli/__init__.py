@@ -34,7 +34,7 @@ def in_ascii(error: UnicodeError) -> tuple[str, int]:
     return "".join(ASCII.get(c, "?") for c in error.object[error.start : error.end]), error.end
 
 
-def main():
+def main() -> None:
     """Entry point of the `ldrld` command."""
     codecs.register_error("ldrld", in_ascii)
     for stream in (sys.stdout, sys.stderr):

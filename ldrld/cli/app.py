@@ -4,14 +4,18 @@ import os
 import re
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 try:
     import typer
 except ModuleNotFoundError:
     sys.exit('the ldrld command needs more than the loss does: pip install "ldrld[run]"')
+
+if TYPE_CHECKING:
+    from ldrld.batch.workers import Outcome
 
 
 class Commands(typer.core.TyperGroup):
@@ -51,7 +55,7 @@ def common(
     version: Annotated[
         bool, typer.Option("--version", callback=tell_version, is_eager=True, help="Print the version.")
     ] = False,
-):
+) -> None:
     """Reproduce LDRLD: run experiments, make tables and figures, check every number."""
 
 
@@ -87,7 +91,7 @@ def start(profile: str, only: list[str] | None = None, out: Path | None = None) 
     """Check the names before anything is started; returns the experiments asked for."""
     from ldrld.core.validation import known
     from ldrld.experiments.catalog import EXPERIMENTS, selected
-    from ldrld.experiments.catalog import profile as profile_of
+    from ldrld.experiments.profiles import profile as profile_of
 
     try:
         selected(profile_of(profile))
@@ -100,7 +104,7 @@ def start(profile: str, only: list[str] | None = None, out: Path | None = None) 
 
 
 @contextmanager
-def ready():
+def ready() -> Iterator[None]:
     """Say in one place what is missing, and exit with 1, where something cannot be started."""
     from ldrld.batch.preflight import NotReady
 
@@ -118,10 +122,10 @@ def tell_odd(profile: str) -> list[str]:
     return [f"odd record, left out: {why}" for why in odd_records(profile).values()]
 
 
-def end(outcomes, profile: str) -> None:
+def end(outcomes: list["Outcome"], profile: str) -> None:
     """Print what became of each run and where the results are; exit code 1 if one failed or a record is odd."""
     from ldrld.core import paths
-    from ldrld.experiments.catalog import profile as profile_of
+    from ldrld.experiments.profiles import profile as profile_of
 
     profile = profile_of(profile).name
     count = lambda status: sum(o.status == status for o in outcomes)

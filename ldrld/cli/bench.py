@@ -25,14 +25,15 @@ def bench(
         bool, typer.Option("--again", help="Measure anew what was measured on this machine before.")
     ] = False,
     out: Out = None,
-):
+) -> None:
     """Measure what the loss, training and every method cost on this machine, then draw all measurements."""
     if small and full:
         raise typer.BadParameter("--small and --full exclude each other")
     if out is not None:
         os.environ["LDRLD_OUT"] = str(out.resolve())
-    from ldrld.batch import scheduler
+    from ldrld.batch.notebooks import execute_one
     from ldrld.batch.preflight import notebooks_for
+    from ldrld.batch.workers import in_parallel
     from ldrld.bench import registered
     from ldrld.bench.measurements import folder_for, measure
     from ldrld.core import paths
@@ -56,9 +57,9 @@ def bench(
             file=sys.stderr,
         )
         raise typer.Exit(1)
-    outcomes = scheduler.in_parallel(
+    outcomes = in_parallel(
         "tables and figures",
-        [([n], scheduler.execute_one, f"paper/{n}.ipynb", n, {"profile": folder}, folder) for n in notebooks],
+        [([n], execute_one, f"paper/{n}.ipynb", n, {"profile": folder}, folder) for n in notebooks],
         1,
     )
     for what, place in {

@@ -19,7 +19,7 @@ def data_command(
         ),
     ],
     root: Annotated[Path | None, typer.Option(help="Where data sets lie. Default: data/ of the project.")] = None,
-):
+) -> None:
     """Fetch, make or find a data set, and say what it is."""
     from ldrld import data
 

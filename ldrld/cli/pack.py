@@ -39,23 +39,26 @@ def pack(
     delivery: Annotated[int, typer.Option(min=8, help="Largest delivery, MiB.")] = 64,
     files: Annotated[int, typer.Option(min=4, help="Files at most that come back.")] = 8,
     file: Annotated[int, typer.Option(min=1, help="Largest file that comes back, MiB.")] = 16,
-):
+) -> None:
     """Make a folder with all that a bare machine with PyTorch needs to carry out the runs that are missing."""
     chosen = start(profile, only)
+    from ldrld.batch import archives
     from ldrld.batch import pack as packing
-    from ldrld.batch.scheduler import missing
-    from ldrld.experiments.catalog import profile as profile_of
+    from ldrld.batch.pending import missing
+    from ldrld.experiments.profiles import profile as profile_of
 
-    pairs = [tuple(text.split(":")) for text in pair or ()]
-    for words in pairs:
-        if len(words) != 2:
-            raise typer.BadParameter(f"--pair {':'.join(words)}: expected teacher:student")
+    pairs = []
+    for text in pair or ():
+        teacher, _, student = text.partition(":")
+        if not teacher or not student or ":" in student:
+            raise typer.BadParameter(f"--pair {text}: expected teacher:student")
+        pairs.append((teacher, student))
     runs = packing.chosen_runs(missing(profile, chosen, planned), pairs, method or [])
     if not runs:
         raise typer.BadParameter(
             "nothing to carry out: every run that was asked for is finished, or none was asked for"
         )
-    limits = packing.Limits(delivery * packing.MIB, files, file * packing.MIB)
+    limits = archives.Limits(delivery * archives.MIB, files, file * archives.MIB)
     try:
         packing.pack(folder, runs, profile_of(profile).name, limits, python, platform)
     except (ValueError, OSError, RuntimeError) as error:
@@ -72,14 +75,14 @@ def merge(
     home: Annotated[Path, typer.Argument(help="The folder that came back.")],
     packed: Annotated[Path, typer.Option(help="The folder that was packed, or its packed.json.")],
     out: Out = None,
-):
+) -> None:
     """Take the results of a packed batch home; what is here stays, what is damaged or foreign is refused."""
     if out is not None:
         os.environ["LDRLD_OUT"] = str(out.resolve())
-    from ldrld.batch import pack as packing
+    from ldrld.batch import merge as merging
 
     try:
-        merged = packing.merge(home, packed)
+        merged = merging.merge(home, packed)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         raise typer.Exit(1) from None

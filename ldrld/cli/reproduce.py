@@ -61,7 +61,7 @@ def reproduce(
                  "figures wait for `ldrld report`.",
         ),
     ] = False,
-):
+) -> None:
     """Make every run that is not finished, then all tables and figures."""
     budget = seconds(time_budget) if time_budget else math.inf
     chosen = start(profile, only, out)
@@ -85,7 +85,7 @@ def reproduce(
 
 
 @app.command()
-def report(profile: Profile = "quick", only: Only = None, jobs: Jobs = 2, out: Out = None):
+def report(profile: Profile = "quick", only: Only = None, jobs: Jobs = 2, out: Out = None) -> None:
     """Make tables and figures again from the records; trains nothing."""
     chosen = start(profile, only, out)
     from ldrld.batch import scheduler

@@ -39,7 +39,7 @@ def run(
         list[str] | None,
         typer.Option(help="weights, logits or insight (features and Grad-CAM maps), kept besides the record."),
     ] = None,
-):
+) -> None:
     """Carry out one run; its record is the result."""
     from pydantic import ValidationError
 
@@ -59,8 +59,9 @@ def run(
     from ldrld.core.validation import known
     from ldrld.experiments.config import RunConfig, explain, name_of, pretrained
     from ldrld.experiments.records import KEPT, divergence_path
-    from ldrld.experiments.runs import Diverged, Paused
-    from ldrld.experiments.runs import run as carry_out
+    from ldrld.experiments.runner import Paused
+    from ldrld.training.loop import Diverged
+    from ldrld.experiments.runner import run as carry_out
 
     try:
         for k in keep or ():

@@ -6,7 +6,7 @@ from ldrld.cli.app import Out, Profile, app, start, tell_odd
 
 
 @app.command()
-def status(profile: Profile = "quick", out: Out = None):
+def status(profile: Profile = "quick", out: Out = None) -> None:
     """Show how far a profile is: runs planned, finished and missing for each experiment, and what comes next.
 
     For another folder of records, list them.
@@ -31,7 +31,7 @@ def status(profile: Profile = "quick", out: Out = None):
         return
     start(profile)
     from ldrld.experiments.catalog import EXPERIMENTS, selected
-    from ldrld.results.report import collect
+    from ldrld.results.statistics import collect
 
     lines, usual = [], selected(profile)
     for name, e in EXPERIMENTS.items():
@@ -47,9 +47,9 @@ def status(profile: Profile = "quick", out: Out = None):
             }
         )
     print(pd.DataFrame(lines).to_string(index=False))
-    from ldrld.batch.scheduler import missing, taken_up_again
+    from ldrld.batch.pending import missing, taken_up_again
     from ldrld.experiments.catalog import batch as runs_of
-    from ldrld.experiments.catalog import profile as profile_of
+    from ldrld.experiments.profiles import profile as profile_of
     from ldrld.experiments.config import name_of
     from ldrld.experiments.records import finished
     from ldrld.training.checkpoint import epochs_trained

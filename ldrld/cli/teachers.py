@@ -51,8 +51,8 @@ def list_teachers(profile: str | None, check: bool, write: bool) -> int:
 
     from ldrld.core import paths
     from ldrld.core.validation import known
-    from ldrld.experiments.catalog import PROFILES
-    from ldrld.experiments.catalog import profile as profile_of
+    from ldrld.experiments.profiles import PROFILES
+    from ldrld.experiments.profiles import profile as profile_of
     from ldrld.experiments.model_cards import listed, write_missing
 
     there = sorted(p.name for p in paths.weights("").glob("*") if p.is_dir())
@@ -120,7 +120,7 @@ def teachers(
     ] = False,
     dataset: Annotated[str, typer.Option("--data", help="The data set that the FILEs were trained on.")] = "cifar100",
     out: Out = None,
-):
+) -> None:
     """List and check the teachers' weights, or compare checkpoints with published accuracies.
 
     Exit code 1 if anything is wrong.

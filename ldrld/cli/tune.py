@@ -42,7 +42,7 @@ def tune(
         typer.Option(help="Of the search. Default: from loss and pair; the same name goes on with the same search."),
     ] = None,
     out: Out = None,
-):
+) -> None:
     """Search a loss's hyper-parameters for a pair, on training pictures held out for it, never on the test set."""
     import time
 
@@ -51,10 +51,13 @@ def tune(
     import optuna
     from pydantic import ValidationError
 
-    from ldrld.batch import tuning as searching
+    from ldrld.batch.tuning.report import caption, keep, next_step, shown
+    from ldrld.batch.tuning.search import search_for
+    from ldrld.batch.tuning.space import space_from
+    from ldrld.batch.tuning.trials import tune as carry_out
     from ldrld.core import paths
-    from ldrld.experiments.catalog import ablation_pair
-    from ldrld.experiments.catalog import profile as profile_of
+    from ldrld.experiments.profiles import ablation_pair
+    from ldrld.experiments.profiles import profile as profile_of
     from ldrld.experiments.config import explain
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -63,24 +66,24 @@ def tune(
     if math.isfinite(budget):
         os.environ["LDRLD_DEADLINE"] = str(time.time() + budget)
     try:
-        chosen = searching.space_from([*(space or ()), *(words or ())]) or None
-        search = searching.search_for(p, loss, pair, chosen, holdout, epochs, name, seeds=seeds, seed=seed)
+        chosen = space_from([*(space or ()), *(words or ())]) or None
+        search = search_for(p, loss, pair, chosen, holdout, epochs, name, seeds=seeds, seed=seed)
     except ValidationError as error:
         raise typer.BadParameter(explain(error)) from None
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None
     try:
-        table = searching.tune(search, trials)
+        table = carry_out(search, trials)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     if table.empty:
         print("no trial is finished yet; call again to go on")
         return
-    searching.keep(search, table, p)
-    print(f"\n{searching.shown(search, table).head(10).to_string(index=False)}\n\n{searching.caption(search, table)}\n")
+    keep(search, table, p)
+    print(f"\n{shown(search, table).head(10).to_string(index=False)}\n\n{caption(search, table)}\n")
     if (done := int(table["trial"].notna().sum())) < trials:
         print(f"{done} of {trials} trials are finished; call again to go on")
-    print(f"best settings, on all training pictures and then tested:\n  {searching.next_step(search, table, p)}")
+    print(f"best settings, on all training pictures and then tested:\n  {next_step(search, table, p)}")
     for what, place in {
         "trials": paths.records(search.folder),
         "table": paths.tables(search.folder) / f"{search.name}.csv",

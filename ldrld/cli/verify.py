@@ -15,20 +15,23 @@ def verify(
         typer.Option(help="Default: quick, small and paper, where they have tables; a YAML file for one of your own."),
     ] = None,
     out: Out = None,
-):
+) -> None:
     """Recompute every number of every table from its records; compare teachers' weights with their model cards."""
-    for p in profile or ():
-        start(p)
+    for name in profile or ():
+        start(name)
     if out is not None:
         os.environ["LDRLD_OUT"] = str(out.resolve())
     from ldrld.core import paths
-    from ldrld.experiments.catalog import EXPERIMENTS, PROFILES
-    from ldrld.experiments.catalog import profile as profile_of
+    from ldrld.experiments.catalog import EXPERIMENTS
+    from ldrld.experiments.profiles import PROFILES
+    from ldrld.experiments.profiles import profile as profile_of
     from ldrld.experiments.model_cards import wrong_teachers
-    from ldrld.results.report import to_report, verify_table
+    from ldrld.results.tables import to_report
+    from ldrld.results.verification import verify_table
 
     wrong, checked, missing = [], 0, []
-    for p in map(profile_of, profile or [p for p in PROFILES if paths.tables(p).exists()]):
+    names = profile or [name for name in PROFILES if paths.tables(name).exists()]
+    for p in map(profile_of, names):
         wrong += [f"{p.name}: {line}" for line in tell_odd(p.name)]
         for e in (EXPERIMENTS[name] for name in to_report(p) if EXPERIMENTS[name].table):
             try:

@@ -152,9 +152,9 @@ def verdict(
 ) -> str:
     "The verdict by the rule above."
     if not n: return "not run"
-    if n < FEWEST: return "undecided"
-    if low > 0: return "held"
-    return "did not hold" if high < 0 else "undecided"
+    if n < FEWEST: return "inconclusive"
+    if low > 0: return "supported"
+    return "refuted" if high < 0 else "inconclusive"
 
 def detectable(
     values: list[float],  # differences
@@ -228,20 +228,20 @@ def judged(
     return table
 
 # %% ../../nbs/results/claims.ipynb #ed88a670
-OUTCOMES = ("held", "did not hold", "undecided", "not run")
+OUTCOMES = ("supported", "refuted", "inconclusive", "not run")
 
 def by_claim(
     table: pd.DataFrame,  # from `judged`
 ) -> pd.DataFrame:  # by claim: comparisons, one column for each outcome, strict, verdict
-    "The verdict on each claim, and counts of its comparisons; `strict` counts those that held with corrected p < 0.05."
+    "The verdict on each claim, and counts of its comparisons; `strict` counts those supported with corrected p < 0.05."
     lines = {}
     for claim, rows in table.groupby("claim", sort=False):
         count = {o: int((rows["verdict"] == o).sum()) for o in OUTCOMES}
         run = len(rows) - count["not run"]
-        of_claim = "held" if run else "not run"
-        for outcome in ("undecided", "did not hold"):
+        of_claim = "supported" if run else "not run"
+        for outcome in ("inconclusive", "refuted"):
             if count[outcome]: of_claim = outcome
-        strict = int((rows["verdict"].eq("held") & (rows["p_holm"] < 0.05)).sum())
+        strict = int((rows["verdict"].eq("supported") & (rows["p_holm"] < 0.05)).sum())
         if 0 < run < len(rows): of_claim += f" ({run} of {len(rows)} run)"
         lines[claim] = {"comparisons": len(rows), **count, "strict": strict, "verdict": of_claim}
     return pd.DataFrame.from_dict(lines, orient="index").rename_axis("claim")

@@ -105,7 +105,7 @@ def verify(
         of = expected_line(values, [], [(v, 0.0) for v in values])
         side = (of["low"] > 0) - (of["high"] < 0) if len(values) > 2 else 0
         expected.append({k: of[k] for k in ("n", "difference", "low", "high", "p")} | {
-            "verdict": ("did not hold", "undecided", "held")[1 + side] if values else "not run",
+            "verdict": ("refuted", "inconclusive", "supported")[1 + side] if values else "not run",
             "published": _published_again(line) if p.name == "paper" else math.nan,
             "runs": " ".join(runs), "values": values})
     for given, line in zip(corrected(expected, within=()), table):

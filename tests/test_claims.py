@@ -88,7 +88,7 @@ def test_a_forged_table_is_found(some_paper_records, column, row, value):
     assert verification.verify_table("claims", "paper")
 
 
-def test_pictures_are_computed_again(tmp_path, monkeypatch):
+def test_images_are_computed_again(tmp_path, monkeypatch):
     """The two claims about probabilities, on random logits."""
     monkeypatch.setenv("LDRLD_OUT", str(tmp_path))
     for i, config in enumerate(EXPERIMENTS["relation_maps"].plan("small").query("seed == 0")["config"]):
@@ -102,7 +102,7 @@ def test_pictures_are_computed_again(tmp_path, monkeypatch):
             )
     table = claims.judged("small")
     tables.save_table(table, "claims", claims_report.caption(table, "small"), "small", claims_report.shown(table))
-    assert table.loc[table["of"] == "pictures", "n"].tolist() == [20, 0, 20]
+    assert table.loc[table["of"] == "images", "n"].tolist() == [20, 0, 20]
     assert claims_verification.verify("small") == []
 
 

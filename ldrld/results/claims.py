@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LDRLD', 'KD', 'WHOLE', 'RIVALS', 'COMPARISONS', 'NOTES', 'OUTCOMES', 'load', 'Comparison', 'label', 'by_seed',
-           'squeezed', 'distance', 'by_picture', 'verdict', 'detectable', 'effect', 'compared', 'judged', 'by_claim']
+           'squeezed', 'distance', 'by_image', 'verdict', 'detectable', 'effect', 'compared', 'judged', 'by_claim']
 
 # %% ../../nbs/results/claims.ipynb #afdd08c6
 import math
@@ -120,13 +120,13 @@ def distance(
     return 100 * np.abs(relations(student) - relations(teacher)).mean(1)
 
 # %% ../../nbs/results/claims.ipynb #0812f5f0
-def by_picture(
+def by_image(
     c: Comparison,
     p: Profile,
 ) -> Iterator[dict]:  # as from `by_seed`
     "The claims about probabilities, from the logits of the seed-0 runs; no values if they were not kept."
     plan = EXPERIMENTS[c.experiment].plan(p)
-    line = {"unit": "points of probability", "of": "pictures"}
+    line = {"unit": "points of probability", "of": "images"}
     def kept(name: str) -> np.ndarray | None: return found[0] if (found := arrays.logits(name, p)) else None
     if c.claim == "gap":
         for teacher, name in zip(plan["teacher"], plan["name"]):
@@ -193,7 +193,7 @@ def compared(
     for c in COMPARISONS:
         found: Iterable[dict]
         if c.experiment in collected: found = by_seed(c, p, collected[c.experiment])
-        elif c.experiment: found = by_picture(c, p)
+        elif c.experiment: found = by_image(c, p)
         else: found = [dict(zip(sides, (*pair, label(c.ours), label(c.theirs or {})))) | empty for pair in c.pairs]
         for line in found:
             known = effect(c, line) if p.name == "paper" else math.nan

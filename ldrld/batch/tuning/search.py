@@ -41,16 +41,16 @@ class Search(BaseModel):
 
     @model_validator(mode="after")
     def _holds_out(self) -> "Search":
-        "Trials are judged on training pictures that neither student nor teacher learns from."
+        "Trials are judged on training images that neither student nor teacher learns from."
         if not self.base.holdout:
             raise ValueError(
-                "holdout=0: trials would be judged on the test set; hold out a share of the training pictures, such "
+                "holdout=0: trials would be judged on the test set; hold out a share of the training images, such "
                 "as 0.1"
             )
         if isinstance(self.base.teacher, RunConfig) and self.base.teacher.holdout != self.base.holdout:
             raise ValueError(
                 f"teacher.holdout={self.base.teacher.holdout}: expected the student's, {self.base.holdout}, or it "
-                "learns from the held-out pictures"
+                "learns from the held-out images"
             )
         assert self.dimensions
         return self
@@ -89,7 +89,7 @@ def trial_config(
     epochs: int | None = None,  # the student's; None: the profile's
     **loss_args: Any,  # hyper-parameters that differ from the defaults
 ) -> RunConfig:
-    "A student of a profile, on a part of its training pictures; its teacher has the same part."
+    "A student of a profile, on a part of its training images; its teacher has the same part."
     needs = losses.build(loss, **loss_args).needs_teacher
     teacher = RunConfig(**{**dict(teacher_config(p, pair[0])), "holdout": holdout}) if needs else None
     student = {**p.student, "holdout": holdout, **({} if epochs is None else {"epochs": epochs})}
@@ -101,7 +101,7 @@ def search_for(
     loss: str = "ldrld",  # name in `ldrld.losses`
     pair: tuple[str, str] | None = None,  # (teacher, student); None: the profile's ablation pair
     space: dict[str, str] | None = None,  # name -> what to try; None: the loss's own of `SPACES`
-    holdout: float = 0.1,  # share of the training pictures of each class held out
+    holdout: float = 0.1,  # share of the training images of each class held out
     epochs: int | None = None,  # the student's; None: the profile's
     name: str | None = None,  # of the study; None: from loss and pair
     **more: Any,  # other fields of `Search`: seeds, seed, startup

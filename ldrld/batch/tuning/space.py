@@ -126,7 +126,7 @@ def space_of(
         )
     space = space or SPACES[loss](classes)
     made = {name: dimension(loss, name, text) for name, text in space.items()}
-    if built.needs_features or built.alters_pictures or type(built).prepare is not LogitLoss.prepare:
+    if built.needs_features or built.alters_images or type(built).prepare is not LogitLoss.prepare:
         return space
     z, y = torch.zeros(2, classes), torch.zeros(2, dtype=torch.int64)
     for name, value in ((name, value) for name, d in made.items() for value in ends(d)):

@@ -25,7 +25,7 @@ def measured(
     values: dict,  # of what is searched
     report: Report = None,
 ) -> float:  # per cent
-    "Accuracy on the held-out training pictures after the last epoch, a mean over the seeds; trained now if nobody has."
+    "Accuracy on the held-out training images after the last epoch, a mean over the seeds; trained now if nobody has."
     return (
         sum(
             run(search.config(values, seed), search.folder, report=report).last_accuracy for seed in range(search.seeds)
@@ -47,7 +47,7 @@ def tune(
     declare(search)
     study = study_of(search)
     say(
-        f"{search.name}: accuracies are measured on {100 * search.base.holdout:g} % of the training pictures, held "
+        f"{search.name}: accuracies are measured on {100 * search.base.holdout:g} % of the training images, held "
         "out for it, not on the test set"
     )
     try:
@@ -129,7 +129,7 @@ def best_of(
     search: Search,
     table: pd.DataFrame,  # from `table_of`, with at least one line
 ) -> dict:  # name -> value
-    "The settings with the highest accuracy on the held-out pictures; of equal ones the first."
+    "The settings with the highest accuracy on the held-out images; of equal ones the first."
     return settings_in(search, table.loc[table["held_out"].idxmax()])
 
 

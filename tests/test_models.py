@@ -25,8 +25,8 @@ def seed():
     torch.manual_seed(0)
 
 
-def test_names_are_those_listed():
-    assert models.available() == names and len(names) == 22
+def test_the_listed_networks_are_there():
+    assert set(names) <= set(models.available()) and len(names) == 22
 
 
 @pytest.mark.parametrize("name", names)

@@ -1,4 +1,4 @@
-"""Registry of networks by name. A new network is a file in `ldrld/models` that calls `register`; nothing else changes."""
+"""Registry of networks by name. A new network is a file in `ldrld/models` that calls `register`."""
 from collections.abc import Callable
 from typing import TypeVar
 

@@ -40,13 +40,13 @@ def kind_of(
     "What a method looks at."
     if not loss.needs_teacher:
         return "no teacher"
-    return "images" if loss.alters_pictures else "features" if loss.needs_features else "logits"
+    return "images" if loss.alters_images else "features" if loss.needs_features else "logits"
 
 
 def teacher_asked(
     loss: nn.Module,  # from `ldrld.losses`
 ) -> str:  # "never" | "table" | "live"
-    "Whether the teacher is never asked, can answer from a table, or must answer itself in every step."
+    "Whether the teacher is never needed, its logits come from a table, or it runs live in every step."
     return {"no teacher": "never", "logits": "table"}.get(kind_of(loss), "live")
 
 # %% ../../nbs/bench/methods.ipynb #17bab4a3
@@ -83,17 +83,17 @@ class Lesson:
     "One optimisation step of a method, as training takes it, ready to be repeated."
 
     student: Student
-    batch: Batch  # whose `look` asks the teacher
-    answered: Batch  # the same with every answer at hand
-    asked: int  # images about which the teacher itself is asked in a step
+    batch: Batch  # whose `look` runs the teacher
+    answered: Batch  # the same with the teacher's output given
+    asked: int  # images that the teacher itself processes in a step
     dtype: torch.dtype  # of the convolutions
 
     def step(self) -> None:
-        "A step after the teacher has answered."
+        "A step with the teacher's output given."
         self.student.step(self.answered, self.dtype)
 
     def step_live(self) -> None:
-        "A step in which a method that must ask the teacher itself does so."
+        "A step in which a method that needs the teacher itself runs it."
         batch = self.batch
         if self.student.loss.needs_features and self.asked:
             batch = batch._replace(inside=batch.look(batch.x))
@@ -114,12 +114,12 @@ def lesson(
     asked, looked = asked_for([student], teacher)
     z_t, inside = asked(index, view, x) if asked else None, looked(x) if looked else None
     answered = batch = Batch(index, x, y, z_t, inside, teacher.look)
-    if loss.alters_pictures:
+    if loss.alters_images:
         loss.at_epoch(EPOCHS, EPOCHS, 0)
-        answer = teacher.look(loss.pictures(x))
+        answer = teacher.look(loss.images(x))
         answered = batch._replace(look=lambda _: answer)
     student.begin_epoch(EPOCHS, EPOCHS, seed=0)  # what a loss draws begins anew
-    n = 0 if teacher_asked(loss) != "live" else len(answer[0]) if loss.alters_pictures else len(x)
+    n = 0 if teacher_asked(loss) != "live" else len(answer[0]) if loss.alters_images else len(x)
     return Lesson(student, batch, answered, n, teacher.dtype)
 
 
@@ -150,7 +150,7 @@ def step_bytes(
     l: Lesson,
     device: str = "cpu",
 ) -> int:
-    "The most bytes of tensors in a step, the teacher's answer included if it is asked live, and what the loss keeps."
+    "Peak bytes of tensors in a step, the teacher's forward pass included if it runs live, and what the loss keeps."
     return kept_bytes(l.student.loss) + peak_bytes(l.step_live, device)
 
 # %% ../../nbs/bench/methods.ipynb #b7013cc6

@@ -137,7 +137,7 @@ class LossBase(nn.Module):
     "Attributes and hooks of every loss. A subclass defines `terms`; most are a `LogitLoss` or a `FeatureLoss`."
     needs_teacher: bool = True  # whether it needs a teacher
     needs_features: bool = False  # whether it needs intermediate features of the networks, see `methods/features`
-    alters_pictures: bool = False  # whether it generates its own training images, with `pictures`
+    alters_images: bool = False  # whether it generates its own training images, with `images`
     row_wise: bool = True  # whether every row has its own value, so that parts of a batch can be evaluated separately
     needs_target: str = ""  # which loss needs a target and why, e.g. "'dkd', which treats the true class separately"
     looks_at_teacher: bool = True  # whether it uses the teacher's logits; if not, they may be None

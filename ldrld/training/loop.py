@@ -36,7 +36,7 @@ def asked_for(
 ) -> tuple:  # function for logits and function for features, None if no loss needs them
     "What a cohort needs from its teacher. ValueError if the teacher cannot provide it."
     asking = [s.loss for s in students if s.loss.needs_teacher]
-    live = [loss for loss in asking if loss.needs_features or loss.alters_pictures]
+    live = [loss for loss in asking if loss.needs_features or loss.alters_images]
     if live and not hasattr(teacher, "look"):
         raise ValueError(f"teacher: {type(live[0]).__name__} needs a teacher with a method `look`, such as "
                          f"ldrld.training.teacher.TeacherLogits; got {type(teacher).__name__}")
@@ -59,8 +59,8 @@ def loss_of(
             z_s, inside = answer(batch.x, features=True)
             return *loss.value_and_terms(z_s.float(), z_t, batch.y, inside, inside_t, batch.index), z_s.float(), z_t
     x, z_t = batch.x, batch.z_t
-    if loss.alters_pictures:
-        x = loss.pictures(x)
+    if loss.alters_images:
+        x = loss.images(x)
         z_t, _ = batch.look(x)
     with autocast(dtype, device): z_s = answer(x).float()
     return *loss.value_and_terms(z_s, z_t, batch.y), z_s, z_t

@@ -88,7 +88,10 @@ def links_in(text):
 
 
 def pages():
-    """What people read, with the folder that its links are relative to: Markdown, notebooks and their outputs."""
+    """What people read, with the folder that its links are relative to.
+
+    Outputs count on pages and in the paper's notebooks; elsewhere they show examples, made in temporary folders.
+    """
     for file in tracked():
         if file.suffix == ".md" and file.name != "pull_request_template.md":
             yield file, file.parent, file.read_text(encoding="utf-8")
@@ -96,7 +99,7 @@ def pages():
         for cell in cells(notebook, "markdown") + cells(notebook):
             if cell["cell_type"] == "markdown":
                 yield notebook, notebook.parent, "".join(cell["source"])
-            for output in cell.get("outputs", []):
+            for output in cell.get("outputs", []) if room(notebook) in ("index.ipynb", "pages", "paper") else []:
                 yield notebook, notebook.parent, "".join(output.get("data", {}).get("text/markdown", ""))
     for e in EXPERIMENTS.values():
         yield Path(ROOT / f"experiment {e.name}"), ROOT / "nbs" / "paper", e.introduction

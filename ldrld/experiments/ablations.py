@@ -16,10 +16,10 @@ from .registry import Page, experiment
             baseline={"weighting": "none"}, page=Page(
     "What the Adaptive Decay Weight contributes",
     "Pairs weighted by nothing, by rank difference, by rank sum, and by both",
-    r"""$\Omega_{ADW}=\Gamma_{IRW}\cdot\Phi_{ERD}$ lowers the weight of pairs that are far apart in rank, and of pairs low
-in the ranking. Each factor alone, their product, and all pairs alike. The weights also change how *much* the pairs
-count in total against the two other terms (their sums are in [the notebook on weights](../lesson/02_weights.ipynb)).
-A difference here is therefore one of shape and of size together.""",
+    r"""$\Omega_{ADW}=\Gamma_{IRW}\cdot\Phi_{ERD}$ lowers the weight of pairs that are far apart in rank, and of
+pairs low in the ranking. Each factor alone, their product, and all pairs alike. The weights also change how
+*much* the pairs count in total against the two other terms (their sums are in [the notebook on
+weights](../lesson/02_weights.ipynb)). A difference here is therefore one of shape and of size together.""",
     caption="Paired difference to all pairs weighted alike"))
 def adw(p: Profile) -> Lines:
     "Pairs unweighted, weighted by IRW, by ERD, and by their product."
@@ -31,10 +31,10 @@ def adw(p: Profile) -> Lines:
             baseline={"terms": "pairs"}, page=Page(
     "What the two completeness terms contribute",
     "Pairs alone, the loss without each of its three terms, and all of it",
-    """Pairs say how any two of the top classes relate, but not how much all of them together weigh against the rest,
-nor anything about the rest. LLKI, one KL over the $d$ classes together, and RNTK, one over the classes left over, fill
-the two gaps. The lines take each of the three terms out once; `d-way + remaining` is the loss without what it is named
-after, and says whether pairs are needed at all.""",
+    """Pairs say how any two of the top classes relate, but not how much all of them together weigh against the
+rest, nor anything about the rest. LLKI, one KL over the $d$ classes together, and RNTK, one over the classes left
+over, fill the two gaps. The lines take each of the three terms out once; `d-way + remaining` is the loss without
+what it is named after, and says whether pairs are needed at all.""",
     caption="Paired difference to pairs alone"))
 def completeness(p: Profile) -> Lines:
     "Pairs alone, the loss without each of its three terms, and the full loss."
@@ -47,11 +47,11 @@ def completeness(p: Profile) -> Lines:
 # %% ../../nbs/experiments/ablations.ipynb #2eded35c
 @experiment("depth", "Depth: the number of classes compared", "curve", by=("depth",), baseline={"depth": 7}, page=Page(
     "How many classes to compare", "Accuracy against the recursion depth d",
-    """A small $d$ sees few relations, a large one also compares classes that neither network has an opinion about. A
-reading note of the paper (its Fig. 3) gives $d=7$ as the best on CIFAR-100. The local terms are divided by the number
-of pairs plus one, $d(d-1)/2+1$, while the weights decay with rank: at a large $d$ they count far less against
-cross-entropy and the remaining term. The sweep therefore varies how many classes are compared and how much they
-count.""",
+    """A small $d$ sees few relations, a large one also compares classes that neither network has an opinion
+about. A reading note of the paper (its Fig. 3) gives $d=7$ as the best on CIFAR-100. The local terms are divided
+by the number of pairs plus one, $d(d-1)/2+1$, while the weights decay with rank: at a large $d$ they count far
+less against cross-entropy and the remaining term. The sweep therefore varies how many classes are compared and
+how much they count.""",
     caption="Accuracy against depth", axis="depth d, number of classes compared", log=True, references=("CE", "KD"),
     label=lambda cell: f"d = {cell['depth']}"))
 def depth(p: Profile) -> Lines:
@@ -62,8 +62,8 @@ def depth(p: Profile) -> Lines:
 @experiment("temperature", "Temperature of KD and LDRLD", "curve",
             by=("method", "temperature"), baseline={"method": "KD"}, page=Page(
     "How soft to compare", "Accuracy against the temperature T, for KD and for LDRLD",
-    """The temperature divides all logits before they are compared. In KD it decides how much the unlikely classes count;
-in LDRLD, where the pairs already put every two classes on equal terms, one would expect it to matter less.""",
+    """The temperature divides all logits before they are compared. In KD it decides how much the unlikely classes
+count; in LDRLD, where the pairs already put every two classes on equal terms, one would expect it to matter less.""",
     caption="Accuracy against temperature", axis="temperature T", log=True,
     label=lambda cell: f"{cell['method']} at T = {cell['temperature']:g}"))
 def temperature(p: Profile) -> Lines:
@@ -78,10 +78,10 @@ CONSTANTS = {"epsilon": "ε", "delta": "δ", "decay": "λ"}  # arguments of the 
 @experiment("adw_constants", "Sensitivity to the constants of the weights", "comparison",
             by=("constant", "value"), baseline={"constant": "published", "value": "–"}, page=Page(
     "How much the constants of the weights matter", "ε, δ and λ, one at a time",
-    r"""The paper's weights have three constants, $\epsilon=1.5$, $\delta=2$ and $\lambda=0.05$. $\delta$ scales all
-weights alike, so it is a second $\alpha$ for the pairs alone; $\epsilon$ decides how fast weights fall with the
-distance in rank, $\lambda$ how fast with the ranks themselves. If the loss needed just these values, that would be
-worth knowing; if it does not, nobody has to tune them.""",
+    r"""The paper's weights have three constants, $\epsilon=1.5$, $\delta=2$ and $\lambda=0.05$. $\delta$ scales
+all weights alike, so it is a second $\alpha$ for the pairs alone; $\epsilon$ decides how fast weights fall with
+the distance in rank, $\lambda$ how fast with the ranks themselves. If the loss needed just these values, that
+would be worth knowing; if it does not, nobody has to tune them.""",
     caption="Paired difference to the published constants", axis="setting",
     label=lambda cell: f"{CONSTANTS[cell['constant']]} = {cell['value']}" if cell["value"] != "–" else "published"))
 def adw_constants(p: Profile) -> Lines:
@@ -97,8 +97,8 @@ def adw_constants(p: Profile) -> Lines:
 @experiment("alpha_beta", "The factors of the local and the remaining terms", "grid",
             by=("alpha", "beta"), baseline={"alpha": 10.5, "beta": 7.0}, page=Page(
     question="α against β",
-    why=r"""$\alpha$ weighs the pairs and the $d$-way term, $\beta$ the remaining classes. The official repository gives
-$\alpha=10.5$, $\beta=7$ for one pair of networks. Both are varied from nothing to four times that; at
+    why=r"""$\alpha$ weighs the pairs and the $d$-way term, $\beta$ the remaining classes. The official repository
+gives $\alpha=10.5$, $\beta=7$ for one pair of networks. Both are varied from nothing to four times that; at
 $\alpha=\beta=0$ the loss is the cross-entropy.""",
     axis=("α", "β"), label=lambda cell: f"α = {cell['alpha']:g}, β = {cell['beta']:g}"))
 def alpha_beta(p: Profile) -> Lines:
@@ -111,9 +111,9 @@ def alpha_beta(p: Profile) -> Lines:
 @experiment("depth_temperature", "Depth and temperature", "grid",
             by=("depth", "temperature"), baseline={"depth": 7, "temperature": 4.0}, page=Page(
     "Depth against temperature", "Two choices that may depend on each other",
-    """A higher temperature flattens each two-way softmax, a larger depth adds pairs in which both classes are unlikely.
-The sweeps of one at a time, `depth` and `temperature`, do not tell whether the best of each is also the best
-together.""",
+    """A higher temperature flattens each two-way softmax, a larger depth adds pairs in which both classes are
+unlikely. The sweeps of one at a time, `depth` and `temperature`, do not tell whether the best of each is also the
+best together.""",
     axis=("depth d", "temperature T"), label=lambda cell: f"d = {cell['depth']}, T = {cell['temperature']:g}"))
 def depth_temperature(p: Profile) -> Lines:
     "d × T, up to the largest depth of the profile."
@@ -126,9 +126,10 @@ def depth_temperature(p: Profile) -> Lines:
 @experiment("ranking", "Ranking by student, teacher or label", "comparison",
             by=("ranked by",), baseline={"ranked by": "student"}, page=Page(
     "Who ranks the classes", "Student, teacher, or the label first",
-    """The paper lets the student's logits decide which classes are compared, in every batch anew: attention goes to the
-mistakes that the student is about to make. The teacher's ranking is steadier and never misses a class that matters to
-the teacher. The third choice puts the true class first, which neither network may have among its top $d$.""",
+    """The paper lets the student's logits decide which classes are compared, in every batch anew: attention goes
+to the mistakes that the student is about to make. The teacher's ranking is steadier and never misses a class that
+matters to the teacher. The third choice puts the true class first, which neither network may have among its top
+$d$.""",
     caption="Paired difference to the student's ranking"))
 def ranking(p: Profile) -> Lines:
     "Classes ranked by the student, by the teacher, or with the label first."

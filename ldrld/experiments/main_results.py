@@ -11,16 +11,15 @@ from .profiles import Profile
 from .registry import experiment
 
 # %% ../../nbs/experiments/main_results.ipynb #46d1a3ad
-@experiment("same_architecture", "Method comparison, teacher and student of one family", "main_results/same_architecture",
-            baseline={"method": "KD"}, logits=True)
+@experiment("same_architecture", "Method comparison, teacher and student of one family",
+            "main_results/same_architecture", baseline={"method": "KD"}, logits=True)
 def same_architecture(p: Profile) -> Lines:
     "Every pair within a family, every method of the profile."
     for pair in p.pairs:
         if family(pair[0]) == family(pair[1]): yield from every_method(p, pair)
 
 @experiment("different_architecture", "Method comparison, teacher and student of different families",
-            "main_results/different_architecture",
-            baseline={"method": "KD"})
+            "main_results/different_architecture", baseline={"method": "KD"})
 def different_architecture(p: Profile) -> Lines:
     "Every pair across families, every method of the profile."
     for pair in p.pairs:

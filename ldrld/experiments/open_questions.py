@@ -17,17 +17,18 @@ from .registry import Page, experiment
 # %% ../../nbs/experiments/open_questions.ipynb #0d851b85
 @experiment("variants", "Variants of LDRLD", "comparison", by=("variant",), baseline={"variant": "LDRLD"}, page=Page(
     question="Combinations with what others do",
-    why="""Each line changes one thing: who ranks; logits standardised per sample before they are compared; images on which
-the teacher is wrong left out, or its two top logits swapped; the loss inside SDD's regions of the last map; a second
-head that alone listens to the teacher; a teacher fine-tuned to say more. None is a new loss: they are
-[wrappers](../methods/wrappers.ipynb), [regions](../methods/sdd.ipynb) and [heads](../methods/dho.ipynb) around the same
-one. None was tuned; all use the weights of the plain loss.""",
+    why="""Each line changes one thing: who ranks; logits standardised per sample before they are compared; images
+on which the teacher is wrong left out, or its two top logits swapped; the loss inside SDD's regions of the last
+map; a second head that alone listens to the teacher; a teacher fine-tuned to say more. None is a new loss: they
+are [wrappers](../methods/wrappers.ipynb), [regions](../methods/sdd.ipynb) and [heads](../methods/dho.ipynb)
+around the same one. None was tuned; all use the weights of the plain loss.""",
     caption="Paired difference to the loss as published"))
 def variants(p: Profile) -> Lines:
     "The loss as published, and combinations with other methods."
     for name, method in VARIANTS.items(): yield from on_pair(p, ablation_pair(p), {"variant": name}, method)
 
-@experiment("field", "Comparison of all methods on one pair", "main_results/method_comparison", baseline={"method": "KD"})
+@experiment("field", "Comparison of all methods on one pair", "main_results/method_comparison",
+            baseline={"method": "KD"})
 def field_(p: Profile) -> Lines:
     "All methods on the ablation pair."
     for method in METHODS: yield from on_pair(p, ablation_pair(p), {"method": method}, method)
@@ -66,8 +67,8 @@ def plateau(p: Profile) -> Lines:
             yield from on_pair(p, ablation_pair(p), {"method": method, "recipe": recipe}, method, recipe=recipe)
 
 # %% ../../nbs/experiments/open_questions.ipynb #356f0a92
-@experiment("classes", "Depth and the number of classes", "open_questions/depth_classes", by=("data", "classes", "method", "depth"),
-            baseline={"method": "LDRLD", "depth": "7"})
+@experiment("classes", "Depth and the number of classes", "open_questions/depth_classes",
+            by=("data", "classes", "method", "depth"), baseline={"method": "LDRLD", "depth": "7"})
 def classes(p: Profile) -> Lines:
     "KD, depth 3 and every depth of the profile that fits, on data sets with different numbers of classes."
     depths = sorted({3, *p.depths})

@@ -26,7 +26,7 @@ class Page:
     question: str = ""  # what is compared, in half a sentence
     why: str = ""  # Markdown; links are relative to `nbs/paper/`
     caption: str = ""  # how the caption of the figure begins
-    axis: str | tuple[str, str] = ""  # label of the axis along the setting; (rows, columns) in a grid; the column's if ""
+    axis: str | tuple[str, str] = ""  # label of the setting's axis; (rows, columns) in a grid; the column's name if ""
     label: Callable[[dict], str] | None = None  # a cell in words; its values with commas between if None
     log: bool = False  # whether the axis is logarithmic
     percent: bool = False  # whether the setting is a share, shown in per cent
@@ -73,7 +73,8 @@ class Experiment:
     @property
     def introduction(self) -> str:
         "The beginning of its page in a shared notebook: heading, question and why, as Markdown."
-        parts = [f"# {self.page.heading or self.title}", self.page.question and f"> {self.page.question}", self.page.why]
+        page = self.page
+        parts = [f"# {page.heading or self.title}", page.question and f"> {page.question}", page.why]
         return "\n\n".join(part for part in parts if part)
 
     def label(self,
@@ -98,7 +99,8 @@ def experiment(
         made = Experiment(name, title, notebook, ("teacher", "student", *by), lines, **more)
         modules = {e.lines.__module__ for e in (EXPERIMENTS.get(name, made), made)}
         if len(modules - {"__main__"}) > 1:
-            raise ValueError(f"experiment {name!r} is declared in {' and in '.join(sorted(modules))}; rename one of them")
+            places = " and in ".join(sorted(modules))
+            raise ValueError(f"experiment {name!r} is declared in {places}; rename one of them")
         EXPERIMENTS[name] = made
         return lines
     return register

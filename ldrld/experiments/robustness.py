@@ -25,10 +25,10 @@ def teacher_strength(p: Profile) -> Lines:
 @experiment("learning_rate", "Sensitivity to the learning rate", "curve",
             by=("method", "lr"), baseline={"method": "KD"}, page=Page(
     question="Three methods, from a quarter to four times the common rate",
-    why="""All methods of a table share one learning rate, which is fair to none in particular: a loss with large gradients
-works best with a smaller one. This sweep shows how much of a difference between methods could be a difference in
-learning rate. Choosing each method's best rate here would be choosing on test data; it is shown to judge the other
-tables by.""",
+    why="""All methods of a table share one learning rate, which is fair to none in particular: a loss with large
+gradients works best with a smaller one. This sweep shows how much of a difference between methods could be a
+difference in learning rate. Choosing each method's best rate here would be choosing on test data; it is shown to
+judge the other tables by.""",
     caption="Accuracy against the base learning rate", axis="base learning rate", log=True,
     label=lambda cell: f"{cell['method']} at lr = {cell['lr']:g}"))
 def learning_rate(p: Profile) -> Lines:
@@ -75,8 +75,8 @@ def rates(p: Profile) -> Lines:
 @experiment("best_rate", "Each method at its best learning rate", "comparison",
             by=("method", "rate"), baseline={"method": "KD"}, page=Page(
     question="The common rate, and the one that a search on held-out images found",
-    why="""Two rows for each method: trained at the rate that all tables share, and at the rate that won
-[its own search](robustness/rates.ipynb). Every method had the same budget of search. Where a search ends at the common
+    why="""Two rows for each method: trained at the rate that all tables share, and at the rate that won [its own
+search](robustness/rates.ipynb). Every method had the same budget of search. Where a search ends at the common
 rate, both rows are the same runs.""",
     caption="Paired difference to KD at the same choice of rate", axis="what"))
 def best_rate(p: Profile) -> Lines:
@@ -110,9 +110,9 @@ def long_search_tested(p: Profile) -> Lines:
 @experiment("few_shot", "Few-shot training", "curve",
             by=("method", "share"), baseline={"method": "KD"}, page=Page(
     "Few images", "5, 10, 25 and 50 % of the training images",
-    """With few labelled images a student has little to learn from labels, and more to gain from what a teacher says about
-each. A share of every class is kept, drawn by the seed; the teacher has seen all images. The number of passes stays
-the same, so that with a tenth of the images a student also takes a tenth of the steps.""",
+    """With few labelled images a student has little to learn from labels, and more to gain from what a teacher
+says about each. A share of every class is kept, drawn by the seed; the teacher has seen all images. The number of
+passes stays the same, so that with a tenth of the images a student also takes a tenth of the steps.""",
     caption="Accuracy against the share of the training pictures that the student sees",
     axis="share of the training pictures, %", log=True, percent=True,
     label=lambda cell: f"{cell['method']} with {100 * cell['share']:g} % of the images"))
@@ -126,8 +126,8 @@ def few_shot(p: Profile) -> Lines:
 @experiment("label_noise", "Label noise", "curve",
             by=("method", "noise"), baseline={"method": "KD"}, page=Page(
     "Wrong labels", "A share of the student's training labels is replaced by other classes",
-    """The teacher learnt from true labels, the student's are partly wrong. A student that listens to its teacher more than
-to its labels should suffer less. Test labels are true.""",
+    """The teacher learnt from true labels, the student's are partly wrong. A student that listens to its teacher
+more than to its labels should suffer less. Test labels are true.""",
     caption="Accuracy against the share of wrong labels", axis="share of wrong training labels, %", percent=True,
     label=lambda cell: f"{cell['method']} with {100 * cell['noise']:g} % wrong labels"))
 def label_noise(p: Profile) -> Lines:

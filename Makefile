@@ -30,7 +30,7 @@ readme: $(VENV)/ready  ## README.md from nbs/index.ipynb
 HF := nbs/tutorials/hugging_face.ipynb
 notebooks: $(VENV)/ready  ## export, run and clean all library notebooks, their outputs kept
 	$(BIN)/nbdev_export
-	$(BIN)/jupyter nbconvert --to notebook --execute --inplace $(filter-out $(HF) nbs/run/%,$(wildcard nbs/*.ipynb nbs/*/*.ipynb))
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace $(filter-out $(HF) nbs/run/%,$(wildcard nbs/*.ipynb nbs/*/*.ipynb nbs/*/*/*.ipynb))
 	if $(BIN)/python -c "import transformers, accelerate"; then $(BIN)/jupyter nbconvert --to notebook --execute --inplace $(HF); fi
 	$(BIN)/nbdev_clean
 

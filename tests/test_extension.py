@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from ldrld import losses
+from ldrld.experiments.catalog import EXPERIMENTS, find, selected, shown_in
 from ldrld.experiments.config import RunConfig, name_of
+from ldrld.experiments.registry import SHARED, experiment
 from ldrld.experiments.records import records
 
 ROOT = Path(__file__).parent.parent
@@ -245,3 +247,97 @@ def test_the_other_checks_still_pass(copy):
     names = ["test_project.py", "test_models.py", "test_edges.py"]
     got = called(copy, "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *(f"tests/{n}" for n in names))
     assert got.returncode == 0, got.stdout[-3000:]
+
+
+TABLES = '''
+from ldrld.experiments.cells import on_pair
+from ldrld.experiments.profiles import ablation_pair
+from ldrld.experiments.registry import experiment
+
+
+@experiment("ce_weight", "Weight of the labels", "comparison", by=("weight",), baseline={"weight": 1.0})
+def ce_weight(p):
+    "LDRLD with less and less cross-entropy."
+    for w in (1.0, 0.5):
+        yield from on_pair(p, ablation_pair(p), {"weight": w}, "LDRLD", ce_weight=w, depth=10)
+'''
+
+
+@pytest.fixture
+def their_tables(tmp_path, monkeypatch):
+    """A module of somebody else, with an experiment, and a profile whose last line names it."""
+    (tmp_path / "their_tables.py").write_text(TABLES)
+    (tmp_path / "theirs.yaml").write_text(PROFILE.replace(', "their_losses:Squared"', "") + EXPERIMENT)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path / "theirs.yaml"
+    sys.modules.pop("their_tables", None)
+    EXPERIMENTS.pop("ce_weight", None)
+
+
+EXPERIMENT = 'experiments: ["their_tables:ce_weight"]\n'
+
+
+def test_an_experiment_from_outside_is_found_like_ours(their_tables):
+    assert selected(str(their_tables)) == ("ce_weight",)
+    e = shown_in("comparison", "their_tables:ce_weight", str(their_tables))
+    assert e is EXPERIMENTS["ce_weight"] and (e.figure, e.path) == ("ce_weight", "their_tables:ce_weight")
+    assert e.introduction == "# Weight of the labels" and e.label({"weight": 0.5}) == "0.5"
+    assert len(e.plan(str(their_tables))) == 2
+
+
+@pytest.mark.parametrize(
+    "notebook, name, told",
+    [
+        ("comparison", "adws", "unknown experiment 'adws'. Did you mean 'adw'"),
+        ("curve", "adw", "its notebook is paper/comparison; paper/curve shows depth, temperature"),
+        ("comparison", "claims", "its notebook is paper/claims/claims"),
+        ("comparison", "nobody_has:this", "cannot be imported .* expected module:name"),
+        ("comparison", "their_tables:ce_wieght", "Did you mean 'ce_weight'"),
+    ],
+)
+def test_a_wrong_experiment_says_which_are_right(their_tables, notebook, name, told):
+    with pytest.raises(ValueError, match=told):
+        shown_in(notebook, name)
+
+
+def test_the_name_of_a_notebook_finds_its_experiment_and_an_old_one_a_hint():
+    assert find("baselines").name == "rivals" and find("grad_norms").name == "pulls"
+    with pytest.raises(ValueError, match="Did you mean 'adw'"):
+        find("20_adw", "--only")
+
+
+def test_what_a_shared_notebook_cannot_draw_is_refused():
+    lines = EXPERIMENTS["same_architecture"].lines
+    for name, more, told in (("bare", {}, "no baseline"), ("pairs", {"baseline": {"method": "KD"}}, "2 pairs")):
+        experiment(name, name, "comparison", **more)(lines)
+        with pytest.raises(ValueError, match=told):
+            shown_in("comparison", name, "small")
+        EXPERIMENTS.pop(name)
+
+
+def test_a_name_that_is_taken_is_refused(their_tables):
+    their_tables.with_name("their_tables.py").write_text(TABLES.replace('"ce_weight"', '"adw"'))
+    ours = EXPERIMENTS["adw"]
+    with pytest.raises(ValueError, match="experiment 'adw' is declared in ldrld.experiments.ablations and in their_"):
+        find("their_tables:adw")
+    assert EXPERIMENTS["adw"] is ours
+
+
+def test_a_table_is_a_line_in_a_profile(their_tables):
+    """Runs, table, figure and page through the shared notebook, and the numbers are checked like ours."""
+    out = their_tables.parent / "out"
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{their_tables.parent}"}
+    for words in (["reproduce", "--jobs", "1"], ["verify"]):
+        call = [sys.executable, "-m", "ldrld", *words, "--profile", str(their_tables), "--out", str(out)]
+        got = subprocess.run(call, capture_output=True, text=True, cwd=ROOT, env=env)
+        assert got.returncode == 0, got.stdout + got.stderr
+    assert "tables checked, 0 things wrong" in got.stdout and "not made yet" not in got.stdout
+    table = pd.read_csv(out / "data" / "tables" / "theirs" / "ce_weight.csv")
+    assert list(table["weight"]) == [1.0, 0.5] and (table["n"] == 1).all()
+    assert (out / "figures" / "theirs" / "ce_weight.svg").exists()
+    assert "Weight of the labels" in (out / "runs" / "executed" / "theirs" / "ce_weight.ipynb").read_text()
+
+
+@pytest.mark.parametrize("notebook", SHARED)
+def test_every_shared_notebook_is_shared(notebook):
+    assert len([e for e in EXPERIMENTS.values() if e.notebook == notebook]) > 1

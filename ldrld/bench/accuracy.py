@@ -66,7 +66,7 @@ def teach(s: Setting, weights, epochs: int, seeds: int) -> list[Point]:
     ]
 
 
-@benchmark("training-accuracy", "Accuracy of the usual loop and of ours", "96_training_speed")
+@benchmark("training-accuracy", "Accuracy of the usual loop and of ours", "cost/training")
 def training_accuracy(scale, device):
     """10,000 images of CIFAR-100, two epochs, three seeds, one thread; the `small` profile's resnet20 teaches a
     resnet8.

@@ -174,7 +174,7 @@ def beside_the_loops(
     return points + [point("a step", [value], unit, students=1, **s.size) for unit, value in counts.items()]
 
 
-@benchmark("graphs", "Runs per hour of students in flight, beside the usual loop and the floor", "97_graphs")
+@benchmark("graphs", "Runs per hour of students in flight, beside the usual loop and the floor", "cost/graphs")
 def graphs(scale, device):
     "Pairs of the CIFAR-100 tables; one to sixteen students on a GPU, few on a CPU, where nothing is recorded."
     if scale == "small":

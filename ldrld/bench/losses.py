@@ -138,7 +138,7 @@ def time_losses(
     return [point(name, values, threads=threads, **size) for name, values in alternate(made, rounds).items()]
 
 # %% ../../nbs/bench/losses.ipynb #28d6d614
-@benchmark("loss-depth", "Time of the loss against the depth", "92_loss_cost")
+@benchmark("loss-depth", "Time of the loss against the depth", "cost/loss")
 def loss_depth(scale, device):
     "256 × 1000 logits, d from 2 to 64."
     depths, batch, classes = ((2, 5), 16, 50) if scale == "small" else ((2, 3, 5, 7, 10, 15, 20, 32, 45, 64), 256, 1000)
@@ -148,7 +148,7 @@ def loss_depth(scale, device):
     ]
 
 
-@benchmark("loss-classes", "Time of the loss against the number of classes", "92_loss_cost")
+@benchmark("loss-classes", "Time of the loss against the number of classes", "cost/loss")
 def loss_classes(scale, device):
     "d = 7, from 10 classes to a language model's vocabulary; the batch shrinks where it must."
     classes, batch = (
@@ -161,7 +161,7 @@ def loss_classes(scale, device):
     ]
 
 # %% ../../nbs/bench/losses.ipynb #417a8a81
-@benchmark("loss-targets", "Time of the loss in the two usual shapes", "92_loss_cost")
+@benchmark("loss-targets", "Time of the loss in the two usual shapes", "cost/loss")
 def loss_targets(scale, device):
     "64 × 100 and 256 × 1000 logits, d = 7; with one thread without and with labels, with all cores without."
     shapes = ((8, 20), (16, 50)) if scale == "small" else ((64, 100), (256, 1000))
@@ -193,7 +193,7 @@ def time_beside_copy(
     return [point(name, values, threads=1, **size) for name, values in alternate(made, rounds).items()]
 
 
-@benchmark("loss-vocabulary", "Time of the loss over a vocabulary, beside that of copying", "92_loss_cost")
+@benchmark("loss-vocabulary", "Time of the loss over a vocabulary, beside that of copying", "cost/loss")
 def loss_vocabulary(scale, device):
     "4096 × 131,072 logits on a GPU, 32 rows on a CPU, d = 7."
     batch, classes = (8, 500) if scale == "small" else (32 if torch.device(device).type == "cpu" else 4096, 131_072)
@@ -218,7 +218,7 @@ def weigh_losses(
     return points
 
 
-@benchmark("loss-memory", "Memory of the loss against the vocabulary", "94_memory")
+@benchmark("loss-memory", "Memory of the loss against the vocabulary", "cost/memory")
 def loss_memory(scale, device):
     "d = 7, 256 rows in float32 and bfloat16; the full scale adds 2048 rows of 131,072."
     shapes = [(8, 100)] if scale == "small" else [(256, c) for c in (1024, 4096, 16_384, 32_768, 65_536, 131_072)]
@@ -300,7 +300,7 @@ def measure_linear(
     return bytes_ + [point(name, values, **size) for name, values in alternate(made, rounds).items()]
 
 
-@benchmark("loss-linear", "Time and memory from hidden states to the loss", "94_memory")
+@benchmark("loss-linear", "Time and memory from hidden states to the loss", "cost/memory")
 def loss_linear(scale, device):
     "256 hidden states of 256 numbers, d = 7, over growing vocabularies."
     batch, hidden, classes = (8, 16, (100,)) if scale == "small" else (256, 256, (4096, 16_384, 65_536))

@@ -79,7 +79,7 @@ class Benchmark:
 
     name: str
     title: str
-    notebook: str  # in `nbs/paper/`, which shows the result
+    notebook: str  # below `nbs/paper/`, which shows the result
     cases: Callable  # (scale, device) -> list of functions, each of which gives points
 
 

@@ -202,7 +202,7 @@ def step_costs(
     return weights + [point(name, values, **sizes[name]) for name, values in alternate(made, s.rounds).items()]
 
 # %% ../../nbs/bench/methods.ipynb #e11a2993
-@benchmark("methods", "What a step of each method costs", "98_method_cost")
+@benchmark("methods", "What a step of each method costs", "cost/methods")
 def methods(scale, device):
     "Noise as large as CIFAR-100, batches of 64, two pairs; on a GPU and at the full scale a third."
     pairs, pause = [("resnet14", "resnet8"), ("resnet56", "resnet20"), ("resnet32x4", "resnet8x4")], pace(scale)

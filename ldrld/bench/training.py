@@ -272,7 +272,7 @@ def with_workers(
     ]
 
 # %% ../../nbs/bench/training.ipynb #18508d99
-@benchmark("training", "Images a second that a student learns from", "96_training_speed")
+@benchmark("training", "Images a second that a student learns from", "cost/training")
 def training(scale, device):
     "Pairs of the CIFAR-100 tables, throughput and parts; and workers. CIFAR-100 where it is, else glyphs."
     if scale == "small":
@@ -302,7 +302,7 @@ SHARED: dict[str, Callable] = {
 }
 
 
-@benchmark("training-shared", "Eight students and the making of their teacher's logits", "96_training_speed")
+@benchmark("training-shared", "Eight students and the making of their teacher's logits", "cost/training")
 def training_shared(scale, device):
     "The same pairs as `training`."
     return [partial(throughput, case.args[0], SHARED) for case in training(scale, device) if case.func is throughput]

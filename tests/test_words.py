@@ -12,7 +12,7 @@ HERE = Path(__file__).parent
 LINES = [line for line in (HERE / "words.txt").read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
 WORDS = dict(line.split(" -> ") for line in LINES)
 # names of arrays in files that were written before, and what reads them
-STORED = re.compile(r'"(images|image_labels|contender|image)"|contender and image')
+STORED = re.compile(r'"(pictures|picture_labels|contender|picture)"|contender and picture')
 
 
 def text_of(path):
@@ -37,6 +37,6 @@ def test_the_words_are_the_fields(pattern):
     assert not found, f"say {WORDS[pattern]!r} instead"
 
 
-@pytest.mark.parametrize("sentence", ["Two images of it", "alters_images = True", "An Undecided claim"])
+@pytest.mark.parametrize("sentence", ["Two pictures of it", "alters_pictures = True", "An Undecided claim"])
 def test_a_word_is_found_in_names_and_sentences(sentence):
     assert any(re.search(rf"(?<![a-z])({p})(?![a-z])", sentence, re.IGNORECASE) for p in WORDS)

@@ -47,7 +47,13 @@ VARIANTS = {
     "two heads": Method("dho", {"loss": "ldrld"}),
     "MCMI teacher": Method("ldrld", teacher="mcmi")}
 RIVALS = {  # of 2024 to 2026; in the tables of a profile that names them
-    "GDKD": Method("gdkd"), "GDKD3": Method("gdkd3")}
+    "GDKD": Method("gdkd"), "GDKD3": Method("gdkd3"), "TeKAP": Method("tekap"),
+    "KD, weights 0.1 and 3.06": Method("kd", {"ce_weight": 0.1, "kd_weight": 3.06}),  # TeKAP's control
+    "PLD": Method("pld"), "ABKD": Method("abkd"), "CSD, our settings": Method("csd"), "LumiNet": Method("luminet"),
+    "EA-KD": Method("entropy-weighted"), "EA-KD, as released": Method("entropy-weighted", {"entropy_scale": "100"}),
+    "EA-DKD": Method("entropy-weighted", {"loss": "dkd"}), "WKD-L": Method("wkd"),
+    "WKD-L, constant distance": Method("wkd", {"distance": "constant"}),
+    "LCKA, our settings": Method("lcka"), "SinKD, our settings": Method("sinkd")}
 SWITCHES = {  # of LDRLD, likewise
     "LDRLD, with mass": Method("ldrld", {"mass_weight": 1.0}),
     "LDRLD, anchored": Method("ldrld", {"anchor": True}),

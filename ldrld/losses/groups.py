@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .relations import dway_kl, tempered
 
-# %% ../../nbs/methods/groups.ipynb #d256127c
+# %% ../../nbs/methods/groups.ipynb #f8ecd2cf
 def log_masses(
     logits: Tensor,  # (rows, classes)
     groups: list[Tensor],  # disjoint groups of classes, each (rows, size)
@@ -31,7 +31,7 @@ def mass_kl(
     temperature: float = 4.0,  # τ
 ) -> Tensor:  # (rows,)
     "KL between the probabilities of the groups, and of the rest, without the factor τ²."
-    return dway_kl(*(log_masses(z, groups, temperature) for z in (student, teacher)), 1.0)
+    return dway_kl(log_masses(student, groups, temperature), log_masses(teacher, groups, temperature), 1.0)
 
 # %% ../../nbs/methods/groups.ipynb #c3335832
 def anchored(

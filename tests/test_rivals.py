@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from ldrld import LDRLD, data, losses, models
 from ldrld.core.seeds import seeded
 from ldrld.experiments.config import RunConfig, name_of
+from ldrld.losses.features.dhkd import binary_kl_norm
 from ldrld.losses.groups import anchored, log_masses, mass_kl
 from ldrld.losses.logits.abkd import ab_divergence
 from ldrld.losses.logits.luminet import by_class
@@ -553,3 +554,79 @@ def test_wrong_hyperparameters(name, options, message):
 def test_a_group_of_all_classes_is_refused():
     with pytest.raises(ValueError, match="k must be below the number of classes, 20, got 20"):
         losses.build("gdkd", k=20)(*sample())
+
+
+# ---- two heads, and a detached classifier -----------------------------------------------------------------------
+
+
+def networks():
+    torch.manual_seed(0)
+    student, teacher = models.build("resnet8", 10), models.build("resnet14", 10).eval()
+    x, y = torch.randn(16, 3, 16, 16), torch.arange(16) % 10
+    with torch.no_grad():
+        z_t, theirs = teacher(x, features=True)
+    return student, teacher, x, y, z_t, theirs
+
+
+def reaches(term, *parameters):
+    found = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+    return [d is not None and bool(d.any()) for d in found]
+
+
+def test_binary_kl_norm_is_a_fair_coins_divergence():
+    z_s, z_t, _ = sample()
+    x = (z_s - z_t) / 2
+    coin = torch.distributions.Bernoulli(logits=torch.zeros_like(x))
+    expected = torch.distributions.kl_divergence(coin, torch.distributions.Bernoulli(logits=x)).sum(1)
+    torch.testing.assert_close(binary_kl_norm(z_s, z_t, 2.0), expected)
+    assert binary_kl_norm(1e4 * z_s.float(), z_t.float(), 2.0).isfinite().all()
+    z_t[:, 15:] = -INF
+    z_t = z_t.clamp(min=-1e9)
+    torch.testing.assert_close(binary_kl_norm(z_s, z_t, 2.0), binary_kl_norm(z_s[:, :15], z_t[:, :15], 2.0))
+
+
+@pytest.mark.parametrize("hidden", [0, 20])
+def test_dhkds_heads_have_one_term_each(hidden):
+    student, teacher, x, y, z_t, _ = networks()
+    loss = losses.build("dhkd", hidden=hidden).prepare(student, teacher, x)
+    z, seen = student(x, features=True)
+    terms = loss.terms(z, z_t, y, seen)
+    second = loss.second[0].weight if hidden else loss.second.weight
+    parts = student.head.weight, second, student.conv1.weight
+    assert reaches(terms["ce"], *parts) == [True, False, True] and reaches(terms["kd"], *parts) == [False, True, True]
+    torch.testing.assert_close(terms["ce"], F.cross_entropy(z, y))
+    if not hidden:
+        expected = 4 * binary_kl_norm(loss.second(seen.pooled), z_t, 2.0).mean()
+        torch.testing.assert_close(terms["kd"], expected)
+    assert loss.deployed(student) is student
+
+
+@pytest.mark.parametrize("base, cut, last_stage", [("fitnet", None, True), ("at", None, False), ("at", 1, True)])
+def test_the_label_reaches_nothing_before_the_cut(base, cut, last_stage):
+    student, teacher, x, y, z_t, theirs = networks()
+    loss = losses.build("detached", loss=base, cut=cut).prepare(student, teacher, x)
+    z, seen = student(x, features=True)
+    statistics = [b.clone() for b in student.buffers()]
+    terms = loss.terms(z, z_t, y, seen, theirs)
+    assert all(b.equal(before) for b, before in zip(student.buffers(), statistics)), "counted twice"
+    parts = student.conv1.weight, student.layer3[0].conv1.weight, student.head.weight
+    assert reaches(terms.pop("ce"), *parts) == [False, last_stage, True]
+    (hint,) = terms.values()
+    assert reaches(hint, *parts)[0] and not reaches(hint, *parts)[2]
+
+
+def test_without_a_feature_loss_the_backbone_does_not_move():
+    student, teacher, x, y, z_t, theirs = networks()
+    loss = losses.build("detached", loss_args={"weight": 0.0}).prepare(student, teacher, x)
+    z, seen = student(x, features=True)
+    value = loss(z, z_t, y, seen, theirs)
+    assert reaches(value, student.conv1.weight, student.head.weight) == [False, True]
+
+
+def test_what_cannot_be_detached():
+    for base in ("simkd", "dho", "uskd", "kd"):
+        with pytest.raises(ValueError, match=f"leaves the classifier alone.*{base}"):
+            losses.build("detached", loss=base)
+    student, teacher, x, *_ = networks()
+    with pytest.raises(ValueError, match="cut must be at most 3, the student's last stage, got 4"):
+        losses.build("detached", cut=4).prepare(student, teacher, x)

@@ -17,13 +17,15 @@ from ..base import LogitLoss
 from ..registry import register
 from ..relations import RULED_OUT, tempered, without_shared
 
-# %% ../../../nbs/methods/wkd.ipynb #a4b2c166
+# %% ../../../nbs/methods/wkd.ipynb #d82244de
 def class_cka(
     X: Tensor,  # (classes, n, width) rows of each class
 ) -> Tensor:  # (classes, classes)
     "Linear CKA of any two classes, the k-th row of one paired with the k-th of the other."
     X = X - X.mean(1, keepdim=True)
-    products = torch.stack([torch.stack([(other.T @ one).square().sum() for other in X]) for one in X])
+    products = X.new_zeros(len(X), len(X))
+    for i, j in torch.triu_indices(len(X), len(X)).T.tolist():
+        products[i, j] = products[j, i] = (X[j].T @ X[i]).square().sum()
     norms = products.diagonal().sqrt()
     return products / (norms[:, None] * norms + torch.finfo(X.dtype).tiny)
 
@@ -134,7 +136,7 @@ class WKDL(LogitLoss):
         return self.cross_entropy(student, target) | {
             "target": -self.target_weight * log_p_t.exp() * log_p_s, "transport": self.ramp * self.gamma * W}
 
-# %% ../../../nbs/methods/wkd.ipynb #0c0bc5ba
+# %% ../../../nbs/methods/wkd.ipynb #fc67c981
 @torch.no_grad()
 def rows_by_class(
     teacher: nn.Module,  # called as teacher(x, features=True)
@@ -147,7 +149,7 @@ def rows_by_class(
     from ldrld.data.augmentation import Crops  # here, because no other loss on logits needs it
     training, device = teacher.training, next(teacher.parameters()).device
     teacher.eval()
-    crops = Crops(images.to(device), mean, std)
+    crops = Crops(images, mean, std, device=str(device))
     classes = int(labels.max()) + 1
     n = int(labels.bincount(minlength=classes).min())
     chosen = torch.cat([(labels == c).nonzero()[:n, 0] for c in range(classes)])
@@ -156,7 +158,7 @@ def rows_by_class(
         k = k.to(device)
         last = teacher(crops.at(k, torch.zeros_like(k)), features=True)[1].last
         if last is None: raise ValueError(f"teacher: the features of {type(teacher).__name__} lack `last`, the last map")
-        found.append(last.flatten(2).transpose(1, 2).cpu())
+        found.append(last.flatten(2).transpose(1, 2))
     teacher.train(training)
     maps = torch.cat(found)  # (classes·n, positions, channels)
     return maps.reshape(classes, -1, maps.shape[-1])

@@ -7,7 +7,7 @@ import torch
 from ldrld import data, losses, models
 from ldrld.core.validation import values_unseen
 from ldrld.data.augmentation import Crops, draw
-from ldrld.experiments.methods import METHODS, VARIANTS
+from ldrld.experiments.methods import METHODS, RIVALS, SWITCHES, VARIANTS
 from ldrld.models.evaluation import precision_used
 from ldrld.training import selfcheck
 from ldrld.training.capture import Address, CaptureError, Imitation, Produced
@@ -16,7 +16,7 @@ from ldrld.training.in_flight import InFlight, train_in_flight
 from ldrld.training.loop import Diverged, Student, train_together
 from ldrld.training.teacher import TeacherLogits
 
-ALL = {**METHODS, **{f"LDRLD, {name}": method for name, method in VARIANTS.items()}}
+ALL = {**METHODS, **{f"LDRLD, {name}": method for name, method in VARIANTS.items()}, **RIVALS, **SWITCHES}
 CAPTURED = [name for name, m in ALL.items() if not why_eager(m.loss, m.args) and m.teacher == "plain"]
 BATCH, EPOCHS = 64, 3
 

@@ -16,6 +16,8 @@ from ldrld.losses.base import LogitLoss
 from ldrld.losses.ldrld.loss import relation_terms
 from ldrld.losses.relations import dway_kl, pair_indices, pair_kl, remaining_kl, top_d, two_way_kl
 
+from still import still
+
 VECTORS = json.loads((paths.published() / "ldrld_test_vectors.json").read_text(encoding="utf-8"))
 TERMS = ("ce", "pairs", "llki", "rntk")
 
@@ -153,7 +155,7 @@ def test_gradcheck(name, d):
 def test_the_teacher_gets_no_gradient(name):
     z_s, z_t, target = sample()
     z_s.requires_grad_(), z_t.requires_grad_()
-    losses.build(name)(z_s, z_t, target).backward()
+    still(name)(z_s, z_t, target).backward()
     assert z_t.grad is None and z_s.grad.abs().sum() > 0
 
 
@@ -209,7 +211,7 @@ def test_extreme_logits_give_finite_values_and_gradients(kind, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_loss_is_finite_at_the_extremes(name, dtype):
     for kind in ("corners", "wide", "opposite", "all ties"):
-        value, grad = value_and_grad(losses.build(name), *extreme(kind, 32, 10, dtype))
+        value, grad = value_and_grad(still(name), *extreme(kind, 32, 10, dtype))
         assert value.isfinite() and grad.isfinite().all()
 
 
@@ -224,7 +226,7 @@ def test_the_pair_divergence_keeps_its_digits_where_plain_float32_loses_them():
 @pytest.mark.parametrize("name", losses.available("logits"))
 def test_autocast_changes_nothing(name):
     z_s, z_t, target = sample(dtype=torch.float32)
-    loss = losses.build(name)
+    loss = still(name)
     plain, plain_grad = value_and_grad(loss, z_s, z_t, target)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         value, grad = value_and_grad(loss, z_s, z_t, target)
@@ -241,10 +243,11 @@ def test_mixed_types_take_the_wider():
 # ---- invariances ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", losses.available("logits"))
+# a constant in one row changes the means of LumiNet's columns, and LCKA's similarities of raw logits
+@pytest.mark.parametrize("name", sorted(set(losses.available("logits")) - {"luminet", "lcka"}))
 def test_a_constant_per_sample_changes_nothing(name):
     z_s, z_t, target = sample()
-    loss, shift = losses.build(name), 50 * torch.randn(len(z_s), 1, dtype=torch.float64)
+    loss, shift = still(name), 50 * torch.randn(len(z_s), 1, dtype=torch.float64)
     for shifted in ((z_s + shift, z_t), (z_s, z_t + shift)):
         torch.testing.assert_close(loss(*shifted, target), loss(z_s, z_t, target), rtol=1e-10, atol=1e-10)
 
@@ -252,20 +255,20 @@ def test_a_constant_per_sample_changes_nothing(name):
 @pytest.mark.parametrize("name", losses.available("logits"))
 def test_the_order_of_classes_and_samples_does_not_matter(name):
     z_s, z_t, target = sample()
-    loss = losses.build(name)
+    loss = still(name)
     g = torch.Generator().manual_seed(3)
     columns, rows = torch.randperm(z_s.shape[1], generator=g), torch.randperm(len(z_s), generator=g)
     permuted = loss(z_s[:, columns][rows], z_t[:, columns][rows], columns.argsort()[target][rows])
     torch.testing.assert_close(permuted, loss(z_s, z_t, target), rtol=1e-10, atol=1e-10)
 
 
-OF_BATCHES = {"dist"}  # compare samples with each other, so they are no mean over samples
+OF_BATCHES = {"dist", "luminet", "lcka", "sinkd"}  # compare samples with each other, so they are no mean over samples
 
 
 @pytest.mark.parametrize("name", sorted(set(losses.available("logits")) - OF_BATCHES))
 def test_the_loss_is_the_mean_over_samples(name):
     z_s, z_t, target = sample()
-    loss = losses.build(name)
+    loss = still(name)
     singles = torch.stack([loss(z_s[k : k + 1], z_t[k : k + 1], target[k : k + 1]) for k in range(len(z_s))])
     torch.testing.assert_close(singles.mean(), loss(z_s, z_t, target), rtol=1e-10, atol=1e-10)
 
@@ -273,7 +276,7 @@ def test_the_loss_is_the_mean_over_samples(name):
 @pytest.mark.parametrize("name", losses.available("logits"))
 def test_terms_add_up(name):
     z_s, z_t, target = sample()
-    loss = losses.build(name)
+    loss = still(name)
     torch.testing.assert_close(sum(loss.terms(z_s, z_t, target).values()), loss(z_s, z_t, target))
 
 
@@ -496,7 +499,7 @@ def test_unknown_names_are_met_with_near_ones():
 def test_compiles_without_a_graph_break():
     z_s, z_t, target = sample(dtype=torch.float32)
     for name in losses.available("logits"):
-        loss = losses.build(name)
+        loss = still(name)
         compiled = torch.compile(loss, backend="eager", fullgraph=True)
         plain, fast = (value_and_grad(f, z_s, z_t, target) for f in (loss, compiled))
         torch.testing.assert_close(fast, plain)

@@ -6,12 +6,13 @@ import torch
 from ldrld import losses
 from ldrld.experiments import runner
 from ldrld.experiments.cells import method_config
-from ldrld.experiments.methods import BLOCKWISE, METHODS, VARIANTS
+from ldrld.experiments.methods import BLOCKWISE, METHODS, RIVALS, SWITCHES, VARIANTS
 from ldrld.experiments.profiles import Profile
 from ldrld.experiments.config import name_of
 from ldrld.experiments.records import load_record
 
 ALL = {**METHODS, **{f"LDRLD, {name}": m for name, m in VARIANTS.items() if name != "LDRLD"}, **BLOCKWISE}
+ALL |= {**RIVALS, **SWITCHES}
 SHORT = dict(recipe="onecycle", epochs=2, lr=0.02)
 P = Profile(
     name="t",
@@ -34,7 +35,7 @@ def out(tmp_path_factory):
 
 
 def test_every_loss_stands_in_some_table():
-    shown = {m.loss for m in (*METHODS.values(), *VARIANTS.values(), *BLOCKWISE.values())} | {"mcmi"}
+    shown = {m.loss for m in (*METHODS.values(), *VARIANTS.values(), *BLOCKWISE.values(), *RIVALS.values())} | {"mcmi"}
     assert {name for name in losses.available() if not name.startswith(("my-", "test-"))} == shown
 
 

@@ -143,13 +143,15 @@ class LossBase(nn.Module):
     looks_at_teacher: bool = True  # whether it uses the teacher's logits; if not, they may be None
     versions: int = 1  # number of versions of each sample that logits may hold; target and mask are for one version
     pair_settings: dict[tuple[str, str], dict] = {}  # published hyper-parameters by (teacher, student), CIFAR-100
+    added: dict[str, Any] = {}  # default of hyper-parameters added later, which are not recorded at that value
     ramp: float = 1.0  # factor of the terms that warm up, set by `at_epoch`
     ce_weight: float  # weight of the cross-entropy, for `cross_entropy`
 
     @property
     def hyperparameters(self) -> dict[str, Any]:  # every argument of the constructor with its value
-        "Plain numbers, strings and booleans, serialisable as JSON."
-        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+        "Plain numbers, strings and booleans, serialisable as JSON; without those of `added` that have their default."
+        values = {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+        return {name: v for name, v in values.items() if name not in self.added or v != self.added[name]}
 
     def prepare(self, student: nn.Module, teacher: Any, example: Tensor, data: Any = None) -> Self:
         "Create buffers and extra modules for these networks, from an example batch; here nothing. Returns the loss."

@@ -34,6 +34,8 @@ EAGER = {  # losses that cannot be recorded, and why
     "mlkd": "draws a second crop of every image on the host",
     "sld": "draws a second crop of every image on the host",
     "partial-mixup": "draws the mixup pairs of every batch on the host",
+    "detached": "runs the student's last layers a second time",
+    "tekap": "draws new noise for every batch on the host",
 }
 
 def why_eager(

@@ -82,7 +82,7 @@ def command(
         for k, v in dict(c).items()
         if k not in ("model", "loss", "loss_args", "teacher") and (k in ("recipe", "epochs", "lr") or v != shared[k])
     }
-    differ = lambda c: {k: v for k, v in c.loss_args.items() if v != hyperparameters(c.loss, {})[k]}
+    differ = lambda c: {k: v for k, v in c.loss_args.items() if v != hyperparameters(c.loss, {}).get(k)}
     words = [
         f"model={config.model}",
         f"loss={config.loss}",

@@ -17,6 +17,7 @@ from ...core import validation
 from ...core.settings import read
 from ...experiments.config import hyperparameters
 from ...losses.base import LogitLoss
+from ...losses.registry import loss_class
 
 # %% ../../../nbs/tuning/space.ipynb #b529b547
 NUMBER = r"[-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?"
@@ -61,7 +62,7 @@ def dimension(
     """What may be tried for one hyper-parameter. `ValueError`, saying what would work, for a name or value that the
     loss does not take.
     """
-    default = hyperparameters(loss, {})
+    default = hyperparameters(loss, {}) | loss_class(loss).added
     if name not in default:
         raise validation.unknown_name(f"hyper-parameter of {loss!r}", name, list(default))
     made: Dimension

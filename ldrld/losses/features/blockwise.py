@@ -152,7 +152,7 @@ def ranked_by(
     "LDRLD without cross-entropy, on the classes that other logits than the student's rank highest."
     z, z_t = rows.student, rows.teacher
     weights, find = base.weights(kept_weights, z, z_t), lambda _, depth: largest(scores.detach(), depth)
-    terms = relation_terms(z, z_t, weights, base.temperature, find=find)
+    terms = relation_terms(z, z_t, weights, base.temperature, find=find, mass=base.mass_weight > 0, anchor=base.anchor)
     return rows.mean(sum(base.factors[name] * term for name, term in terms.items()))
 
 # %% ../../../nbs/methods/blockwise.ipynb #bw000034

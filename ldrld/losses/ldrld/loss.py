@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...core import validation
 from ..base import LogitLoss, Rows, summed
+from ..groups import anchored, mass_kl
 from . import analytic
 from ..registry import register
 from ..relations import RANKINGS, dway_kl, pair_indices, pair_kl, remaining_kl, top_d, without_shared
@@ -29,6 +30,8 @@ def relation_terms(
     rank_by: str = "student",  # who selects the classes: "student" | "teacher" | "label"
     target: Tensor | None = None,  # (batch,) int64, for "label"
     find=analytic.largest,  # function (scores, depth) → indices of the largest, see `top_d`
+    mass: bool = False,  # whether to add "mass", how probable the selected classes are together (ours)
+    anchor: bool = False,  # whether the teacher's top class replaces the last one selected, unless it is selected
 ) -> dict[str, Tensor]:  # "pairs", "llki", "rntk", each (batch,), without α, β and T²
     """The three divergences of LDRLD for every sample: weighted pairs, selected classes jointly, remaining classes.
 
@@ -36,9 +39,13 @@ def relation_terms(
     """
     teacher_logits = without_shared(student_logits, teacher_logits)
     pi, z_s, z_t = top_d(student_logits, teacher_logits, len(weights), rank_by, target, find)
+    if anchor:
+        pi = anchored(pi, teacher_logits)
+        z_s, z_t = student_logits.gather(-1, pi), teacher_logits.gather(-1, pi)
+    more = {"mass": mass_kl(student_logits, teacher_logits, [pi], temperature)} if mass else {}
     return {"pairs": (weights[pair_indices(len(weights), weights.device)] * pair_kl(z_s, z_t, temperature)).sum(-1),
             "llki": dway_kl(z_s, z_t, temperature),
-            "rntk": remaining_kl(student_logits, teacher_logits, pi, temperature)}
+            "rntk": remaining_kl(student_logits, teacher_logits, pi, temperature)} | more
 
 # %% ../../../nbs/lesson/03_loss.ipynb #23ec605b
 # The pair weights are the same in every step. They are created outside inference mode, so that autograd can use them,
@@ -64,10 +71,12 @@ class RelationLoss(LogitLoss):
     decay: float
     weighting: str
     rank_by: str
+    mass_weight: float = 0.0
+    anchor: bool = False
     backend: str = "auto"  # one of `analytic.BACKENDS`; all give the same result up to rounding
 
     @property
-    def factors(self) -> dict[str, float]:  # of "ce", "pairs", "llki", "rntk"
+    def factors(self) -> dict[str, float]:  # of "ce", "pairs", "llki", "rntk" and "mass"
         "Factor of each term; a subclass says how it follows from the hyper-parameters."
         raise NotImplementedError
 
@@ -80,7 +89,8 @@ class RelationLoss(LogitLoss):
 
     def row_terms(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> dict[str, Tensor]:
         weights = self.weights(adw_weights, student, teacher)
-        terms = relation_terms(student, teacher, weights, self.temperature, self.rank_by, target)
+        terms = relation_terms(student, teacher, weights, self.temperature, self.rank_by, target,
+                               mass=self.mass_weight > 0, anchor=self.anchor)
         return self.cross_entropy(student, target) | {name: self.factors[name] * v for name, v in terms.items()}
 
     def plain_value(self, *rows: Any) -> Tensor:
@@ -89,8 +99,8 @@ class RelationLoss(LogitLoss):
 
     def evaluated(self, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
         "The loss, whose gradient is computed in the same pass (`lesson/04_one_pass`), and the terms, for logging."
-        # ranking by the label is our own experiment: the faster backends do not support it
-        if self.rank_by == "label": return super().evaluated(rows)
+        # our own experiments, for which the faster backends have no gradient
+        if self.rank_by == "label" or self.mass_weight or self.anchor: return super().evaluated(rows)
         fused = analytic.choose(self.backend, rows.student, rows.theirs, self.depth)
         if fused is None: return super().evaluated(rows)
         teacher, weights = rows.theirs.detach(), self.weights(kept_weights, rows.student, rows.theirs)
@@ -109,6 +119,7 @@ class LDRLD(RelationLoss):
     Source: the paper, arXiv 2507.15911; normalisation and the factor T² as in the official code (yema-web/LDRLD).
     """
     pair_settings = {("resnet32x4", "resnet8x4"): {"alpha": 10.5, "beta": 7.0}}  # the only pair in the official code
+    added = {"mass_weight": 0.0, "anchor": False}
 
     def __init__(
         self,
@@ -125,6 +136,8 @@ class LDRLD(RelationLoss):
         normalize: bool = True,  # divide the local terms by d(d−1)/2 + 1, as the official code always does
         pairs_weight: float = 1.0,  # ≥ 0, weight of the pairs within the local terms (ours, for ablations)
         llki_weight: float = 1.0,  # ≥ 0, weight of LLKI within the local terms (ours, for ablations)
+        mass_weight: float = 0.0,  # w_m ≥ 0, weight of the selected classes' mass, which the paper leaves out (ours)
+        anchor: bool = False,  # whether the teacher's top class is always selected, instead of rank d (ours)
     ):
         super().__init__()
         check_weighting(depth, epsilon, delta, decay, weighting)
@@ -138,11 +151,13 @@ class LDRLD(RelationLoss):
         self.ce_weight = validation.number("ce_weight", ce_weight, at_least=0.0)
         self.pairs_weight = validation.number("pairs_weight", pairs_weight, at_least=0.0)
         self.llki_weight = validation.number("llki_weight", llki_weight, at_least=0.0)
+        self.mass_weight = validation.number("mass_weight", mass_weight, at_least=0.0)
+        self.anchor = validation.flag("anchor", anchor)
 
     @property
-    def factors(self) -> dict[str, float]:  # of "ce", "pairs", "llki", "rntk"
-        "Factor of each term: r, α, β, T² and the normalisation combined."
+    def factors(self) -> dict[str, float]:  # of "ce", "pairs", "llki", "rntk" and "mass"
+        "Factor of each term: r, α, β, w_m, T² and the normalisation combined."
         local = self.alpha * self.temperature**2
         if self.normalize: local /= self.depth * (self.depth - 1) // 2 + 1
         return {"ce": self.ce_weight, "pairs": local * self.pairs_weight, "llki": local * self.llki_weight,
-                "rntk": self.beta * self.temperature**2}
+                "rntk": self.beta * self.temperature**2, "mass": self.mass_weight * self.temperature**2}

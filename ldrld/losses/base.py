@@ -142,9 +142,18 @@ class LossBase(nn.Module):
     needs_target: str = ""  # which loss needs a target and why, e.g. "'dkd', which treats the true class separately"
     looks_at_teacher: bool = True  # whether it uses the teacher's logits; if not, they may be None
     versions: int = 1  # number of versions of each sample that logits may hold; target and mask are for one version
+    eager: str = ""  # why a training step cannot be recorded as a CUDA graph, e.g. "draws on the host"; "": it can
+    can_be_recorded: bool = False  # set by a loss from outside this package if its steps can, see `training/graphs`
     pair_settings: dict[tuple[str, str], dict] = {}  # published hyper-parameters by (teacher, student), CIFAR-100
     ramp: float = 1.0  # factor of the terms that warm up, set by `at_epoch`
     ce_weight: float  # weight of the cross-entropy, for `cross_entropy`
+
+    @classmethod
+    def why_eager(cls, hyperparameters: dict[str, Any]) -> str:  # empty if it can
+        "Why a training step with these hyper-parameters cannot be recorded as a CUDA graph."
+        if cls.eager or cls.can_be_recorded or cls.__module__.partition(".")[0] == __name__.partition(".")[0]:
+            return cls.eager
+        return "does not say that it can be recorded"
 
     @property
     def hyperparameters(self) -> dict[str, Any]:  # every argument of the constructor with its value
@@ -163,6 +172,10 @@ class LossBase(nn.Module):
     def deployed(self, student: nn.Module) -> nn.Module:
         "The network to deploy: the student itself, unless the method adds modules to it."
         return student
+
+    def pictures(self, x: Tensor) -> Tensor:  # (images, 3, height, width)
+        "The images to train on, made from a batch `x`; to be defined by a loss that `alters_pictures`."
+        raise NotImplementedError(f"{type(self).__name__} must define pictures(x), which returns images")
 
     def cross_entropy(self, student: Tensor, target: Tensor | None) -> dict[str, Tensor]:  # {"ce": (rows,)}
         "The cross-entropy of every row times `ce_weight`; no term without a target."

@@ -16,7 +16,7 @@ from ...core import validation
 from ..base import Rows, wide
 from .base import FeatureLoss, shapes_of
 from .heads import heads_of
-from ..inner import inner_loss, inner_terms
+from ..inner import inner_loss, inner_terms, why_inner_eager
 from ..registry import register
 from ...models.parts import Features, Output
 
@@ -72,6 +72,12 @@ class DHO(FeatureLoss):
         self.alpha = validation.number("alpha", alpha, at_least=0.0)
         if self.alpha > 1: raise ValueError(f"alpha must be a number from 0 to 1, got {alpha!r}")
         self.beta = validation.number("beta", beta, above=0.0)
+
+    @classmethod
+    def why_eager(cls, hyperparameters: dict[str, Any]) -> str:
+        "As for every loss, and why the inner loss cannot."
+        inner = why_inner_eager(hyperparameters.get("loss"), hyperparameters.get("loss_args"))
+        return super().why_eager(hyperparameters) or inner
 
     def prepare(self, student: nn.Module, teacher: nn.Module, example: Tensor, data: Any = None) -> Self:
         "Create the second head. ValueError for networks without a `head`."

@@ -24,7 +24,7 @@ from ldrld.experiments.in_flight import run_in_flight
 from ldrld.experiments.profiles import profile
 from ldrld.experiments.records import finished, load_divergence, load_record
 from ldrld.experiments.runner import Paused, run_together
-from ldrld.training.loop import Diverged
+from ldrld.training.divergence import Diverged
 
 __all__ = ["reproduce", "report", "compare_with_committed"]
 

@@ -22,7 +22,8 @@ from ..core import paths
 from ..data.augmentation import Crops
 from ..experiments.model_cards import checked_weights
 from ..models.evaluation import accuracy, logits_of, precision_used
-from ..training.loop import Student, train_together
+from ..training.loop import train_together
+from ..training.student import Student
 from ..training.teacher import TeacherLogits
 
 # %% ../../nbs/bench/accuracy.ipynb #8eb3a662

@@ -30,8 +30,9 @@ from .usual_loop import usual_loop
 from ..data import ImageData
 from ..data.augmentation import Crops, draw
 from ..models.evaluation import precision_used, set_numerics
-from ..training.loop import Student, train_together
+from ..training.loop import train_together
 from ..training.queries import TeacherFunction
+from ..training.student import Student
 from ..training.teacher import TeacherLogits
 
 # %% ../../nbs/bench/training.ipynb #8d125956

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...core import validation
-from .kernel_launch import MAX_DEPTH, check_arguments, options
+from .kernel_launch import check_arguments, options
 from ..relations import held_type
 
 try:

@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -32,7 +32,7 @@ class Cohort:
         self.started = time.perf_counter()
         self.students = [student for student in students if len(student.history) < epoch and not student.diverged]
 
-    def __len__(self) -> int: return len(self.students)
+    def __bool__(self) -> bool: return bool(self.students)
 
     def __iter__(self) -> Iterator[Student]:
         for student in self.students:
@@ -44,7 +44,7 @@ class Cohort:
         if device.type == "cuda": torch.cuda.synchronize(device)
         elapsed = time.perf_counter() - self.started
         own = {student: student.seconds if device.type == "cpu" else 0.0 for student in self.students}
-        shared = (elapsed - sum(own.values())) / len(self)
+        shared = (elapsed - sum(own.values())) / len(own)
         return {student: alone + shared for student, alone in own.items()}
 
 @contextmanager
@@ -54,7 +54,7 @@ def dropping(student: Student) -> Iterator[None]:
     except Diverged as diverged: student.diverged = diverged
 
 # %% ../../nbs/training/loop.ipynb #2713fef5
-Rows = list[dict[str, Any] | None]  # of an epoch, one for each student; None for one that diverged
+Rows: TypeAlias = list[dict[str, Any] | None]  # of an epoch, one for each student; None for one that diverged
 
 def train_together(
     students: list[Student],

@@ -24,7 +24,11 @@ SLOW = {  # file: its tests, or all of them
     "test_outcomes": {"test_tables_say_diverged"},
     "test_records": {"test_the_commands_name_the_odd_one_and_go_on"},
     "test_methods": {"test_a_method_trains_and_resumes"},
-    "test_extension": {"test_it_trains_resumes_and_is_tabulated_through_papermill"},
+    "test_extension": {
+        "test_it_trains_resumes_and_is_tabulated_through_papermill",
+        "test_one_file_each_trains_resumes_and_is_tabulated",
+        "test_the_other_checks_still_pass",
+    },
 }
 
 

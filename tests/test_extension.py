@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -119,3 +120,139 @@ def test_it_trains_resumes_and_is_tabulated_through_papermill(theirs, tmp_path, 
     assert record.code["loss"]["sha256"] == losses.origin("their_losses:Squared")["sha256"]
     again = subprocess.run(call, capture_output=True, text=True, cwd=ROOT, env=env)
     assert again.returncode == 0 and [r for r in records("theirs") if r.config.loss == record.config.loss] == [record]
+
+
+NETWORK = '''
+"""A network with one convolution a stage."""
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldrld.models.parts import Output, Staged, classify, conv
+from ldrld.models.registry import register
+
+
+@register("tiny", lr=0.02)
+class Tiny(Staged):
+    """Two stages of one convolution each."""
+    def __init__(self, num_classes: int = 100):
+        super().__init__()
+        self.conv1, self.conv2, self.conv3 = conv(3, 4, 3), conv(4, 8, 3, 2), conv(8, 8, 3, 2)
+        self.fc = nn.Linear(8, num_classes)
+
+    @property
+    def head(self) -> nn.Linear: return self.fc
+
+    @property
+    def rows(self) -> tuple: return self.conv2, self.conv3
+
+    def stem(self, x: Tensor) -> Tensor: return F.relu(self.conv1(x))
+
+    def onward(self, x: Tensor, rows: tuple, features: bool = False) -> Output:
+        stages, preact = [x], []
+        for row in rows:
+            preact.append(row(stages[-1]))
+            stages.append(F.relu(preact[-1]))
+        return classify(self.fc, stages[-1], stages, preact, features)
+'''
+DATA = '''
+"""Squares that are bright on the left or on the right."""
+from pathlib import Path
+
+import torch
+
+from ldrld.data.images import ImageData, image_data
+from ldrld.data.registry import register
+
+
+@register("sides", classes=2)
+def sides(root: Path, download: bool = False) -> ImageData:
+    """Images of 16 by 16 pixels, drawn from a seed."""
+    generator = torch.Generator().manual_seed(0)
+
+    def split(n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        labels = torch.arange(n) % 2
+        pixels = torch.randint(0, 128, (n, 16, 16, 3), generator=generator, dtype=torch.uint8)
+        for side in (0, 1): pixels[labels == side, :, 8 * side : 8 * side + 8] += 100
+        return pixels, labels
+
+    return image_data("sides", split(128), split(64), classes=("left", "right"), padding=1, flip=False)
+'''
+BRIER = '''
+"""Squared differences of probabilities."""
+from ldrld.losses.base import LogitLoss
+from ldrld.losses.registry import register
+
+
+@register("brier")
+class Brier(LogitLoss):
+    """Squared differences of probabilities: w_ce·CE + w·Σ_c (p^s_c − p^t_c)²."""
+    def __init__(self, weight: float = 1.0, ce_weight: float = 1.0):
+        super().__init__()
+        self.weight, self.ce_weight = weight, ce_weight
+
+    def row_terms(self, student, teacher, target):
+        apart = student.softmax(1) - teacher.softmax(1)
+        return self.cross_entropy(student, target) | {"brier": self.weight * apart.square().sum(1)}
+'''
+OWN = """
+data: bright sides
+dataset: sides
+pairs: [[tiny, tiny]]
+teacher: {recipe: crd, epochs: 2}
+student: {recipe: crd, epochs: 2}
+seeds: [0]
+methods: [KD, brier]
+"""
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """A copy of the project with a loss, a network and a data set more: one file each, nothing else touched."""
+    folder = tmp_path_factory.mktemp("copy") / "ldrld"
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).is_file() and not name.startswith(("data/runs/", "data/teachers/", "figures/")):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    for name, text in {"losses/logits/brier": BRIER, "models/tiny": NETWORK, "data/sides": DATA}.items():
+        (folder / "ldrld" / f"{name}.py").write_text(text.lstrip())
+    subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
+    (folder / ".venv").symlink_to(sys.prefix)
+    assert called(folder, "nbdev_export").returncode == 0  # its index lists all modules
+    return folder
+
+
+def called(folder, command, *words):
+    """One of the environment's commands, in the copy."""
+    env = {**os.environ, "PYTHONPATH": str(folder), "LDRLD_ROOT": str(folder)}
+    program = [sys.executable, "-m", command]
+    if command in ("lint-imports", "nbdev_export"): program = [Path(sys.executable).parent / command]
+    call = [*map(str, program), *map(str, words)]
+    return subprocess.run(call, capture_output=True, text=True, cwd=folder, env=env)
+
+
+def test_one_file_each_trains_resumes_and_is_tabulated(copy, tmp_path):
+    """The rate is the one that the network registers; the second call trains nothing."""
+    profile, out = tmp_path / "own.yaml", tmp_path / "out"
+    profile.write_text(OWN)
+    words = ["ldrld", "reproduce", "--profile", profile, "--only", "same_architecture", "--jobs", "1", "--out", out]
+    first = called(copy, *words)
+    assert first.returncode == 0, first.stdout + first.stderr
+    table = pd.read_csv(out / "data" / "tables" / "own" / "same_architecture.csv").set_index("method")
+    assert table.loc["brier", "n"] == 1
+    written = {p: p.stat().st_mtime_ns for p in (out / "data" / "runs" / "own").glob("*.json")}
+    assert len(written) == 3 and '"lr": 0.02' in next(iter(written)).read_text()
+    again = called(copy, *words)
+    assert again.returncode == 0 and written == {p: p.stat().st_mtime_ns for p in written}
+
+
+def test_the_other_checks_still_pass(copy):
+    """Style, imports, words, and the tests that run over all losses, networks and data sets."""
+    for words in (["ruff", "check", "ldrld"], ["lint-imports", "--no-cache"], ["mypy"]):
+        got = called(copy, *words)
+        assert got.returncode == 0, got.stdout + got.stderr
+    names = ["test_project.py", "test_models.py", "test_edges.py"]
+    got = called(copy, "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *(f"tests/{n}" for n in names))
+    assert got.returncode == 0, got.stdout[-3000:]

@@ -34,7 +34,7 @@ def name_of(path):
 
 
 def texts(cell):
-    """What a reader of the cell's output sees as text; pictures and tables in HTML have a text beside them."""
+    """What a reader of the cell's output sees as text; images and tables in HTML have a text beside them."""
     for o in cell.get("outputs", []):
         text = o.get("text") or o.get("data", {}).get("text/markdown") or o.get("data", {}).get("text/plain") or ""
         yield re.sub(r" at 0x[0-9a-f]+", "", "".join(text))

@@ -43,7 +43,7 @@ def kind_of(
     "What a method looks at."
     if not loss.needs_teacher:
         return "no teacher"
-    return "images" if loss.alters_pictures else "features" if loss.needs_features else "logits"
+    return "images" if loss.alters_images else "features" if loss.needs_features else "logits"
 
 
 def teacher_queries(
@@ -117,9 +117,9 @@ def lesson(
     student.begin(EPOCHS, 1)
     ready = batch = queries_of([loss], teacher).batch(index, view, x, y)
     live = len(x) if teacher_queries(loss) == "live" else 0
-    if loss.alters_pictures:
+    if loss.alters_images:
         loss.at_epoch(EPOCHS, EPOCHS, 0)
-        output = teacher.look(loss.pictures(x))
+        output = teacher.look(loss.images(x))
         ready, live = replace(batch, look=lambda _: output), len(output.logits)
     student.begin_epoch(EPOCHS, EPOCHS, seed=0)  # what a loss draws begins anew
     return Lesson(student, teacher, batch, ready, live, teacher.dtype)

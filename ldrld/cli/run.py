@@ -37,7 +37,7 @@ def run(
     out: Out = None,
     keep: Annotated[
         list[str] | None,
-        typer.Option(help="weights, logits or insight (features and Grad-CAM maps), kept besides the record."),
+        typer.Option(help="weights, logits or insight (features and Grad-CAM maps), stored in addition to the record."),
     ] = None,
 ) -> None:
     """Carry out one run; its record is the result."""

@@ -16,6 +16,7 @@ import torch
 
 from ..core.paths import in_project
 from .images import ImageData, image_data, some_of, with_groups
+from .registry import register
 
 # %% ../../nbs/data/cifar.ipynb #35b164ca
 def _verified_pickle(path: Path, md5: str) -> dict:
@@ -30,6 +31,7 @@ def _verified_pickle(path: Path, md5: str) -> dict:
 CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 
 
+@register("cifar100", classes=100)
 def cifar100(
     root: Path,  # folder with `cifar-100-python/`
     download: bool = False,  # let torchvision download the official archive first (169 MB)
@@ -82,6 +84,7 @@ _CIFAR100_MISSING = """CIFAR-100 is not in {folder} ({reason}). Three ways to ge
   3. put the official files train, test and meta (https://www.cs.toronto.edu/~kriz/cifar.html) into {folder}"""
 
 # %% ../../nbs/data/cifar.ipynb #ee1fcce8
+@register("cifar100-10", classes=10)
 def cifar100_10(
     root: Path,  # as in `cifar100`
     download: bool = False,  # as in `cifar100`

@@ -137,7 +137,7 @@ class LossBase(nn.Module):
     "Attributes and hooks of every loss. A subclass defines `terms`; most are a `LogitLoss` or a `FeatureLoss`."
     needs_teacher: bool = True  # whether it needs a teacher
     needs_features: bool = False  # whether it needs intermediate features of the networks, see `methods/features`
-    alters_pictures: bool = False  # whether it generates its own training images, with `pictures`
+    alters_images: bool = False  # whether it generates its own training images, with `images`
     row_wise: bool = True  # whether every row has its own value, so that parts of a batch can be evaluated separately
     needs_target: str = ""  # which loss needs a target and why, e.g. "'dkd', which treats the true class separately"
     looks_at_teacher: bool = True  # whether it uses the teacher's logits; if not, they may be None
@@ -173,9 +173,9 @@ class LossBase(nn.Module):
         "The network to deploy: the student itself, unless the method adds modules to it."
         return student
 
-    def pictures(self, x: Tensor) -> Tensor:  # (images, 3, height, width)
-        "The images to train on, made from a batch `x`; to be defined by a loss that `alters_pictures`."
-        raise NotImplementedError(f"{type(self).__name__} must define pictures(x), which returns images")
+    def images(self, x: Tensor) -> Tensor:  # (images, 3, height, width)
+        "The images to train on, made from a batch `x`; to be defined by a loss that `alters_images`."
+        raise NotImplementedError(f"{type(self).__name__} must define images(x), which returns images")
 
     def cross_entropy(self, student: Tensor, target: Tensor | None) -> dict[str, Tensor]:  # {"ce": (rows,)}
         "The cross-entropy of every row times `ce_weight`; no term without a target."

@@ -82,15 +82,15 @@ def grad_cam(
 
 def insight(
     model: nn.Module,  # one of `ldrld.models`
-    images: ImageData,  # `ldrld.data.ImageData`
-    pictures: int = 8,  # number of images to show, the first of as many classes
+    images: ImageData,
+    count: int = 8,  # number of images to show, the first of as many classes
     points: int = 1000,  # number of test images whose pooled vectors are kept
 ) -> dict:  # arrays by name, ready for `numpy.savez`
     "Data for the feature figures: pooled features, and a few images with their Grad-CAM maps."
     device, classes = next(model.parameters()).device, len(images.classes)
-    shown = torch.arange(pictures) * classes // pictures
-    if classes >= pictures: which = torch.stack([(images.test_labels == c).nonzero()[0, 0] for c in shown])
-    else: which = torch.arange(pictures)
+    shown = torch.arange(count) * classes // count
+    if classes >= count: which = torch.stack([(images.test_labels == c).nonzero()[0, 0] for c in shown])
+    else: which = torch.arange(count)
     crops = Crops(images.test_images, images.mean, images.std, device=device)
     model.eval()
     x, y = crops.at(which, torch.zeros_like(which)), images.test_labels[which].to(device)

@@ -66,7 +66,7 @@ def queries_of(
 ) -> Queries:
     "What these losses need from their teacher. ValueError if the teacher cannot provide it."
     needing = [loss for loss in cohort if loss.needs_teacher]
-    live = [loss for loss in needing if loss.needs_features or loss.alters_pictures]
+    live = [loss for loss in needing if loss.needs_features or loss.alters_images]
     logits = teacher if len(needing) > len(live) else None
     if not live: return Queries(logits)
     if not isinstance(teacher, Looking):

@@ -57,9 +57,9 @@ def forward(
         with autocast(dtype, device): z_s, features_s = network(batch.x, features=True)
         return Outputs(z_s.float(), z_t, features_s, features_t)
     x, z_t = batch.x, batch.z_t
-    if loss.alters_pictures:
+    if loss.alters_images:
         if batch.look is None: raise ValueError("batch.look must run the teacher on the loss's own images, got None")
-        x = loss.pictures(x)
+        x = loss.images(x)
         z_t = batch.look(x).logits
     with autocast(dtype, device): z_s = network(x).float()
     return Outputs(z_s, z_t)

@@ -33,7 +33,7 @@ class Wrapper(LogitLoss):
         base = build(loss, **settings)
         tunes = getattr(base, "trains_teacher", False)
         reasons = {"uses features": base.needs_features, "tunes a teacher": tunes,
-                   "generates its own training images": base.alters_pictures,
+                   "generates its own training images": base.alters_images,
                    "takes no teacher": not base.needs_teacher}
         why = next((reason for reason, applies in reasons.items() if applies), None)
         if why or not isinstance(base, RowLoss):

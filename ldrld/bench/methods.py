@@ -152,7 +152,7 @@ def step_bytes(
     l: Lesson,
     device: str = "cpu",
 ) -> int:
-    "The most bytes of tensors in a step, the teacher's answer included if it is asked live, and what the loss keeps."
+    "Peak bytes of tensors in a step, the teacher's forward pass included if it runs live, and what the loss keeps."
     return kept_bytes(l.student.loss) + peak_bytes(l.step_live, device)
 
 # %% ../../nbs/bench/methods.ipynb #b7013cc6

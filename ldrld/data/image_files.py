@@ -32,14 +32,13 @@ def _tiff_loss(image: Any) -> str | None:
 
 def _loss(image: Any) -> str | None:
     "Why an opened image cannot be converted to 8-bit RGB without loss; None if it can."
-    how: Any  # depends on the codec
     codec, how = (image.tile[0][0], image.tile[0][3]) if image.tile else ("", "")
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format != "MPO": return f"{frames} frames or pages"  # MPO: one photograph and its previews
     if image.mode not in _PLAIN + _ALPHA:
         return f"mode {image.mode}: " + _UNFIT.get(image.mode.split(";")[0], "unknown here")
     if image.format == "PNG" and how.endswith(";16B"): return "16 bits per channel"
-    if image.format == "PPM" and codec.startswith("ppm") and how[1] > 255: return "16 bits per channel"
+    if image.format == "PPM" and codec.startswith("ppm") and int(how[1]) > 255: return "16 bits per channel"
     return _tiff_loss(image) if image.format == "TIFF" else None
 
 

@@ -87,8 +87,8 @@ def image_data(
         raise ValueError(f"{name}: test images are {size_of(test_images)}, training images {size_of(images)}")
     superclass_of = torch.as_tensor(superclass_of, dtype=torch.int64)
     if "mean" not in augmentation: augmentation["mean"], augmentation["std"] = mean_and_std(images)
-    return ImageData(name, *train_split, *test_split, tuple(classes), tuple(superclasses), superclass_of, **augmentation,
-                     fingerprint=fingerprint(*train_split, *test_split, resampled), resampled=resampled)
+    return ImageData(name, *train_split, *test_split, tuple(classes), tuple(superclasses), superclass_of,
+                     **augmentation, fingerprint=fingerprint(*train_split, *test_split, resampled), resampled=resampled)
 
 
 def too_few(classes: Sequence[str]) -> str: return f"one class only, {classes[0]!r}" if len(classes) else "no classes"

@@ -56,13 +56,10 @@ class Landing:
 # %% ../../nbs/training/in_flight.ipynb #dd8457ca
 class Reported(Recorded):
     "The results that are read back: the rows of completed epochs, and checkpoints."
-    epoch = 0  # the latest one begun
-
     def __init__(self, student: Student, task: Task, recorder: Recorder, checkpoint_every: float):
         super().__init__(student, task, recorder)
-        self.every, self.saved_at = checkpoint_every, time.monotonic()
-        self.landings: list[Landing] = []
-        self.rates_now: list[float] = []
+        self.every, self.saved_at, self.epoch = checkpoint_every, time.monotonic(), 0
+        self.landings, self.rates_now = list[Landing](), list[float]()
 
     def end_epoch(self) -> None:
         "Submit the evaluation and the copies of all reported values."

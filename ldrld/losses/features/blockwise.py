@@ -21,7 +21,7 @@ from ...core.seeds import seeded
 from ..base import RowLoss, Rows, summed
 from .base import FeatureLoss, shapes_of
 from ..ldrld.analytic import largest
-from ..inner import why_inner_eager
+from ..inner import OuterLoss
 from ..ldrld.loss import RelationLoss, kept_weights, relation_terms
 from ..registry import available, build, register
 from ...models.parts import Features, conv, he_init
@@ -92,8 +92,9 @@ def batch_statistics(network: nn.Module) -> Iterator[None]:
         for norm, training in norms: norm.training, norm.track_running_stats = training, True
 
 # %% ../../../nbs/methods/blockwise.ipynb #bw000020
-class SteppingStones(FeatureLoss):
+class SteppingStones(OuterLoss, FeatureLoss):
     "The stepping-stones between two networks. A subclass has the attributes `stones`, `connector` and `teacher_norm`."
+    inner_argument = "distance"
     cuts: list[Cut] = []  # one for each stepping-stone
     connectors: nn.ModuleList
     stones, connector, teacher_norm = "all", "3x3", "eval"
@@ -178,7 +179,7 @@ class BlockSettings(SteppingStones):
     def __init__(
         self,
         distance: str | None = None,  # D, a loss on logits; None: "kd" in "blockkd", "ldrld" in "block_ldrld"
-        distance_args: dict[str, Any] | None = None,  # its hyper-parameters; None: its defaults, for "kd" τ = 4 and weight 1
+        distance_args: dict[str, Any] | None = None,  # its hyper-parameters; None: defaults, for "kd" τ = 4, weight 1
         ranking: str = "branch",  # who ranks the classes, for "ldrld": "branch", its own logits | "student", Y^S
         alpha: float = 1.0,  # α ≥ 0, weight of the cross-entropies
         beta: float = 1.0,  # β ≥ 0, weight of the distances to the teacher
@@ -228,8 +229,7 @@ class BlockWise(BlockSettings):
         "Why a training step with these hyper-parameters cannot be recorded as a CUDA graph; empty if it can."
         if hyperparameters.get("drawn"): return "draws stepping-stones for every batch on the host"
         if hyperparameters.get("handover"): return "its connectors begin to learn at different times"
-        inner = why_inner_eager(hyperparameters.get("distance"), hyperparameters.get("distance_args"))
-        return super().why_eager(hyperparameters) or inner
+        return super().why_eager(hyperparameters)
 
     def prepare(self, student: nn.Module, teacher: Any, example: Tensor, data: Any = None) -> Self:
         "Create the connectors; freeze the teacher. ValueError for networks that cannot be joined."

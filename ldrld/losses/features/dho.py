@@ -16,7 +16,7 @@ from ...core import validation
 from ..base import Rows, wide
 from .base import FeatureLoss, shapes_of
 from .heads import heads_of
-from ..inner import inner_loss, inner_terms, why_inner_eager
+from ..inner import OuterLoss, inner_loss, inner_terms
 from ..registry import register
 from ...models.parts import Features, Output
 
@@ -51,7 +51,7 @@ class TwoHeads(nn.Module):
 
 # %% ../../../nbs/methods/dho.ipynb #174a3748
 @register("dho")
-class DHO(FeatureLoss):
+class DHO(OuterLoss, FeatureLoss):
     """Dual heads: CE at the student's own head, a loss on logits at a second one; mixed probabilities at inference.
 
     Raises ValueError, naming the argument, if one is out of range or the loss is not a loss on logits.
@@ -72,12 +72,6 @@ class DHO(FeatureLoss):
         self.alpha = validation.number("alpha", alpha, at_least=0.0)
         if self.alpha > 1: raise ValueError(f"alpha must be a number from 0 to 1, got {alpha!r}")
         self.beta = validation.number("beta", beta, above=0.0)
-
-    @classmethod
-    def why_eager(cls, hyperparameters: dict[str, Any]) -> str:
-        "As for every loss, and why the inner loss cannot."
-        inner = why_inner_eager(hyperparameters.get("loss"), hyperparameters.get("loss_args"))
-        return super().why_eager(hyperparameters) or inner
 
     def prepare(self, student: nn.Module, teacher: nn.Module, example: Tensor, data: Any = None) -> Self:
         "Create the second head. ValueError for networks without a `head`."

@@ -28,7 +28,7 @@ def relation_terms(
     temperature: float = 4.0,  # T
     rank_by: str = "student",  # who selects the classes: "student" | "teacher" | "label"
     target: Tensor | None = None,  # (batch,) int64, for "label"
-    find: Callable[[Tensor, int], Tensor] = analytic.largest,  # function (scores, depth) → indices of the largest, see `top_d`
+    find: Callable[[Tensor, int], Tensor] = analytic.largest,  # (scores, depth) → indices of the largest, see `top_d`
 ) -> dict[str, Tensor]:  # "pairs", "llki", "rntk", each (batch,), without α, β and T²
     """The three divergences of LDRLD for every sample: weighted pairs, selected classes jointly, remaining classes.
 

@@ -6,17 +6,17 @@
 __all__ = ['Wrapper']
 
 # %% ../../../nbs/methods/wrappers.ipynb #3c04801c
-from typing import Any, cast
+from typing import cast
 
 from torch import Tensor
 
 from ...core import validation
 from ..base import LogitLoss, RowLoss, Rows, compared
-from ..inner import why_inner_eager
+from ..inner import OuterLoss
 from ..registry import build
 
 # %% ../../../nbs/methods/wrappers.ipynb #e298d79f
-class Wrapper(LogitLoss):
+class Wrapper(OuterLoss, LogitLoss):
     """A loss around another loss on logits. A subclass defines `given`: the input of the wrapped loss."""
     base: RowLoss  # the wrapped loss
     defaults: dict[str, dict] = {}  # default hyper-parameters of wrapped losses, where they differ from their own
@@ -44,12 +44,6 @@ class Wrapper(LogitLoss):
         self.base = base if own is None else cast(RowLoss, build(loss, **self.loss_args, ce_weight=0.0))
         self.row_wise, self.needs_target = self.base.row_wise, type(self).needs_target or self.base.needs_target
         self.ce_weight = (own or 0.0) if ce_weight is None else validation.number("ce_weight", ce_weight, at_least=0.0)
-
-    @classmethod
-    def why_eager(cls, hyperparameters: dict[str, Any]) -> str:
-        "As for every loss, and why the inner loss cannot."
-        inner = why_inner_eager(hyperparameters.get("loss"), hyperparameters.get("loss_args"))
-        return super().why_eager(hyperparameters) or inner
 
     def at_epoch(self, epoch: int, epochs: int = 240, seed: int = 0) -> None:
         "Forwarded to the wrapped loss, which may warm up."

@@ -14,6 +14,7 @@ reproduce: $(VENV)/ready  ## every table and figure of the quick profile, from n
 test: $(VENV)/ready  ## what every change must pass
 	$(BIN)/ruff check ldrld tests setup.py
 	$(BIN)/lint-imports --no-cache --no-logo
+	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
 
 test-all: test  ## also every notebook anew, whole batches, and processes that are killed

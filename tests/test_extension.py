@@ -16,6 +16,8 @@ from ldrld.experiments.catalog import EXPERIMENTS, find, selected, shown_in
 from ldrld.experiments.config import RunConfig, name_of
 from ldrld.experiments.registry import SHARED, experiment
 from ldrld.experiments.records import records
+from ldrld.losses.registry import loss_class
+from ldrld.training.graphs import why_eager
 
 ROOT = Path(__file__).parent.parent
 LOSS = '''
@@ -93,6 +95,15 @@ def test_a_run_is_recorded_with_the_source_of_its_loss(theirs):
     origin = losses.origin("their_losses:Squared")
     assert origin == {"class": "their_losses:Squared", "sha256": hashlib.sha256(theirs.read_bytes()).hexdigest()}
     assert losses.origin("kd") == {}
+
+
+def test_nothing_is_assumed_about_recording_a_loss_from_outside(theirs, monkeypatch):
+    """Neither about the loss nor about one of ours that wraps it, unless the loss says that it can be recorded."""
+    name = "their_losses:Squared"
+    wrapped = {"loss": name}
+    assert "does not say" in why_eager(name) and "does not say" in why_eager("standardized", wrapped)
+    monkeypatch.setattr(loss_class(name), "can_be_recorded", True)
+    assert not why_eager(name) and not why_eager("standardized", wrapped)
 
 
 def test_it_trains_resumes_and_is_tabulated_through_papermill(theirs, tmp_path, monkeypatch):

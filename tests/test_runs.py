@@ -333,7 +333,7 @@ def test_a_compiled_network_learns_the_same_to_rounding(out, monkeypatch):
         student = Student(models.build("resnet8", 10), losses.build("ce"), "onecycle", 0.1, compiled=compiled)
         ((row,),) = train_together([student], digits, epochs=1, batch_size=512)
         results.append((row["terms"]["ce"], student.model.state_dict()["fc.weight"]))
-    assert student.answer is not student.model and results[0][0] == pytest.approx(results[1][0], rel=1e-3)
+    assert student.network is not student.model and results[0][0] == pytest.approx(results[1][0], rel=1e-3)
     torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-2, atol=1e-3)
     torch._dynamo.reset()
 

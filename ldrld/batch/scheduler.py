@@ -25,7 +25,7 @@ from ldrld.experiments.profiles import profile
 from ldrld.experiments.records import finished, load_divergence, load_record
 from ldrld.experiments.registry import SHARED, Experiment
 from ldrld.experiments.runner import Paused, run_together
-from ldrld.training.loop import Diverged
+from ldrld.training.divergence import Diverged
 
 __all__ = ["reproduce", "report", "compare_with_committed"]
 

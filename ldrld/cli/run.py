@@ -60,7 +60,7 @@ def run(
     from ldrld.experiments.config import RunConfig, explain, name_of, pretrained
     from ldrld.experiments.records import KEPT, divergence_path
     from ldrld.experiments.runner import Paused
-    from ldrld.training.loop import Diverged
+    from ldrld.training.divergence import Diverged
     from ldrld.experiments.runner import run as carry_out
 
     try:

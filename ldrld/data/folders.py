@@ -80,7 +80,7 @@ def height_and_width(size: int | tuple[int, int]) -> tuple[int, int]:
     whole = isinstance(both, (tuple, list)) and len(both) == 2 and all(type(n) is int and 1 <= n <= 4096 for n in both)
     if not whole or isinstance(size, bool):
         raise ValueError(f"size={size!r}: expected a number of pixels from 1 to 4096, or (height, width)")
-    return tuple(both)
+    return both[0], both[1]
 
 
 def folder(

@@ -31,10 +31,11 @@ from ldrld.experiments.records import (
     KEPT, Divergence, Record, keep_divergence, load_divergence, load_record, record_of, save_record,
 )
 from .students import begin_on, start
-from ..losses.base import LogitLoss
 from ..models.evaluation import logits_of, precision_used
 from ..training.checkpoint import epochs_trained
-from ..training.loop import Diverged, Student, train_together
+from ..training.divergence import Diverged
+from ..training.loop import train_together
+from ..training.student import Student
 from ..training.metrics import measure
 from ..training.teacher import TeacherLogits
 
@@ -227,7 +228,7 @@ def finish(
 ) -> Record:
     "Save the record of a trained student and the files in `keep`, and delete its checkpoint."
     name, last = name_of(config), student.history[-1]["test_accuracy"]
-    used = cast(LogitLoss, student.loss).deployed(student.model)
+    used = student.loss.deployed(student.model)
     keep_besides(keep, used, student.model, images, config, profile, student.device)
     if record and record.last_accuracy != last:
         say(f"{name}: retraining reached {last:.2f} %; the record of {record.last_accuracy:.2f} % is kept")

@@ -7,7 +7,7 @@ __all__ = ['NUMBER', 'RANGE', 'Dimension', 'GRAMMAR', 'SPACES', 'ends', 'dimensi
 
 # %% ../../../nbs/tuning/space.ipynb #3489d398
 import re
-from typing import TypeAlias, cast
+from typing import TypeAlias
 
 import torch
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
@@ -16,7 +16,7 @@ from ... import losses
 from ...core import validation
 from ...core.settings import read
 from ...experiments.config import hyperparameters
-from ...losses.base import LogitLoss
+from ...losses.base import LossBase
 from ...losses.registry import loss_class
 
 # %% ../../../nbs/tuning/space.ipynb #b529b547
@@ -119,7 +119,7 @@ def space_of(
     """A space that fits the loss and the data. `ValueError` for a loss without a space of its own, or an end that
     does not fit.
     """
-    built = cast(LogitLoss, losses.build(loss))
+    built = losses.build(loss)
     if not space and loss not in SPACES:
         raise ValueError(
             f"the loss {loss!r} has no space of its own; give one, with {GRAMMAR}. Its hyper-parameters: "
@@ -127,7 +127,7 @@ def space_of(
         )
     space = space or SPACES[loss](classes)
     made = {name: dimension(loss, name, text) for name, text in space.items()}
-    if built.needs_features or built.alters_images or type(built).prepare is not LogitLoss.prepare:
+    if built.needs_features or built.alters_images or type(built).prepare is not LossBase.prepare:
         return space
     z, y = torch.zeros(2, classes), torch.zeros(2, dtype=torch.int64)
     for name, value in ((name, value) for name, d in made.items() for value in ends(d)):

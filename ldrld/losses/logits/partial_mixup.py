@@ -37,6 +37,7 @@ class PartialMixup(LogitLoss):
     Source: Choi et al., WACV 2023, arXiv 2211.03946, and its released code (hchoi71/MIX-KD).
     """
     alters_images = True
+    eager = "draws the mixup pairs of every batch on the host"
     _draws = (0, 0, 0)  # seed, epoch, call
     _mixture: tuple[Tensor, Tensor] | None = None  # partners and weights of the last batch
     row_wise = False  # a sample also uses its partner's label

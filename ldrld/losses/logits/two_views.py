@@ -31,6 +31,7 @@ class TwoViews(LogitLoss):
     Given logits of only `batch` rows, or neither labels nor mask, it treats all rows as weak versions.
     """
     alters_images = True
+    eager = "draws a second crop of every image on the host"
     _moment = (0, 0)  # seed and epoch
     _calls = 0  # number of calls of `images` in this epoch
     _scale: tuple[tuple[float, ...], tuple[float, ...]] | None = None  # mean and standard deviation of each channel

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from ...core import validation
 from ..base import LogitLoss, RowLoss, Rows, compared
+from ..inner import OuterLoss
 from ..registry import build
 
 # %% ../../../nbs/methods/wrappers.ipynb #e298d79f
-class Wrapper(LogitLoss):
+class Wrapper(OuterLoss, LogitLoss):
     """A loss around another loss on logits. A subclass defines `given`: the input of the wrapped loss."""
     base: RowLoss  # the wrapped loss
     defaults: dict[str, dict] = {}  # default hyper-parameters of wrapped losses, where they differ from their own

@@ -126,7 +126,8 @@ def test_the_switches_off_change_nothing():
 
 
 def test_the_switches_are_named_when_on():
-    common = dict(dataset="digits", model="resnet8", loss="ldrld", teacher=RunConfig(dataset="digits", model="resnet14"))
+    teacher = RunConfig(dataset="digits", model="resnet14")
+    common = dict(dataset="digits", model="resnet8", loss="ldrld", teacher=teacher)
     plain, same, mass, anchor = (
         RunConfig(loss_args=args, **common)
         for args in ({}, {"mass_weight": 0.0, "anchor": False}, {"mass_weight": 1.0}, {"anchor": True})

@@ -14,6 +14,7 @@ reproduce: $(VENV)/ready  ## every table and figure of the quick profile, from n
 test: $(VENV)/ready  ## what every change must pass
 	$(BIN)/ruff check ldrld tests setup.py
 	$(BIN)/lint-imports --no-cache --no-logo
+	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
 
 test-all: test  ## also every notebook anew, whole batches, and processes that are killed
@@ -30,7 +31,7 @@ readme: $(VENV)/ready  ## README.md from nbs/index.ipynb
 HF := nbs/tutorials/hugging_face.ipynb
 notebooks: $(VENV)/ready  ## export, run and clean all library notebooks, their outputs kept
 	$(BIN)/nbdev_export
-	$(BIN)/jupyter nbconvert --to notebook --execute --inplace $(filter-out $(HF) nbs/run/%,$(wildcard nbs/*.ipynb nbs/*/*.ipynb))
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace $(filter-out $(HF) nbs/run/%,$(wildcard nbs/*.ipynb nbs/*/*.ipynb nbs/*/*/*.ipynb))
 	if $(BIN)/python -c "import transformers, accelerate"; then $(BIN)/jupyter nbconvert --to notebook --execute --inplace $(HF); fi
 	$(BIN)/nbdev_clean
 

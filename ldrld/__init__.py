@@ -2,7 +2,7 @@
 __version__ = "0.1.0"
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ldrld import data, losses, models
@@ -28,7 +28,7 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _HOMES: raise AttributeError(f"module 'ldrld' has no attribute {name!r}")
     try: module = import_module(_HOMES[name])
     except ModuleNotFoundError as error:
@@ -39,4 +39,4 @@ def __getattr__(name: str):
     return module if module.__name__.endswith(f".{name}") and not hasattr(module, name) else getattr(module, name)
 
 
-def __dir__(): return sorted([*globals(), *__all__])
+def __dir__() -> list[str]: return sorted([*globals(), *__all__])

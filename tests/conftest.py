@@ -1,5 +1,8 @@
 """Which tests take long: `make test` leaves them to `make test-all`."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 SLOW = {  # file: its tests, or all of them
@@ -20,9 +23,22 @@ SLOW = {  # file: its tests, or all of them
     "test_preflight": {"test_terminals_without_our_letters"},
     "test_outcomes": {"test_tables_say_diverged"},
     "test_records": {"test_the_commands_name_the_odd_one_and_go_on"},
-    "test_methods": {"test_a_method_trains"},
-    "test_extension": {"test_it_trains_resumes_and_is_tabulated_through_papermill"},
+    "test_methods": {"test_a_method_trains_and_resumes"},
+    "test_extension": {
+        "test_it_trains_resumes_and_is_tabulated_through_papermill",
+        "test_one_file_each_trains_resumes_and_is_tabulated",
+        "test_the_other_checks_still_pass",
+    },
 }
+
+
+def pytest_configure():
+    """Stop before anything is collected if the list names a test that does not exist."""
+    for module, slow in SLOW.items():
+        source = Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8")
+        missing = sorted((slow or set()) - set(re.findall(r"^def (\w+)", source, re.M)))
+        if missing:
+            raise pytest.UsageError(f"tests/conftest.py: {missing} not found in {module}.py; correct the names in SLOW")
 
 
 def pytest_collection_modifyitems(items):

@@ -1,7 +1,7 @@
-"""Weights and pictures for `golden/networks.json`: the same on every machine, and drawn from no random generator.
+"""Weights and images for `golden/networks.json`: the same on every machine, and drawn from no random generator.
 
 The values in that file were computed in float64 with RepDistiller's own model definitions (HobbitLong/RepDistiller,
-`models/`, the code behind b84f547) on what `fill` and `pictures` give, in training mode, so that every batch norm
+`models/`, the code behind b84f547) on what `fill` and `images` give, in training mode, so that every batch norm
 normalises with the batch. Make it anew only if these two functions change, and again with that code, not with ours.
 """
 
@@ -27,8 +27,8 @@ def fill(model):
     return model
 
 
-def pictures(side: int = 32) -> torch.Tensor:
-    """Two pictures, (2, 3, side, side), in float64."""
+def images(side: int = 32) -> torch.Tensor:
+    """Two images, (2, 3, side, side), in float64."""
     return 4 * spread((2, 3, side, side), 10_007)
 
 

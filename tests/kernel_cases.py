@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ldrld import LDRLD, adw_weights
-from ldrld.losses.ldrld import triton_kernel
+from ldrld.losses.ldrld import kernel_launch, triton_kernel
 from ldrld.losses.ldrld.loss import relation_terms
 from ldrld.losses.relations import dway_kl, held_type, pair_indices, pair_kl, remaining_kl
 from ldrld.losses.ldrld.triton_kernel import fused, scale_
@@ -139,11 +139,11 @@ def test_any_division_into_lanes_and_blocks(lanes, stack, classes, device, monke
     top-d."""
 
     def options(*args):
-        groups = triton_kernel.triton.next_power_of_2(-(-classes // lanes))
+        groups = kernel_launch.up(-(-classes // lanes))
         return given(*args) | {"L": lanes, "K": stack, "G": groups, "TAIL": classes % (lanes * stack) != 0}
 
-    given = triton_kernel._options
-    monkeypatch.setattr(triton_kernel, "_options", options)
+    given = kernel_launch.options
+    monkeypatch.setattr(triton_kernel, "options", options)
     student, teacher, target = sample(2, classes, device=device, seed=classes)
     share, weights = shares(2, device), adw_weights(7, device=device)
     for rank_by in ("student", "teacher"):

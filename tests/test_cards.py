@@ -142,7 +142,7 @@ def test_the_line_that_loads_it_works(teacher):
     )
 
 
-def test_a_card_without_the_pictures_says_not_measured(teacher, monkeypatch):
+def test_a_card_without_the_images_says_not_measured(teacher, monkeypatch):
     place = model_cards.card_path(teacher.name, "t")
     place.unlink()
     monkeypatch.setattr(data, "load", lambda *_, **__: (_ for _ in ()).throw(FileNotFoundError("not here")))
@@ -297,7 +297,7 @@ def test_weights_that_nobody_can_vouch_for_are_refused(teacher, monkeypatch):
         runner.run(STUDENT, "t", report=None)
     place.unlink()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model_cards, "pictures", lambda *_: data.load("glyphs-10"))
+        patch.setattr(model_cards, "images_of", lambda *_: data.load("glyphs-10"))
         with pytest.raises(ValueError, match="the images of digits have changed since"):
             model_cards.checked_weights(teacher.name, "t")
     (paths.records("t") / f"{teacher.name}.json").unlink()
@@ -530,7 +530,7 @@ def test_a_checkpoint_that_is_not_the_published_one_is_told(reached, code, tmp_p
 
     monkeypatch.setattr(
         model_cards,
-        "pictures",
+        "images_of",
         lambda *_: data.ImageData(*["stands for CIFAR-100", *[None] * 4, range(100), *[None] * 7]),
     )
     monkeypatch.setattr(model_cards, "measured", lambda *_: reached)

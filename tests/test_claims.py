@@ -58,9 +58,9 @@ def front_page(folder):
 def test_a_claim_can_fail_and_a_published_number_stands_beside_it(some_paper_records):
     table = claims.judged("paper").set_index(["claim", "teacher", "theirs"])
     kd, dkd = table.loc[("kd", "resnet32x4", "KD")], table.loc[("rivals", "resnet32x4", "DKD")]
-    assert (kd["verdict"], dkd["verdict"], kd["n"]) == ("did not hold", "held", 3)
+    assert (kd["verdict"], dkd["verdict"], kd["n"]) == ("refuted", "supported", 3)
     assert np.isclose(kd["difference"], -1.2) and np.isclose(kd["published"], 77.20 - 73.33)
-    assert table.loc[("kd", "vgg13", "KD"), "verdict"] == "undecided"  # one seed
+    assert table.loc[("kd", "vgg13", "KD"), "verdict"] == "inconclusive"  # one seed
     said = claims_report.in_words(claims.judged("paper"), "paper")
     assert "LDRLD is outperformed by KD" in said and "`kd` (2 of 5 run)" in said
 
@@ -88,7 +88,7 @@ def test_a_forged_table_is_found(some_paper_records, column, row, value):
     assert verification.verify_table("claims", "paper")
 
 
-def test_pictures_are_computed_again(tmp_path, monkeypatch):
+def test_images_are_computed_again(tmp_path, monkeypatch):
     """The two claims about probabilities, on random logits."""
     monkeypatch.setenv("LDRLD_OUT", str(tmp_path))
     for i, config in enumerate(EXPERIMENTS["relation_maps"].plan("small").query("seed == 0")["config"]):
@@ -102,7 +102,7 @@ def test_pictures_are_computed_again(tmp_path, monkeypatch):
             )
     table = claims.judged("small")
     tables.save_table(table, "claims", claims_report.caption(table, "small"), "small", claims_report.shown(table))
-    assert table.loc[table["of"] == "pictures", "n"].tolist() == [20, 0, 20]
+    assert table.loc[table["of"] == "images", "n"].tolist() == [20, 0, 20]
     assert claims_verification.verify("small") == []
 
 
@@ -134,4 +134,4 @@ def test_front_page_without_any_record(tmp_path, monkeypatch):
     text = front_page(tmp_path)
     for p in ("quick", "small", "paper"):
         assert f"None of the {len(batch(p))} runs of profile `{profile(p).name}` has been made" in text
-    assert "±" not in text and "held |" not in text
+    assert "±" not in text and "supported |" not in text

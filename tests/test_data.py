@@ -74,8 +74,8 @@ def test_glyphs(tmp_path):
     assert len(data.test_images) >= 2000
     for labels in (data.train_labels, data.test_labels):
         assert len(set(labels.bincount().tolist())) == 1
-    pictures = torch.cat([data.train_images, data.test_images]).flatten(1)
-    assert len(torch.unique(pictures, dim=0)) == len(pictures)
+    images = torch.cat([data.train_images, data.test_images]).flatten(1)
+    assert len(torch.unique(images, dim=0)) == len(images)
 
 
 @pytest.mark.parametrize("classes", [10, 20, 50, 200])
@@ -104,7 +104,7 @@ def test_more_classes_leave_the_hundred_as_they_were():
         make(Recipe(classes=200, test=100), "test")
 
 
-def test_the_number_of_classes_is_known_without_the_pictures():
+def test_the_number_of_classes_is_known_without_the_images():
     assert CLASSES.keys() == LOADERS.keys()
     assert all(
         len(load(name).classes) == CLASSES[name]
@@ -214,7 +214,7 @@ def test_processes_that_start_together_agree(tmp_path):
 
 @pytest.fixture
 def tiny_cifar(tmp_path):
-    "Files in CIFAR-100's layout, 2 training and 1 test picture a class, and a torchvision class that knows their MD5."
+    "Files in CIFAR-100's layout, 2 training and 1 test image a class, and a torchvision class that knows their MD5."
     from ldrld.core.torchvision import torchvision
 
     rng, folder = np.random.default_rng(0), tmp_path / "cifar-100-python"
@@ -306,7 +306,7 @@ def test_damaged_or_hostile_cifar_is_never_unpickled(tiny_cifar):
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def images(tmp_path):
     for split in ("train", "test"):
         for name, shade in (("dark", 10), ("light", 200)):
             place = tmp_path / "own" / split / name / "images"
@@ -316,54 +316,54 @@ def pictures(tmp_path):
     return tmp_path / "own"
 
 
-def test_folder(pictures):
-    data = load(str(pictures))
+def test_folder(images):
+    data = load(str(images))
     check_contract(data)
     assert data.name == "own" and data.classes == ("dark", "light") and data.train_images.shape == (6, 16, 24, 3)
     assert data.train_images[:, 0, 0, 0].tolist() == [10, 11, 12, 200, 201, 202]
-    assert load("own", root=pictures.parent).fingerprint == data.fingerprint
+    assert load("own", root=images.parent).fingerprint == data.fingerprint
 
 
-def test_folder_that_does_not_fit(pictures):
-    Image.new("RGB", (8, 8)).save(pictures / "test" / "light" / "odd.png")
+def test_folder_that_does_not_fit(images):
+    Image.new("RGB", (8, 8)).save(images / "test" / "light" / "odd.png")
     with pytest.raises(
         ValueError,
         match="odd.png is 8×8 pixels, the first image 24×16; all must have one size: give one, .*size=32.*@32",
     ):
-        folder(pictures)
-    (pictures / "test" / "light").rename(pictures / "test" / "bright")
+        folder(images)
+    (images / "test" / "light").rename(images / "test" / "bright")
     with pytest.raises(ValueError, match="the same subfolders.*'bright', 'light'"):
-        folder(pictures)
+        folder(images)
 
 
-def test_folder_with_two_sizes(pictures):
-    for path in (pictures / "test").rglob("*.png"):
+def test_folder_with_two_sizes(images):
+    for path in (images / "test").rglob("*.png"):
         Image.new("RGB", (8, 8)).save(path)
     with pytest.raises(
         ValueError, match="test images are 8×8.* training images 24×16; all must have one size: give one"
     ):
-        folder(pictures)
+        folder(images)
 
 
-def test_folder_with_an_empty_class(pictures):
-    for path in (pictures / "test" / "light").rglob("*.png"):
+def test_folder_with_an_empty_class(images):
+    for path in (images / "test" / "light").rglob("*.png"):
         path.unlink()
     with pytest.raises(ValueError, match="test.light: no images"):
-        folder(pictures)
+        folder(images)
 
 
-def test_folder_with_a_broken_picture(pictures):
-    path = pictures / "train" / "dark" / "images" / "0.png"
+def test_folder_with_a_broken_image(images):
+    path = images / "train" / "dark" / "images" / "0.png"
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(ValueError, match=r"0.png \(40 bytes\) cannot be read as an image: damaged"):
-        folder(pictures)
+        folder(images)
 
 
 # ---- folders as they are: what systems leave behind, files that are no images, links --------------------------------
 
 
-def test_what_systems_leave_behind_is_passed_over(pictures):
-    before = folder(pictures).fingerprint
+def test_what_systems_leave_behind_is_passed_over(images):
+    before = folder(images).fingerprint
     for name in (
         "train/dark/.ipynb_checkpoints/0-checkpoint.png",
         "train/.ipynb_checkpoints/1.png",
@@ -382,26 +382,26 @@ def test_what_systems_leave_behind_is_passed_over(pictures):
         "test/dark/boxes.txt",
         "train/README",
     ):
-        (place := pictures / name).parent.mkdir(parents=True, exist_ok=True)
+        (place := images / name).parent.mkdir(parents=True, exist_ok=True)
         if place.name.endswith("0.png") and not place.name.startswith("._"):
             Image.new("RGB", (24, 16)).save(place)
         else:
             place.write_bytes(b"none of ours")
-    data = folder(pictures)
+    data = folder(images)
     assert data.fingerprint == before and data.classes == ("dark", "light")
 
 
 @pytest.mark.parametrize("name", ["notes.pdf", "0.heic", "0.npy", "0", "movie.mp4", "images.zip", "0.svg", "0.PNG"])
-def test_a_file_that_might_be_an_image_is_never_dropped_without_a_word(name, pictures):
-    (pictures / "train" / "light" / name).write_bytes(b"no image at all")
+def test_a_file_that_might_be_an_image_is_never_dropped_without_a_word(name, images):
+    (images / "train" / "light" / name).write_bytes(b"no image at all")
     with pytest.raises(ValueError, match=f"light/{name} .* cannot be read as an image"):
-        folder(pictures)
+        folder(images)
 
 
-def test_images_beside_the_folders_of_the_classes_are_named(pictures):
-    Image.new("RGB", (24, 16)).save(pictures / "train" / "stray.png")
+def test_images_beside_the_folders_of_the_classes_are_named(images):
+    Image.new("RGB", (24, 16)).save(images / "train" / "stray.png")
     with pytest.raises(ValueError, match="train/stray.png is next to the class folders; move it"):
-        folder(pictures)
+        folder(images)
 
 
 @pytest.mark.parametrize(
@@ -425,14 +425,14 @@ def test_images_beside_the_folders_of_the_classes_are_named(pictures):
         ("jpg", "PNG"),
     ],
 )
-def test_images_are_told_by_their_content(suffix, format, pictures):
+def test_images_are_told_by_their_content(suffix, format, images):
     """Beside png, where they were dropped, or alone, where there were none."""
-    before, more = folder(pictures), {"lossless": True} if format == "WEBP" else {}
+    before, more = folder(images), {"lossless": True} if format == "WEBP" else {}
     mode = {"pgm": "L", "pbm": "1"}.get(suffix, "RGB")
     Image.new(mode, (24, 16), 255 if mode != "RGB" else (255, 255, 255)).save(
-        pictures / "test" / "light" / f"last.{suffix}".rstrip("."), format=format, **more
+        images / "test" / "light" / f"last.{suffix}".rstrip("."), format=format, **more
     )
-    after = folder(pictures)
+    after = folder(images)
     assert (
         len(after.test_images) == len(before.test_images) + 1
         and (after.test_images[-1] == 255).all()
@@ -441,95 +441,95 @@ def test_images_are_told_by_their_content(suffix, format, pictures):
 
 
 @pytest.mark.parametrize("suffix", ["jfif", "jpe", "JPEG", "jpg"])
-def test_jpeg_has_many_suffixes(suffix, pictures):
+def test_jpeg_has_many_suffixes(suffix, images):
     Image.new("RGB", (24, 16), (200, 200, 200)).save(
-        pictures / "test" / "light" / f"last.{suffix}", format="JPEG", quality=100
+        images / "test" / "light" / f"last.{suffix}", format="JPEG", quality=100
     )
-    assert (folder(pictures).test_images[-1] == 200).all()
+    assert (folder(images).test_images[-1] == 200).all()
 
 
-def test_links_are_followed_but_not_in_circles(pictures, tmp_path):
-    (pictures / "train" / "dark").rename(tmp_path / "elsewhere")
-    (pictures / "train" / "dark").symlink_to(tmp_path / "elsewhere")
+def test_links_are_followed_but_not_in_circles(images, tmp_path):
+    (images / "train" / "dark").rename(tmp_path / "elsewhere")
+    (images / "train" / "dark").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "more").mkdir()
     Image.new("RGB", (24, 16), (7, 7, 7)).save(tmp_path / "more" / "0.png")
     (tmp_path / "elsewhere" / "more").symlink_to(tmp_path / "more")
-    assert folder(pictures).train_images[:, 0, 0, 0].tolist() == [10, 11, 12, 7, 200, 201, 202]
+    assert folder(images).train_images[:, 0, 0, 0].tolist() == [10, 11, 12, 7, 200, 201, 202]
     (tmp_path / "more" / "back").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match="more/back: a link to one of its parent folders"):
-        folder(pictures)
+        folder(images)
     (tmp_path / "more" / "back").unlink()
     (tmp_path / "more" / "gone.png").symlink_to(tmp_path / "nowhere.png")
     with pytest.raises(ValueError, match="more/gone.png cannot be read as an image.*No such file"):
-        folder(pictures)
+        folder(images)
 
 
-def test_one_class_fails_early(pictures):
+def test_one_class_fails_early(images):
     for split in ("train", "test"):
-        shutil.rmtree(pictures / split / "light")
-    (pictures / "train" / "dark" / "images" / "0.png").write_bytes(b"never looked at")
+        shutil.rmtree(images / split / "light")
+    (images / "train" / "dark" / "images" / "0.png").write_bytes(b"never looked at")
     with pytest.raises(ValueError, match="train: one class only, 'dark'; expected two or more subfolders"):
-        folder(pictures)
+        folder(images)
     for split in ("train", "test"):
-        shutil.rmtree(pictures / split / "dark")
+        shutil.rmtree(images / split / "dark")
     with pytest.raises(ValueError, match="train: no classes"):
-        folder(pictures)
+        folder(images)
     one = np.zeros((2, 4, 4, 3), np.uint8), [0, 0]
     with pytest.raises(ValueError, match="mine: one class only, 'a'; a classifier needs two or more"):
         image_data("mine", one, one, classes=("a",))
 
 
-def test_a_split_that_is_missing_is_named(pictures):
-    (pictures / "test").rename(pictures / "val")
-    for call in (lambda: folder(pictures), lambda: load(str(pictures)), lambda: load("own", root=pictures.parent)):
+def test_a_split_that_is_missing_is_named(images):
+    (images / "test").rename(images / "val")
+    for call in (lambda: folder(images), lambda: load(str(images)), lambda: load("own", root=images.parent)):
         with pytest.raises(ValueError, match="own: no test in it; expected train/<class>/ and test/<class>/"):
             call()
 
 
-def test_names_of_classes_in_two_spellings(pictures):
+def test_names_of_classes_in_two_spellings(images):
     """macOS stores é as e and an accent, Linux as it is typed: a split copied from each fits."""
-    (pictures / "train" / "light").rename(pictures / "train" / "caf\u00e9")
-    (pictures / "test" / "light").rename(pictures / "test" / "cafe\u0301")
-    assert folder(pictures).classes == ("caf\u00e9", "dark")
-    (pictures / "train" / "cafe\u0301").mkdir()
+    (images / "train" / "light").rename(images / "train" / "caf\u00e9")
+    (images / "test" / "light").rename(images / "test" / "cafe\u0301")
+    assert folder(images).classes == ("caf\u00e9", "dark")
+    (images / "train" / "cafe\u0301").mkdir()
     with pytest.raises(ValueError, match="two subfolders have names that look the same"):
-        folder(pictures)
+        folder(images)
 
 
-def test_a_folder_named_like_a_built_in_set_is_not_shadowed(pictures, monkeypatch):
-    pictures.rename(pictures.parent / "digits")
-    monkeypatch.chdir(pictures.parent)
+def test_a_folder_named_like_a_built_in_set_is_not_shadowed(images, monkeypatch):
+    images.rename(images.parent / "digits")
+    monkeypatch.chdir(images.parent)
     with pytest.raises(
         ValueError, match="'digits' is a built-in data set and also a folder; for the folder say './digits'"
     ):
         load("digits")
     assert load("./digits").classes == ("dark", "light") and RunConfig(dataset="./digits").dataset == str(
-        pictures.parent / "digits"
+        images.parent / "digits"
     )
     monkeypatch.chdir("/")
     assert load("digits").name == "digits" and len(load("digits").classes) == 10
-    with pytest.raises(ValueError, match=f"for the folder say '{pictures.parent}/digits'"):
-        load("digits", root=pictures.parent)
+    with pytest.raises(ValueError, match=f"for the folder say '{images.parent}/digits'"):
+        load("digits", root=images.parent)
 
 
-def test_a_name_that_is_two_folders_is_refused(pictures, tmp_path, monkeypatch):
-    shutil.copytree(pictures, tmp_path / "sets" / "own")
-    monkeypatch.chdir(pictures.parent)
+def test_a_name_that_is_two_folders_is_refused(images, tmp_path, monkeypatch):
+    shutil.copytree(images, tmp_path / "sets" / "own")
+    monkeypatch.chdir(images.parent)
     with pytest.raises(ValueError, match="'own' is two folders; say './own' or '.*/sets/own'"):
         load("own", root=tmp_path / "sets")
-    assert load("./own", root=tmp_path / "sets").fingerprint == load("own", root=pictures.parent).fingerprint
+    assert load("./own", root=tmp_path / "sets").fingerprint == load("own", root=images.parent).fingerprint
 
 
 # ---- sizes ---------------------------------------------------------------------------------------------------------
 
 
-def test_sizes_are_brought_to_one(pictures):
+def test_sizes_are_brought_to_one(images):
     """The whole is covered and the middle kept, without distortion; how is part of the fingerprint."""
     wide = Image.new("RGB", (64, 16), (255, 0, 0))
     wide.paste((0, 0, 255), (24, 0, 40, 16))
-    wide.save(pictures / "test" / "light" / "wide.png")
-    Image.new("RGB", (4, 100), (9, 9, 9)).save(pictures / "test" / "light" / "tall.png")
-    data = load(str(pictures), size=16)
+    wide.save(images / "test" / "light" / "wide.png")
+    Image.new("RGB", (4, 100), (9, 9, 9)).save(images / "test" / "light" / "tall.png")
+    data = load(str(images), size=16)
     check = fingerprint(data.train_images, data.train_labels, data.test_images, data.test_labels, data.resampled)
     assert data.train_images.shape == (6, 16, 16, 3) and data.fingerprint == check and data.padding == 2
     assert (data.test_images[-1] == torch.tensor([0, 0, 255], dtype=torch.uint8)).all() and (
@@ -538,14 +538,14 @@ def test_sizes_are_brought_to_one(pictures):
     assert data.resampled == "16×16 (scaled to cover, cropped in the middle, bicubic)" and "resampled to 16×16" in repr(
         data
     )
-    for name, size in ((f"{pictures}@16", None), (str(pictures), (16, 16))):
+    for name, size in ((f"{images}@16", None), (str(images), (16, 16))):
         assert load(name, size=size).fingerprint == data.fingerprint
-    assert load("own@16", root=pictures.parent).fingerprint == data.fingerprint
-    assert load(f"{pictures}@8x12").train_images.shape == (6, 8, 12, 3)
+    assert load("own@16", root=images.parent).fingerprint == data.fingerprint
+    assert load(f"{images}@8x12").train_images.shape == (6, 8, 12, 3)
 
 
-def test_a_size_that_all_have_leaves_the_bytes_alone_and_is_stated(pictures):
-    plain, sized = folder(pictures), folder(pictures, size=(16, 24))
+def test_a_size_that_all_have_leaves_the_bytes_alone_and_is_stated(images):
+    plain, sized = folder(images), folder(images, size=(16, 24))
     assert (
         plain.train_images.equal(sized.train_images)
         and plain.resampled == "" != sized.resampled
@@ -565,23 +565,23 @@ def test_shrinking_averages():
 
 
 @pytest.mark.parametrize("size", [0, -1, 2.5, True, "32", (32,), (32, 0), (1, 2, 3), 5000])
-def test_a_size_that_makes_no_sense_is_refused(size, pictures):
+def test_a_size_that_makes_no_sense_is_refused(size, images):
     with pytest.raises(ValueError, match="size=.*expected a number of pixels from 1 to 4096"):
-        load(str(pictures), size=size)
+        load(str(images), size=size)
 
 
-def test_a_size_is_for_folders_and_given_once(pictures):
+def test_a_size_is_for_folders_and_given_once(images):
     for call in (lambda: load("digits", size=32), lambda: load("digits@32")):
         with pytest.raises(ValueError, match="'digits' is a built-in data set, used as it is; sizes are for folders"):
             call()
     with pytest.raises(ValueError, match="already contains a size"):
-        load(f"{pictures}@8", size=8)
+        load(f"{images}@8", size=8)
     with pytest.raises(ValueError, match="expected a number of pixels"):
-        load(f"{pictures}@0")
+        load(f"{images}@0")
 
 
-def test_a_folder_whose_name_has_a_size_in_it(pictures):
-    named = pictures.rename(pictures.with_name("own@64"))
+def test_a_folder_whose_name_has_a_size_in_it(images):
+    named = images.rename(images.with_name("own@64"))
     assert load(str(named)).train_images.shape == (6, 16, 24, 3) and load(f"{named}@8").train_images.shape == (
         6,
         8,
@@ -590,17 +590,17 @@ def test_a_folder_whose_name_has_a_size_in_it(pictures):
     )
 
 
-def test_a_run_on_a_folder_of_several_sizes(pictures, tmp_path, monkeypatch):
+def test_a_run_on_a_folder_of_several_sizes(images, tmp_path, monkeypatch):
     """From the configuration on; teacher and student see the same images, and names of other runs are what they
     were."""
     monkeypatch.setenv("LDRLD_OUT", str(tmp_path / "out"))
-    monkeypatch.chdir(pictures.parent)
-    Image.new("RGB", (40, 40)).save(pictures / "train" / "dark" / "odd.png")
+    monkeypatch.chdir(images.parent)
+    Image.new("RGB", (40, 40)).save(images / "train" / "dark" / "odd.png")
     short = {"model": "resnet8", "recipe": "onecycle", "epochs": 1, "batch_size": 4, "precision": "float32"}
     with pytest.raises(ValueError, match="dataset=folder@32"):
         run(RunConfig(dataset="own", **short), "t", report=None)
     config = RunConfig(dataset="own@16", loss="kd", teacher="resnet8", **short)
-    assert config.dataset == config.teacher.dataset == f"{pictures}@16" == RunConfig(**config.model_dump()).dataset
+    assert config.dataset == config.teacher.dataset == f"{images}@16" == RunConfig(**config.model_dump()).dataset
     record = run(config, "t", report=None)
     assert (
         record.name.startswith("own-16-resnet8-kd-s0-")
@@ -787,7 +787,7 @@ def test_unknown_name(tmp_path):
 
 
 def test_tiny_imagenet_as_people_have_it(tmp_path):
-    """The official archive, whose test pictures lie in one folder beside a list, and the same laid out by class."""
+    """The official archive, whose test images lie in one folder beside a list, and the same laid out by class."""
     with pytest.raises(FileNotFoundError, match="(?s)not in .*tiny-imagenet-200.*Two ways.*train/<class>/"):
         load("tiny-imagenet", root=tmp_path)
     official, own = tmp_path / "tiny-imagenet-200", tmp_path / "own" / "tiny-imagenet"
@@ -851,7 +851,7 @@ def test_official_cifar():
 
 @pytest.mark.skipif(not (data_root() / "cifar-100-python").is_dir(), reason="needs the official files")
 def test_the_list_of_superclasses_is_that_of_the_data():
-    """Figures of CIFAR-100 are made from it where the pictures are not at hand."""
+    """Figures of CIFAR-100 are made from it where the images are not at hand."""
     groups, of = superclasses("small")
     images = load("cifar100")
     assert [groups[i] for i in of] == [images.superclasses[i] for i in images.superclass_of]

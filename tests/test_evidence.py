@@ -110,7 +110,7 @@ def test_a_changed_digit_is_found(copied, name):
     assert len(wrong) == 1 and f"{column} is" in wrong[0]
 
 
-def test_pictures_may_differ_between_data_sets_but_not_within_one(copied):
+def test_images_may_differ_between_data_sets_but_not_within_one(copied):
     run = EXPERIMENTS["classes"].plan("quick").query("data == 'glyphs-10'")["name"].iloc[0]
     path = copied / "runs" / "quick" / f"{run}.json"
     path.write_text(path.read_text().replace(load_record(run, "quick").data["fingerprint"], "0" * 64))

@@ -80,7 +80,7 @@ def test_a_run(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", [*METHODS, *(f"LDRLD, {v}" for v in VARIANTS if v != "LDRLD")])
 def test_a_method_trains(tmp_path_factory, name, monkeypatch):
-    """Generators, memories and parts are where the pictures are."""
+    """Generators, memories and parts are where the images are."""
     monkeypatch.setenv("LDRLD_OUT", str(tmp_path_factory.getbasetemp() / "methods"))
     short = dict(recipe="onecycle", epochs=2, lr=0.02)
     p = Profile(

@@ -59,7 +59,7 @@ def test_others_are_of_other_classes_all_equally_likely_and_none_twice(k):
         assert (share[LABELS != c] - k / (LABELS != c).sum()).abs().max() < 0.04
 
 
-def test_a_class_without_pictures_does_no_harm():
+def test_a_class_without_images_does_no_harm():
     labels = torch.tensor([5, 5, 0, 0, 0, 5])
     draws = draw_others(torch.tensor([0, 5]), 3, *by_class(labels), 3, torch.Generator().manual_seed(0))
     assert set(draws[0].tolist()) == {0, 1, 5} and set(draws[1].tolist()) == {2, 3, 4}
@@ -238,7 +238,7 @@ def test_where_draws_are_made():
 
 
 @pytest.mark.parametrize("index", [None, torch.tensor([1, 2])])
-def test_crd_needs_the_numbers_of_the_pictures(index):
+def test_crd_needs_the_numbers_of_the_images(index):
     f = [Features((), (), torch.randn(3, d)) for d in (3, 4)]
     with pytest.raises(ValueError, match="index must hold the training-set index of each of the 3 images"):
         small_crd()(torch.zeros(3, 2), None, None, *f, index)
@@ -373,7 +373,7 @@ def test_review_levels_and_warmup():
         losses.build("reviewkd", warmup=20)
 
 
-def test_review_of_a_single_picture():
+def test_review_of_a_single_image():
     """The last batch of an epoch may hold one: its pooled vector is one value a channel, which has no variance."""
     x = torch.randn(4, 3, 32, 32)
     student, teacher = models.build("resnet8"), models.build("resnet14").eval()

@@ -20,7 +20,8 @@ from ldrld.models.evaluation import set_numerics
 from ldrld.results.statistics import collect, summarise
 from ldrld.results.tables import save_table, shown
 from ldrld.results.verification import verify_table
-from ldrld.training.loop import Diverged, Student, train_together
+from ldrld.training.divergence import Diverged
+from ldrld.training.loop import Student, train_together
 
 ROOT = Path(__file__).parent.parent
 GOOD = RunConfig(dataset="digits", model="resnet8", recipe="onecycle", epochs=2, lr=0.1)

@@ -56,7 +56,7 @@ def mine(tmp_path, monkeypatch):
 
 
 def pretend(p, without=()):
-    """Records and all that is kept besides for every run of a profile; the names."""
+    """Records and artifacts of every run of a profile; the names."""
     names, folder = [], profile(p).name
     for i, (config, keep) in enumerate(runs_of(p)):
         record = invented(config, 50.0 + i)

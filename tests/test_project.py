@@ -12,9 +12,18 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ldrld.bench import registered
+from ldrld.experiments.catalog import EXPERIMENTS
+from ldrld.experiments.profiles import PROFILES
+
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 BIN = Path(sys.executable).parent
+
+
+def room(notebook):
+    """The folder below nbs/ that a notebook lies in, or in whose folders it lies."""
+    return notebook.relative_to(ROOT / "nbs").parts[0]
 
 
 def tracked():
@@ -50,7 +59,7 @@ def test_the_parameters_tag_survives_cleaning():
     assert settings["DEFAULT"]["allowed_cell_metadata_keys"].strip() == "tags"
 
 
-@pytest.mark.parametrize("notebook", [n for n in NOTEBOOKS if n.parent.name in ("run", "paper")], ids=lambda n: n.stem)
+@pytest.mark.parametrize("notebook", [n for n in NOTEBOOKS if room(n) in ("run", "paper")], ids=lambda n: n.stem)
 def test_run_and_paper_notebooks_have_one_parameters_cell(notebook):
     tagged = [c for c in cells(notebook) if "parameters" in c["metadata"].get("tags", [])]
     assert len(tagged) == 1
@@ -70,6 +79,56 @@ def test_notebooks_are_readable(notebook):
     ]
     if len(shown) > 3:
         assert any(c["outputs"] for c in shown), "a reader on the web sees nothing"
+
+
+def links_in(text):
+    """Where links and images in Markdown lead, without anchors; not those into the web or the same page."""
+    found = [target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text)]
+    return [t for t in found if t and "{" not in t and not re.match(r"[a-z]+:", t)]
+
+
+def pages():
+    """What people read, with the folder that its links are relative to.
+
+    Outputs count on pages and in the paper's notebooks; elsewhere they show examples, made in temporary folders.
+    """
+    for file in tracked():
+        if file.suffix == ".md" and file.name != "pull_request_template.md":
+            yield file, file.parent, file.read_text(encoding="utf-8")
+    for notebook in NOTEBOOKS:
+        for cell in cells(notebook, "markdown") + cells(notebook):
+            if cell["cell_type"] == "markdown":
+                yield notebook, notebook.parent, "".join(cell["source"])
+            for output in cell.get("outputs", []) if room(notebook) in ("index.ipynb", "pages", "paper") else []:
+                yield notebook, notebook.parent, "".join(output.get("data", {}).get("text/markdown", ""))
+    for e in EXPERIMENTS.values():
+        yield Path(ROOT / f"experiment {e.name}"), ROOT / "nbs" / "paper", e.introduction
+
+
+def test_every_link_leads_somewhere():
+    broken = {
+        f"{page.relative_to(ROOT)}: {target}"
+        for page, folder, text in pages()
+        for target in links_in(text)
+        if not (folder / target).exists()
+    }
+    assert not broken
+
+
+def test_notebooks_of_the_paper_have_names_of_their_own():
+    """Figures and executed copies are named after them; each is the notebook of an experiment or a benchmark."""
+    names = [n.stem for n in NOTEBOOKS if room(n) == "paper"]
+    assert len(set(names)) == len(names) and not [n for n in names if n[0].isdigit()]
+    figures = [e.figure for e in EXPERIMENTS.values()]
+    assert len(set(figures)) == len(figures)
+    there = {str(n.relative_to(ROOT / "nbs" / "paper").with_suffix("")) for n in NOTEBOOKS if room(n) == "paper"}
+    assert there == {e.notebook for e in (*EXPERIMENTS.values(), *registered().values())}
+
+
+def test_committed_figures_are_named_after_experiments():
+    names = {e.figure for e in EXPERIMENTS.values()}
+    made = {p.stem for profile in PROFILES for p in (ROOT / "figures" / profile).glob("*.svg")}
+    assert made <= names, made - names
 
 
 def test_export_clean_and_readme_change_nothing(tmp_path):

@@ -286,17 +286,17 @@ def test_a_seed_given_twice_is_refused():
     ("values", "verdict"),
     [
         ([], "not run"),
-        ([5.0], "undecided"),
-        ([5.0, 5.1], "undecided"),
-        ([5.0, 5.0], "undecided"),
-        ([5.0, 5.0, 5.0], "undecided"),
-        ([0.0, 0.0, 0.0], "undecided"),
-        ([5.0, 5.1, NAN], "undecided"),
+        ([5.0], "inconclusive"),
+        ([5.0, 5.1], "inconclusive"),
+        ([5.0, 5.0], "inconclusive"),
+        ([5.0, 5.0, 5.0], "inconclusive"),
+        ([0.0, 0.0, 0.0], "inconclusive"),
+        ([5.0, 5.1, NAN], "inconclusive"),
         ([NAN, NAN], "not run"),
-        ([5.0, 5.1, 5.2], "held"),
-        ([-5.0, -5.1, -5.2], "did not hold"),
-        ([5.0, -5.0, 0.1], "undecided"),
-        ([5.0, 5.1, 5.2, INF], "held"),
+        ([5.0, 5.1, 5.2], "supported"),
+        ([-5.0, -5.1, -5.2], "refuted"),
+        ([5.0, -5.0, 0.1], "inconclusive"),
+        ([5.0, 5.1, 5.2, INF], "supported"),
     ],
 )
 def test_no_verdict_is_stronger_than_the_data(tmp_path, monkeypatch, values, verdict):
@@ -326,7 +326,7 @@ def test_no_verdict_is_stronger_than_the_data(tmp_path, monkeypatch, values, ver
     claims_report.forest(table)
     csv = paths.tables("toy") / "claims.csv"
     forged = pd.read_csv(csv)
-    forged["verdict"] = "held" if verdict != "held" else "undecided"
+    forged["verdict"] = "supported" if verdict != "supported" else "inconclusive"
     forged.to_csv(csv, index=False)
     assert any("verdict is" in found for found in claims_verification.verify(TOY))
 

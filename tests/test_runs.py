@@ -23,7 +23,7 @@ TEACHER = RunConfig(model="resnet8", **SHORT)
 STUDENT = RunConfig(model="resnet8", loss="kd", teacher=TEACHER, seed=1, **SHORT)
 
 
-def test_a_teacher_shares_the_split_but_neither_few_pictures_nor_wrong_labels():
+def test_a_teacher_shares_the_split_but_neither_few_images_nor_wrong_labels():
     config = RunConfig(
         model="resnet8", loss="kd", teacher="resnet14", holdout=0.2, train_share=0.5, label_noise=0.1, **SHORT
     )
@@ -133,7 +133,7 @@ def test_measures_say_more_than_accuracy(out):
 
 @pytest.mark.parametrize("settings", [{"train_share": 0.3}, {"label_noise": 0.3}, {"holdout": 0.3}])
 def test_a_run_on_altered_data(out, settings):
-    """One table of the teacher's answers cannot serve two selections of pictures."""
+    """One table of the teacher's answers cannot serve two selections of images."""
     altered = RunConfig(
         model="resnet8",
         loss="kd",
@@ -299,7 +299,7 @@ def test_a_cohort_that_was_paused_goes_on(out, monkeypatch):
         {"label_noise": 0.1},
     ],
 )
-def test_runs_that_see_other_pictures_are_not_trained_together(out, other):
+def test_runs_that_see_other_images_are_not_trained_together(out, other):
     with pytest.raises(ValueError, match="must share dataset, seed, epochs"):
         runner.run_together([(CE, ()), (RunConfig(**{**CE.model_dump(), **other}), ())], "t")
 
@@ -333,7 +333,7 @@ def test_a_compiled_network_learns_the_same_to_rounding(out, monkeypatch):
         student = Student(models.build("resnet8", 10), losses.build("ce"), "onecycle", 0.1, compiled=compiled)
         ((row,),) = train_together([student], digits, epochs=1, batch_size=512)
         results.append((row["terms"]["ce"], student.model.state_dict()["fc.weight"]))
-    assert student.answer is not student.model and results[0][0] == pytest.approx(results[1][0], rel=1e-3)
+    assert student.network is not student.model and results[0][0] == pytest.approx(results[1][0], rel=1e-3)
     torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-2, atol=1e-3)
     torch._dynamo.reset()
 

@@ -1,5 +1,5 @@
 """DKD, NKD, WSLD, RLD, SLD: identities on random logits, slow references, extremes, refusals; and the two views'
-pictures."""
+images."""
 
 import json
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ from ldrld.losses.logits.strong_view import operations, strong_view
 from ldrld.losses.logits.two_views import TwoViews
 from ldrld.losses.relations import dway_kl
 
-WITH_VIEWS = [name for name in losses.available("pictures") if issubclass(losses.registry._losses[name], TwoViews)]
+WITH_VIEWS = [name for name in losses.available("images") if issubclass(losses.registry._losses[name], TwoViews)]
 DATA = SimpleNamespace(mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
 
 
@@ -230,29 +230,29 @@ def test_slds_swapped_student_is_a_constant():
 
 
 @pytest.mark.parametrize("name", WITH_VIEWS)
-def test_pictures_depend_on_seed_epoch_and_call_alone(name):
+def test_images_depend_on_seed_epoch_and_call_alone(name):
     x, loss = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0)), losses.build(name)
     with pytest.raises(ValueError, match="data must be given to prepare"):
-        loss.pictures(x)
+        loss.images(x)
     assert loss.prepare(None, None, x, DATA) is loss
     before, made = torch.get_rng_state(), {}
     for seed, epoch in ((0, 1), (0, 2), (1, 1)):
         loss.at_epoch(epoch, 240, seed)
-        made[seed, epoch] = [loss.pictures(x) for _ in range(2)]
+        made[seed, epoch] = [loss.images(x) for _ in range(2)]
     assert torch.equal(torch.get_rng_state(), before)
     flat = [p for pair in made.values() for p in pair]
     assert all(not torch.equal(a, b) for k, a in enumerate(flat) for b in flat[:k])
     torch.manual_seed(99)
     other = losses.build(name).prepare(None, None, x, DATA)
     other.at_epoch(2, 240, 0)
-    assert all(torch.equal(a, other.pictures(x)) for a in made[0, 2])
+    assert all(torch.equal(a, other.images(x)) for a in made[0, 2])
     assert all(p.shape == (16, 3, 16, 16) and torch.equal(p[:8], x) for p in flat)
 
 
-def test_pictures_keep_type_memory_format_and_range():
+def test_images_keep_type_memory_format_and_range():
     loss = losses.build("mlkd").prepare(None, None, None, DATA)
     for x in (torch.randn(4, 3, 12, 10).bfloat16(), torch.randn(4, 3, 12, 10).to(memory_format=torch.channels_last)):
-        made = loss.pictures(x)
+        made = loss.images(x)
         assert made.dtype == x.dtype and made.is_contiguous(memory_format=torch.channels_last) == x.is_contiguous(
             memory_format=torch.channels_last
         )
@@ -260,11 +260,11 @@ def test_pictures_keep_type_memory_format_and_range():
         assert back.min() > -0.01 and back.max() < 1.01
 
 
-def test_every_operation_keeps_a_picture_a_picture():
+def test_every_operation_keeps_a_image_a_image():
     x = torch.randint(256, (3, 16, 12), dtype=torch.uint8)
     for low, high, alter in operations().values():
         for v in (low, (low + high) / 2, high):
             assert alter(x, v).shape == x.shape and alter(x, v).dtype == torch.uint8
     assert torch.equal(operations()["Identity"][2](x, 0), x)
     many = strong_view(x.expand(64, -1, -1, -1), torch.Generator().manual_seed(0))
-    assert len({p.numpy().tobytes() for p in many}) > 60  # drawn for each picture
+    assert len({p.numpy().tobytes() for p in many}) > 60  # drawn for each image

@@ -1,4 +1,4 @@
-"""Self-distillation, tuned teachers, mixed pictures, two heads: their formulas row by row, extremes, resuming,
+"""Self-distillation, tuned teachers, mixed images, two heads: their formulas row by row, extremes, resuming,
 refusals."""
 
 import copy
@@ -34,11 +34,11 @@ def extreme(dtype, batch=32, classes=10):
 
 
 def test_kinds():
-    assert "mcmi" in losses.available("teachers") and "partial-mixup" in losses.available("pictures")
+    assert "mcmi" in losses.available("teachers") and "partial-mixup" in losses.available("images")
     assert {"uskd", "dho"} <= set(losses.available("features"))
     assert not {"mcmi", "partial-mixup", "uskd", "dho"} & set(losses.available("logits"))
     assert losses.registry._losses["mcmi"].needs_teacher and not losses.registry._losses["uskd"].needs_teacher
-    with pytest.raises(ValueError, match="kind must be 'logits', 'features', 'pictures' or 'teachers'"):
+    with pytest.raises(ValueError, match="kind must be 'logits', 'features', 'images' or 'teachers'"):
         losses.available("x")
     for name in ("mcmi", "partial-mixup", "uskd", "dho"):
         known = losses.build(name).hyperparameters
@@ -209,7 +209,7 @@ def test_what_is_mixed():
     x = torch.rand(64, 3, 4, 4)
     for share, mixed in ((0.0, 0), (0.1, 6), (0.5, 32), (1.0, 64)):
         loss = losses.build("partial-mixup", share=share)
-        got, (partner, own) = loss.pictures(x), loss._mixture
+        got, (partner, own) = loss.images(x), loss._mixture
         assert (own < 1).sum() == mixed and own.min() >= 0 and partner.sort().values.equal(torch.arange(64))
         assert torch.equal(got[own == 1], x[own == 1])
         torch.testing.assert_close(got, own[:, None, None, None] * x + (1 - own)[:, None, None, None] * x[partner])
@@ -218,7 +218,7 @@ def test_what_is_mixed():
 def test_partial_mixup_is_its_formula():
     x, z_s, z_t, y = torch.rand(10, 3, 2, 2), torch.randn(10, 5), torch.randn(10, 5), torch.arange(10) % 5
     loss = losses.build("partial-mixup", share=0.7)
-    loss.pictures(x)
+    loss.images(x)
     partner, own = loss._mixture
     soft = own[:, None] * F.one_hot(y, 5) + (1 - own)[:, None] * F.one_hot(y[partner], 5)
     s, t = (z / z.std(1, keepdim=True) for z in (z_s, z_t))
@@ -240,7 +240,7 @@ def test_partial_mixup_is_its_formula():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_partial_mixup_at_the_extremes(dtype):
     loss = losses.build("partial-mixup", share=0.5)
-    loss.pictures(torch.rand(32, 3, 2, 2))
+    loss.images(torch.rand(32, 3, 2, 2))
     cases, y = extreme(dtype)
     for z, t in cases:
         z = z.requires_grad_()
@@ -253,21 +253,21 @@ def test_mixtures_resume():
     loss = losses.build("partial-mixup", share=0.5)
     for epoch in (1, 2):
         loss.at_epoch(epoch, seed=3)
-        seen[epoch] = [loss.pictures(x) for _ in range(3)]
+        seen[epoch] = [loss.images(x) for _ in range(3)]
     again = losses.build("partial-mixup", share=0.5)
     again.at_epoch(2, seed=3)
-    assert all(torch.equal(again.pictures(x), other) for other in seen[2])
+    assert all(torch.equal(again.images(x), other) for other in seen[2])
     assert not torch.equal(seen[1][0], seen[2][0]) and not torch.equal(seen[1][0], seen[1][1])
     state = torch.get_rng_state()
-    again.pictures(x)
+    again.images(x)
     assert torch.equal(state, torch.get_rng_state())
 
 
 def test_partial_mixup_refuses():
     loss = losses.build("partial-mixup")
-    with pytest.raises(ValueError, match="call x = loss.pictures"):
+    with pytest.raises(ValueError, match="call x = loss.images"):
         loss(torch.zeros(4, 5), torch.zeros(4, 5))
-    loss.pictures(torch.rand(3, 3, 2, 2))
+    loss.images(torch.rand(3, 3, 2, 2))
     with pytest.raises(ValueError, match="got logits of 4 other images"):
         loss(torch.zeros(4, 5), torch.zeros(4, 5))
     for share in (-0.1, 1.1):

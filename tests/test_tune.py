@@ -120,7 +120,7 @@ def test_every_space_that_comes_with_a_loss_fits_it():
 
 
 def test_the_test_set_is_never_looked_at(out, monkeypatch):
-    """Every run of a search, the teacher's included, is given other pictures."""
+    """Every run of a search, the teacher's included, is given other images."""
     digits, given, train_together = data.load("digits"), [], runner.train_together
     monkeypatch.setattr(
         runner,
@@ -128,21 +128,21 @@ def test_the_test_set_is_never_looked_at(out, monkeypatch):
         lambda students, images, *more: given.append(images) or train_together(students, images, *more),
     )
     table = tune(tiny_search(), 1, report=None)
-    pictures = lambda *splits: {picture.numpy().tobytes() for split in splits for picture in split}
-    test, train = pictures(digits.test_images), pictures(digits.train_images)
+    bytes_of = lambda *splits: {image.numpy().tobytes() for split in splits for image in split}
+    test, train = bytes_of(digits.test_images), bytes_of(digits.train_images)
     assert len(given) == 2 and len(table) == 1
     for images in given:
-        assert pictures(images.train_images, images.test_images) == train and not train & test
-        assert not pictures(images.train_images) & pictures(images.test_images)
+        assert bytes_of(images.train_images, images.test_images) == train and not train & test
+        assert not bytes_of(images.train_images) & bytes_of(images.test_images)
         assert images.test_labels.bincount().float().div(digits.train_labels.bincount()).sub(0.8).abs().max() < 0.01
 
 
-def test_a_search_without_held_out_pictures_is_refused():
+def test_a_search_without_held_out_images_is_refused():
     with pytest.raises(ValidationError, match="judged on the test set"):
         tiny_search(holdout=0.0)
     good = tiny_search()
     knows = good.base.model_copy(update={"teacher": good.base.teacher.model_copy(update={"holdout": 0.0})})
-    with pytest.raises(ValidationError, match="it learns from the held-out pictures"):
+    with pytest.raises(ValidationError, match="it learns from the held-out images"):
         Search(**{**dict(good), "base": knows})
     values = {"alpha": 3.0, "depth": 4}
     config = good.config(values, 2)
@@ -370,7 +370,7 @@ def test_the_command_line(out, monkeypatch):
     got = ldrld(*words, "--trials", 2)
     assert got.exit_code == 0, got.output
     assert (
-        "training pictures held out" in got.output
+        "training images held out" in got.output
         and "test set was not looked at" in got.output
         and "  test " not in got.output
         and got.output.count("ldrld run model=resnet8 loss=ldrld") == 1

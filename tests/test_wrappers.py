@@ -61,8 +61,8 @@ def test_extremes_and_padding(name, given, dtype):
     y = torch.randint(10, (16,), generator=g)
     y[3] = -100
     for z_s, z_t in ((one, -one), (one, other), (0 * one, 0 * one + 5), (1e-9 * one, other)):
-        # logits of 1e-5: what divides by 1e-3 at least and a correlation or a standardisation over it have a gradient
-        # of 7e4, beyond float16
+        # logits of 1e-5: what divides by 1e-3 at least, and a correlation or a standardisation over it,
+        # have a gradient of 7e4, beyond float16
         steep = given["loss"] in ("dist", "luminet", "lcka")
         if steep and (name, dtype) == ("standardized", torch.float16) and 0 < z_s.abs().max() < 1:
             continue

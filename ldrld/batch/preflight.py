@@ -12,7 +12,7 @@ from ldrld import data, losses
 from ldrld.core import paths
 from ldrld.experiments.config import Pretrained, RunConfig, name_of
 from ldrld.experiments.records import KEPT, load_record, read_record
-from ldrld.experiments.runner import same_pictures
+from ldrld.experiments.runner import same_images
 
 __all__ = ["NotReady", "notebooks_for", "needs_of"]
 
@@ -70,7 +70,7 @@ def _teacher(config: RunConfig, folder: str) -> list[str]:
 def _table_bytes(config: RunConfig, images: data.ImageData) -> dict[Path, int]:
     """The folder of a teacher's logits and the bytes still to be written; empty if the run reads none."""
     loss = losses.build(config.loss, **config.loss_args)
-    if config.teacher is None or loss.needs_features or loss.alters_pictures: return {}
+    if config.teacher is None or loss.needs_features or loss.alters_images: return {}
     folder = paths.work(name_of(config.teacher))
     views = (2 * images.padding + 1) ** 2 * (2 if images.flip else 1)
     size = len(images.train_labels) * views * (len(images.classes) + 1) * 2
@@ -100,7 +100,7 @@ def needs_of(todo: list[RunConfig], finished: list[RunConfig], folder: str) -> l
     images, problems = _images({config.dataset for config in todo})
     for config in finished:
         if config.dataset not in images or config.dataset == "cifar100": continue  # CIFAR-100 is checked when loaded
-        try: same_pictures(read_record(name_of(config), folder), images[config.dataset])
+        try: same_images(read_record(name_of(config), folder), images[config.dataset])
         except ValueError as error: problems.append(f"data: {error}")
     teachers = {name_of(config.teacher): config.teacher for config in todo if config.teacher}
     for teacher in teachers.values():

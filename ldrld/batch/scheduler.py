@@ -18,13 +18,14 @@ from ldrld.batch.pending import cohorts, free, missing, odd, taken_up_again, wan
 from ldrld.batch.preflight import NotReady, needs_of, notebooks_for
 from ldrld.batch.workers import Outcome, in_parallel
 from ldrld.core import paths
-from ldrld.experiments.catalog import EXPERIMENTS, selected
+from ldrld.experiments.catalog import find, selected
 from ldrld.experiments.config import RunConfig, name_of
 from ldrld.experiments.in_flight import run_in_flight
 from ldrld.experiments.profiles import profile
 from ldrld.experiments.records import finished, load_divergence, load_record
+from ldrld.experiments.registry import SHARED, Experiment
 from ldrld.experiments.runner import Paused, run_together
-from ldrld.training.loop import Diverged
+from ldrld.training.divergence import Diverged
 
 __all__ = ["reproduce", "report", "compare_with_committed"]
 
@@ -76,11 +77,12 @@ def report(p: str = "quick", only: tuple[str, ...] = (), jobs: int = 2) -> list[
     from ldrld.results.tables import to_report  # not needed on machines that only train
 
     p = str(Path(p).resolve()) if p.endswith((".yaml", ".yml")) else p
-    chosen = [EXPERIMENTS[name] for name in (only or to_report(p))]
+    chosen = [find(name) for name in (only or to_report(p))]
     if problems := notebooks_for(f"paper/{e.notebook}.ipynb" for e in chosen): raise NotReady(problems)
     folder = profile(p).name
-    tasks = [([e.notebook], execute_one, f"paper/{e.notebook}.ipynb", e.notebook, {"profile": p}, folder)
-             for e in chosen]
+    def given(e: Experiment) -> dict:
+        return {"profile": p, "experiment": e.path} if e.notebook in SHARED else {"profile": p}
+    tasks = [([e.figure], execute_one, f"paper/{e.notebook}.ipynb", e.figure, given(e), folder) for e in chosen]
     return in_parallel("tables and figures", tasks, jobs)
 
 
@@ -111,7 +113,7 @@ def reproduce(p: str = "quick", only: tuple[str, ...] = (), jobs: int = 2, secon
     made = [config for config, _ in runs if finished(config, folder)]
     print(f"{len(runs)} runs in profile {folder}, {len(made)} finished before")
     if again := taken_up_again(todo, folder): print(again)
-    drawn = [f"paper/{EXPERIMENTS[name].notebook}.ipynb" for name in only or selected(p)] if not plan else []
+    drawn = [f"paper/{find(name).notebook}.ipynb" for name in only or selected(p)] if not plan else []
     problems = notebooks_for([TRAIN, COHORT, *drawn]) if notebooks else []
     problems += needs_of([config for config, _ in todo], made, folder)
     if problems: raise NotReady(problems)

@@ -2,9 +2,10 @@
 
 from importlib import import_module
 from pkgutil import iter_modules
+from typing import Any
 
 
-def registered():
+def registered() -> dict[str, Any]:
     """All benchmarks by name, in the order of their modules.
 
     Returns: dict of name -> `ldrld.bench.measurements.Benchmark`.

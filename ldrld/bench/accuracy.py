@@ -8,20 +8,22 @@ __all__ = ['taught_by_the_usual', 'taught_by_ours', 'teach', 'training_accuracy'
 # %% ../../nbs/bench/accuracy.ipynb #15b9eaaf
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.utils.benchmark.utils.common import set_torch_threads
 
 from .. import data, losses, models
-from .measurements import Point, benchmark, point
+from .measurements import Case, Point, benchmark, point
 from .training import Setting, numerics, shortened
 from .usual_loop import usual_loop
 from ..core import paths
 from ..data.augmentation import Crops
 from ..experiments.model_cards import checked_weights
 from ..models.evaluation import accuracy, logits_of, precision_used
-from ..training.loop import Student, train_together
+from ..training.loop import train_together
+from ..training.student import Student
 from ..training.teacher import TeacherLogits
 
 # %% ../../nbs/bench/accuracy.ipynb #8eb3a662
@@ -48,11 +50,12 @@ def taught_by_ours(s: Setting, teacher: nn.Module, epochs: int, seed: int) -> fl
     table = TeacherLogits(teacher, crops, len(images.classes), dtype=dtype, resident=on_gpu)
     member = Student(student, losses.build(s.loss).to(s.device), "onecycle", lr=0.1)
     with numerics(s.device), set_torch_threads(1):
-        *_, (row,) = train_together([member], images, table, epochs, s.batch_size, seed, dtype)
-    return row["test_accuracy"]
+        for _ in train_together([member], images, table, epochs, s.batch_size, seed, dtype):
+            pass
+    return member.history[-1]["test_accuracy"]
 
 
-def teach(s: Setting, weights, epochs: int, seeds: int) -> list[Point]:
+def teach(s: Setting, weights: Path | None, epochs: int, seeds: int) -> list[Point]:
     "Both loops, seed by seed."
     network = models.build(s.teacher, len(s.images.classes))
     teacher = (models.load_weights(network, weights) if weights else network).to(s.device).eval()
@@ -66,8 +69,8 @@ def teach(s: Setting, weights, epochs: int, seeds: int) -> list[Point]:
     ]
 
 
-@benchmark("training-accuracy", "Accuracy of the usual loop and of ours", "96_training_speed")
-def training_accuracy(scale, device):
+@benchmark("training-accuracy", "Accuracy of the usual loop and of ours", "cost/training")
+def training_accuracy(scale: str, device: str) -> list[Case]:
     """10,000 images of CIFAR-100, two epochs, three seeds, one thread; the `small` profile's resnet20 teaches a
     resnet8.
     """

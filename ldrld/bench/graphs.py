@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import pandas as pd
 import torch
@@ -23,14 +23,16 @@ from torch.utils.benchmark.utils.common import set_torch_threads
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import data, losses
-from .measurements import Point, benchmark, point
+from .measurements import Case, Point, benchmark, point
 from .timing import alternate, clock, ratio, spread
 from .training import WARM_UP, Setting, answers, ask_ahead, numerics, ours, shortened, usual
 from ..data.augmentation import Crops
 from ..models.evaluation import precision_used
 from ..training.graphs import Task
 from ..training.in_flight import InFlight, Lap
-from ..training.loop import Batch, Student
+from ..training.queries import Batch
+from ..training.student import Student
+from ..training.teacher import TeacherLogits
 
 # %% ../../nbs/bench/graphs.ipynb #72a61529
 def task_of(
@@ -74,7 +76,7 @@ def in_flight(
     made = [Student(s.networks()[0], losses.build(s.loss).to(s.device)) for _ in range(students)]
     flights = [InFlight(student, task) for student in made]
 
-    def measure():
+    def measure() -> float:
         with numerics(s.device, deterministic), set_torch_threads(1):
             started = time.perf_counter()
             one_epoch(flights)
@@ -88,11 +90,11 @@ def in_flight(
 class Operands(TorchDispatchMode):
     "Counts operations that compute something, and the bytes of their operands."
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.operations, self.bytes = 0, 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if not func.is_view:
             written = result if func._schema.returns else args[0]  # lists are changed in place without a result
@@ -124,7 +126,8 @@ def work_of_a_step(
     student.begin_epoch(1, 1, 0)
     index = torch.arange(s.batch_size, device=s.device)
     x = task.crops.at(index, torch.zeros_like(index))
-    batch = Batch(index, x, task.labels[index], task.teacher.compute(index, torch.zeros_like(index)).float())
+    teacher = cast(TeacherLogits, task.teacher)
+    batch = Batch(index, x, task.labels[index], teacher.compute(index, torch.zeros_like(index)).float())
     student.step(batch, task.dtype)  # the first step also makes the optimiser's momentum
     with FlopCounterMode(display=False) as arithmetic, Operands() as operands:
         student.step(batch, task.dtype)
@@ -174,8 +177,8 @@ def beside_the_loops(
     return points + [point("a step", [value], unit, students=1, **s.size) for unit, value in counts.items()]
 
 
-@benchmark("graphs", "Runs per hour of students in flight, beside the usual loop and the floor", "97_graphs")
-def graphs(scale, device):
+@benchmark("graphs", "Runs per hour of students in flight, beside the usual loop and the floor", "cost/graphs")
+def graphs(scale: str, device: str) -> list[Case]:
     "Pairs of the CIFAR-100 tables; one to sixteen students on a GPU, few on a CPU, where nothing is recorded."
     if scale == "small":
         digits = data.load("digits")

@@ -13,12 +13,13 @@ import shutil
 from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import combinations
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .measurements import Point, benchmark, point
+from .measurements import Case, Point, benchmark, point
 from .timing import alternate, clock, peak_bytes
 from ..losses.ldrld.linear import linear_loss
 from ..losses.ldrld.loss import LDRLD
@@ -50,7 +51,7 @@ def reference_ldrld(
     pi, weights = student_logits.detach().topk(depth, dim=-1).indices, adw_weights(depth)
     z_s, z_t = student_logits / temperature, teacher_logits.detach() / temperature
 
-    def among(ranks):
+    def among(ranks: list[int]) -> Tensor:
         return torch.zeros_like(z_s, dtype=torch.bool).scatter_(-1, pi[:, ranks], True)
 
     pairs = list(combinations(range(depth), 2))
@@ -120,7 +121,7 @@ def task(
 # %% ../../nbs/bench/losses.ipynb #b040ce7e
 def pace(
     scale: str,  # one of `SCALES`
-) -> dict:  # rounds, and seconds a measurement
+) -> dict[str, Any]:  # rounds, and seconds a measurement
     "How often and how long."
     return {"rounds": 3, "seconds": 0.002} if scale == "small" else {"rounds": 15, "seconds": 0.05}
 
@@ -131,15 +132,15 @@ def time_losses(
     rounds: int,
     seconds: float,
     threads: int = 1,
-    **size,  # arguments of `task`
+    **size: Any,  # arguments of `task`
 ) -> list[Point]:
     "Forward and backward pass of the losses, in turn."
     made = {name: clock(task(name, device=device, **size), threads, seconds) for name in implementations}
     return [point(name, values, threads=threads, **size) for name, values in alternate(made, rounds).items()]
 
 # %% ../../nbs/bench/losses.ipynb #28d6d614
-@benchmark("loss-depth", "Time of the loss against the depth", "92_loss_cost")
-def loss_depth(scale, device):
+@benchmark("loss-depth", "Time of the loss against the depth", "cost/loss")
+def loss_depth(scale: str, device: str) -> list[Case]:
     "256 × 1000 logits, d from 2 to 64."
     depths, batch, classes = ((2, 5), 16, 50) if scale == "small" else ((2, 3, 5, 7, 10, 15, 20, 32, 45, 64), 256, 1000)
     named = lambda d: [name for name in LOSSES if name != "reference" or d <= 10]
@@ -148,8 +149,8 @@ def loss_depth(scale, device):
     ]
 
 
-@benchmark("loss-classes", "Time of the loss against the number of classes", "92_loss_cost")
-def loss_classes(scale, device):
+@benchmark("loss-classes", "Time of the loss against the number of classes", "cost/loss")
+def loss_classes(scale: str, device: str) -> list[Case]:
     "d = 7, from 10 classes to a language model's vocabulary; the batch shrinks where it must."
     classes, batch = (
         ((10, 100), 8) if scale == "small" else ((10, 30, 100, 300, 1000, 3000, 10_000, 32_768, 131_072), 256)
@@ -161,13 +162,13 @@ def loss_classes(scale, device):
     ]
 
 # %% ../../nbs/bench/losses.ipynb #417a8a81
-@benchmark("loss-targets", "Time of the loss in the two usual shapes", "92_loss_cost")
-def loss_targets(scale, device):
+@benchmark("loss-targets", "Time of the loss in the two usual shapes", "cost/loss")
+def loss_targets(scale: str, device: str) -> list[Case]:
     "64 × 100 and 256 × 1000 logits, d = 7; with one thread without and with labels, with all cores without."
     shapes = ((8, 20), (16, 50)) if scale == "small" else ((64, 100), (256, 1000))
-    ways = [dict(threads=1, labels=False), dict(threads=1, labels=True)]
-    if torch.device(device).type == "cpu" and os.cpu_count() > 1 and scale != "small":
-        ways.append(dict(threads=os.cpu_count(), labels=False))
+    ways, cores = [dict(threads=1, labels=False), dict(threads=1, labels=True)], os.cpu_count() or 1
+    if torch.device(device).type == "cpu" and cores > 1 and scale != "small":
+        ways.append(dict(threads=cores, labels=False))
     names = [*LOSSES, *(COMPILED if scale != "small" else ())]
     return [
         partial(time_losses, names, device, batch=b, classes=c, depth=7, **way, **pace(scale))
@@ -185,7 +186,7 @@ def time_beside_copy(
     dtype: str,
 ) -> list[Point]:
     "KD, LDRLD, and three matrices at copy speed."
-    size = dict(batch=batch, classes=classes, depth=7, dtype=dtype)
+    size: dict[str, Any] = dict(batch=batch, classes=classes, depth=7, dtype=dtype)
     source = torch.ones(batch, classes, dtype=getattr(torch, dtype), device=device)
     copy = clock(partial(torch.empty_like(source).copy_, source), seconds=seconds)
     made = {"three matrices at copy speed": lambda: 1.5 * copy()}  # a copy reads one matrix and writes one
@@ -193,8 +194,8 @@ def time_beside_copy(
     return [point(name, values, threads=1, **size) for name, values in alternate(made, rounds).items()]
 
 
-@benchmark("loss-vocabulary", "Time of the loss over a vocabulary, beside that of copying", "92_loss_cost")
-def loss_vocabulary(scale, device):
+@benchmark("loss-vocabulary", "Time of the loss over a vocabulary, beside that of copying", "cost/loss")
+def loss_vocabulary(scale: str, device: str) -> list[Case]:
     "4096 × 131,072 logits on a GPU, 32 rows on a CPU, d = 7."
     batch, classes = (8, 500) if scale == "small" else (32 if torch.device(device).type == "cpu" else 4096, 131_072)
     return [
@@ -207,7 +208,7 @@ def weigh_losses(
     implementations: Iterable[str],  # in `LOSSES`
     device: str,
     rounds: int,
-    **size,  # arguments of `task`
+    **size: Any,  # arguments of `task`
 ) -> list[Point]:
     "Bytes that the losses need beyond the logits, one loss at a time."
     points = []
@@ -218,8 +219,8 @@ def weigh_losses(
     return points
 
 
-@benchmark("loss-memory", "Memory of the loss against the vocabulary", "94_memory")
-def loss_memory(scale, device):
+@benchmark("loss-memory", "Memory of the loss against the vocabulary", "cost/memory")
+def loss_memory(scale: str, device: str) -> list[Case]:
     "d = 7, 256 rows in float32 and bfloat16; the full scale adds 2048 rows of 131,072."
     shapes = [(8, 100)] if scale == "small" else [(256, c) for c in (1024, 4096, 16_384, 32_768, 65_536, 131_072)]
     if scale == "full":
@@ -239,7 +240,7 @@ def through_logits(
 ) -> Callable:  # (student_hidden, student_weight, teacher_hidden, teacher_weight, target) -> scalar
     "A loss on hidden states that makes all logits first."
 
-    def from_hidden(h_s, w_s, h_t, w_t, target=None):
+    def from_hidden(h_s: Tensor, w_s: Tensor, h_t: Tensor, w_t: Tensor, target: Tensor | None = None) -> Tensor:
         with torch.no_grad():
             z_t = h_t @ w_t.T
         return loss(h_s @ w_s.T, z_t, target)
@@ -267,11 +268,11 @@ def linear_task(
     depth: int = 7,
     dtype: str = "float32",
     device: str = "cpu",
-) -> Callable[[], tuple[Tensor, Tensor]]:  # each call is a forward and a backward pass
+) -> Callable[[], tuple[Tensor, ...]]:  # each call is a forward and a backward pass
     "A loss on random hidden states, ready to be measured."
     generator = torch.Generator(device).manual_seed(0)
 
-    def normal(*shape):
+    def normal(*shape: int) -> Tensor:
         return torch.empty(*shape, dtype=getattr(torch, dtype), device=device).normal_(generator=generator)
 
     h_s, w_s, h_t, w_t = (
@@ -289,7 +290,7 @@ def measure_linear(
     device: str,
     rounds: int,
     seconds: float,
-    **size,  # arguments of `linear_task`
+    **size: Any,  # arguments of `linear_task`
 ) -> list[Point]:
     "Bytes, then seconds, of every implementation."
     bytes_, made = [], {}
@@ -300,8 +301,8 @@ def measure_linear(
     return bytes_ + [point(name, values, **size) for name, values in alternate(made, rounds).items()]
 
 
-@benchmark("loss-linear", "Time and memory from hidden states to the loss", "94_memory")
-def loss_linear(scale, device):
+@benchmark("loss-linear", "Time and memory from hidden states to the loss", "cost/memory")
+def loss_linear(scale: str, device: str) -> list[Case]:
     "256 hidden states of 256 numbers, d = 7, over growing vocabularies."
     batch, hidden, classes = (8, 16, (100,)) if scale == "small" else (256, 256, (4096, 16_384, 65_536))
     return [

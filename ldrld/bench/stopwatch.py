@@ -8,8 +8,9 @@ __all__ = ['PARTS', 'Stopwatch']
 # %% ../../nbs/bench/stopwatch.ipynb #d3dd5104
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,8 +23,12 @@ PARTS = ("data", "teacher", "student", "loss", "backward", "optimiser")
 class Stopwatch:
     "Seconds of each part of a training step."
 
+    seconds: defaultdict[str, float]  # of each part
+    steps: int
+    last: float | None = None  # time of the last lap; None while not running
+
     def __init__(self, device: str = "cpu"):
-        self.device, self.last = device, None
+        self.device = device
 
     def lap(self, part: str) -> None:
         "All time since the last lap went into `part`."
@@ -37,7 +42,7 @@ class Stopwatch:
     def around(self, part: str, function: Callable) -> Callable:
         "The same function, timed."
 
-        def timed(*args, **kwargs):
+        def timed(*args: Any, **kwargs: Any) -> Any:
             self.lap("data")
             result = function(*args, **kwargs)
             self.lap(part)
@@ -53,10 +58,10 @@ class Stopwatch:
             setattr(loss, call, self.around("loss", getattr(loss, call)))
 
     @contextmanager
-    def running(self):
+    def running(self) -> Iterator["Stopwatch"]:
         "Time what happens inside; `seconds` and `steps` tell it afterwards."
 
-        def step_done(*_):
+        def step_done(*_: Any) -> None:
             self.lap("optimiser")
             self.steps += 1
 

@@ -41,7 +41,7 @@ class Aim:
         ours, theirs = values[self.implementation], values[self.against]
         return ratio(theirs, ours) if self.faster else ratio(ours, theirs)
 
-    def __str__(self):
+    def __str__(self) -> str:
         what = f"{self.times:g} × faster than {self.against}" if self.faster else f"{self.times:g} × {self.against}"
         return f"{'≥' if self.faster else '≤'} {what}"
 

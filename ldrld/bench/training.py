@@ -4,32 +4,35 @@
 
 # %% auto #0
 __all__ = ['WARM_UP', 'TRAINERS', 'SHARED', 'shortened', 'Setting', 'numerics', 'answers', 'ask_ahead', 'usual', 'ours',
-           'side_by_side', 'throughput', 'breakdown', 'with_workers', 'training', 'training_shared']
+           'side_by_side', 'throughput', 'breakdown', 'with_workers', 'settings_of', 'training', 'training_shared']
 
 # %% ../../nbs/bench/training.ipynb #7a2a831b
 import multiprocessing
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.benchmark.utils.common import set_torch_threads
 
 from .. import data, losses, models
-from .measurements import Point, benchmark, point
+from .measurements import Case, Point, benchmark, point
 from .stopwatch import PARTS, Stopwatch
 from .timing import alternate, clock
 from .usual_loop import usual_loop
 from ..data import ImageData
 from ..data.augmentation import Crops, draw
 from ..models.evaluation import precision_used, set_numerics
-from ..training.loop import Student, train_together
+from ..training.loop import train_together
+from ..training.queries import TeacherFunction
+from ..training.student import Student
 from ..training.teacher import TeacherLogits
 
 # %% ../../nbs/bench/training.ipynb #8d125956
@@ -72,7 +75,7 @@ class Setting:
         return student, teacher.eval()
 
     @property
-    def size(self) -> dict:  # as points tell it
+    def size(self) -> dict[str, Any]:  # as points tell it
         return {
             "data": self.images.name,
             "teacher": self.teacher,
@@ -92,7 +95,7 @@ WARM_UP = (
 def numerics(
     device: str,
     deterministic: bool = True,  # as in `set_numerics`
-):
+) -> Iterator[None]:
     "What a GPU's libraries may do in training, and afterwards again what they might before."
     backends, names = torch.backends, ("allow_tf32", "deterministic", "benchmark")
     before, tf32 = {name: getattr(backends.cudnn, name) for name in names}, backends.cuda.matmul.allow_tf32
@@ -139,9 +142,10 @@ def usual(
     watch: Stopwatch | None = None,
 ) -> Callable[[], float]:  # each call is a slice: seconds an image
     "The usual loop, ready to be measured."
-    (student, teacher), loss = s.networks(), losses.build(s.loss)
+    (student, network), loss = s.networks(), losses.build(s.loss)
+    teacher: Callable = network
     if watch:
-        teacher = watch.around("teacher", teacher)
+        teacher = watch.around("teacher", network)
         watch.follow(student, loss)
     loop = usual_loop(student, teacher, loss, s.images, s.batch_size, workers, s.device)
     measure = clock(lambda: next(loop), threads or s.cores, number=steps or s.steps)
@@ -159,34 +163,38 @@ def ours(
     watch: Stopwatch | None = None,
 ) -> Callable[[], float]:  # each call is a slice: seconds an image and student
     "`ldrld.training.loop.train_together`, ready to be measured."
-    (_, teacher), images = s.networks(), shortened(s.images, s.steps * s.batch_size)
+    (_, network), images = s.networks(), shortened(s.images, s.steps * s.batch_size)
     dtype = precision_used(precision, s.device)
     crops = Crops(images.train_images, images.mean, images.std, images.padding, images.flip, s.device)
-    table = answers(s, teacher, crops, dtype, folder, resident=torch.device(s.device).type == "cuda")
+    table = answers(s, network, crops, dtype, folder, resident=torch.device(s.device).type == "cuda")
     if at_hand:
         ask_ahead(table, WARM_UP + s.rounds, s.batch_size)
     members = [Student(s.networks()[0], losses.build(s.loss).to(s.device), compiled=compiled) for _ in range(students)]
+    teacher: TeacherFunction = table
     if watch:
-        table = watch.around("teacher", table)
+        teacher = watch.around("teacher", table)
         watch.follow(members[0].model, members[0].loss)
-    epochs = train_together(members, images, table, batch_size=s.batch_size, dtype=dtype)
+    epochs = train_together(members, images, teacher, batch_size=s.batch_size, dtype=dtype)
 
-    def measure():
+    def measure() -> float:
         with numerics(s.device), set_torch_threads(threads or s.cores):
-            return sum(row["seconds"] for row in next(epochs)) / (crops.n * students)
+            return sum(row["seconds"] for row in next(epochs) if row) / (crops.n * students)
 
     for _ in range(WARM_UP):
         measure()
     return measure
 
 # %% ../../nbs/bench/training.ipynb #10f6fa42
-def _prepare(*arguments, **more):
+_ready: Callable[[], float]  # in a worker: what `_prepare` keeps for `_measure`
+
+
+def _prepare(*arguments: Any, **more: Any) -> None:
     "In a worker: keep a measurement ready."
     global _ready
     _ready = ours(*arguments, **more)
 
 
-def _measure():
+def _measure() -> float:
     "In a worker: take it."
     return _ready()
 
@@ -194,7 +202,7 @@ def _measure():
 def side_by_side(
     s: Setting,
     folder: str,  # for the teacher's tables
-    **more,  # arguments of `ours`
+    **more: Any,  # arguments of `ours`
 ) -> Callable[[], float]:  # each call is a slice: seconds an image and student, of all processes together
     "As many processes as cores, each with one thread and a cohort of its own."
     if s.cores == 1:
@@ -241,7 +249,7 @@ def breakdown(
 ) -> list[Point]:
     "Seconds a step of every part, in turn."
 
-    def parts(watch, measure):
+    def parts(watch: Stopwatch, measure: Callable[[], float]) -> dict[str, float]:
         with watch.running():
             measure()
         return {part: watch.seconds[part] / watch.steps for part in PARTS}
@@ -272,28 +280,28 @@ def with_workers(
     ]
 
 # %% ../../nbs/bench/training.ipynb #18508d99
-@benchmark("training", "Images a second that a student learns from", "96_training_speed")
-def training(scale, device):
-    "Pairs of the CIFAR-100 tables, throughput and parts; and workers. CIFAR-100 where it is, else glyphs."
+def settings_of(scale: str, device: str) -> list[Setting]:
+    "Pairs of the CIFAR-100 tables. CIFAR-100 where it is, else glyphs."
     if scale == "small":
-        settings = [
-            Setting(
-                data.load("digits"), "resnet14", "resnet8", batch_size=16, steps=2, rounds=2, device=device, cores=1
-            )
-        ]
-    else:
-        try:
-            images = data.load("cifar100")
-        except FileNotFoundError:
-            images = data.load("glyphs")
-        pairs, steps = [("resnet56", "resnet20"), ("resnet32", "resnet8")], 10
-        if torch.device(device).type == "cuda":
-            pairs, steps = [("resnet32x4", "resnet8x4"), *pairs], 100
-        compiler = shutil.which("c++") is not None
-        settings = [Setting(images, *pair, steps=steps, rounds=6, device=device, compiler=compiler) for pair in pairs]
-    return [partial(case, s) for s in settings for case in (throughput, breakdown)] + [
-        partial(with_workers, settings[-1])
-    ]
+        digits = data.load("digits")
+        return [Setting(digits, "resnet14", "resnet8", batch_size=16, steps=2, rounds=2, device=device, cores=1)]
+    try:
+        images = data.load("cifar100")
+    except FileNotFoundError:
+        images = data.load("glyphs")
+    pairs, steps = [("resnet56", "resnet20"), ("resnet32", "resnet8")], 10
+    if torch.device(device).type == "cuda":
+        pairs, steps = [("resnet32x4", "resnet8x4"), *pairs], 100
+    compiler = shutil.which("c++") is not None
+    return [Setting(images, *pair, steps=steps, rounds=6, device=device, compiler=compiler) for pair in pairs]
+
+
+@benchmark("training", "Images a second that a student learns from", "cost/training")
+def training(scale: str, device: str) -> list[Case]:
+    "Throughput and parts of every pair; and workers."
+    settings = settings_of(scale, device)
+    cases: list[Case] = [partial(case, s) for s in settings for case in (throughput, breakdown)]
+    return [*cases, partial(with_workers, settings[-1])]
 
 # %% ../../nbs/bench/training.ipynb #555aacac
 SHARED: dict[str, Callable] = {
@@ -302,7 +310,7 @@ SHARED: dict[str, Callable] = {
 }
 
 
-@benchmark("training-shared", "Eight students and the making of their teacher's logits", "96_training_speed")
-def training_shared(scale, device):
+@benchmark("training-shared", "Eight students and the making of their teacher's logits", "cost/training")
+def training_shared(scale: str, device: str) -> list[Case]:
     "The same pairs as `training`."
-    return [partial(throughput, case.args[0], SHARED) for case in training(scale, device) if case.func is throughput]
+    return [partial(throughput, s, SHARED) for s in settings_of(scale, device)]

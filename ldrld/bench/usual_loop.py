@@ -8,6 +8,7 @@ __all__ = ['UsualImages', 'usual_transform', 'usual_loop']
 # %% ../../nbs/bench/usual_loop.ipynb #462642e6
 from collections.abc import Callable, Iterator
 from itertools import count
+from typing import Any
 
 import torch
 from PIL import Image
@@ -26,10 +27,10 @@ class UsualImages(Dataset):
     def __init__(self, images: ImageData, transform: Callable):
         self.images, self.labels, self.transform = images.train_images.numpy(), images.train_labels.tolist(), transform
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> tuple[Any, int]:
         return self.transform(Image.fromarray(self.images[i])), self.labels[i]
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 try:
     import typer
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Commands(typer.core.TyperGroup):
     """The commands; one that is interrupted, by Ctrl-C or SIGTERM, says what that means."""
 
-    def invoke(self, ctx):
+    def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as stop:
@@ -65,7 +65,8 @@ Profile = Annotated[str, typer.Option(help="quick, small, paper, or a YAML file 
 Only = Annotated[
     list[str] | None,
     typer.Option(
-        help="An experiment's name, see `ldrld status`; may be repeated. Default: those that the profile selects."
+        help="An experiment's name, see `ldrld status`, or module:name for one of your own; may be repeated. Default: "
+             "those that the profile selects."
     ),
 ]
 
@@ -89,13 +90,12 @@ def seconds(text: str) -> float:
 
 def start(profile: str, only: list[str] | None = None, out: Path | None = None) -> tuple[str, ...]:
     """Check the names before anything is started; returns the experiments asked for."""
-    from ldrld.core.validation import known
-    from ldrld.experiments.catalog import EXPERIMENTS, selected
+    from ldrld.experiments.catalog import find, selected
     from ldrld.experiments.profiles import profile as profile_of
 
     try:
         selected(profile_of(profile))
-        chosen = tuple(known("--only", name, list(EXPERIMENTS)) for name in only or ())
+        chosen = tuple(find(name, "--only").name for name in only or ())
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None
     if out is not None:

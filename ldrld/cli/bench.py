@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -59,7 +60,10 @@ def bench(
         raise typer.Exit(1)
     outcomes = in_parallel(
         "tables and figures",
-        [([n], execute_one, f"paper/{n}.ipynb", n, {"profile": folder}, folder) for n in notebooks],
+        [
+            ([Path(n).name], execute_one, f"paper/{n}.ipynb", Path(n).name, {"profile": folder}, folder)
+            for n in notebooks
+        ],
         1,
     )
     for what, place in {

@@ -37,7 +37,7 @@ def run(
     out: Out = None,
     keep: Annotated[
         list[str] | None,
-        typer.Option(help="weights, logits or insight (features and Grad-CAM maps), kept besides the record."),
+        typer.Option(help="weights, logits or insight (features and Grad-CAM maps), stored in addition to the record."),
     ] = None,
 ) -> None:
     """Carry out one run; its record is the result."""
@@ -60,7 +60,7 @@ def run(
     from ldrld.experiments.config import RunConfig, explain, name_of, pretrained
     from ldrld.experiments.records import KEPT, divergence_path
     from ldrld.experiments.runner import Paused
-    from ldrld.training.loop import Diverged
+    from ldrld.training.divergence import Diverged
     from ldrld.experiments.runner import run as carry_out
 
     try:

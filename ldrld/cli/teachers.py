@@ -32,7 +32,7 @@ def compare_files(files: list[Path], dataset: str, keep: bool) -> int:
         print(
             f"  accuracy on {dataset}: "
             + (
-                f"{found['accuracy']:.2f} % (in float32, on pictures normalised by the data's own mean and deviation)"
+                f"{found['accuracy']:.2f} % (in float32, on images normalised by the data's own mean and deviation)"
                 if found["reason"] is None
                 else f"not measured: {found['reason']}"
             )

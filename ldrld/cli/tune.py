@@ -31,7 +31,7 @@ def tune(
     holdout: Annotated[
         float,
         typer.Option(
-            help="Share of the training pictures of each class to compare on; the test set is never looked at."
+            help="Share of the training images of each class to compare on; the test set is never looked at."
         ),
     ] = 0.1,
     epochs: Annotated[int | None, typer.Option(min=1, help="Of a trial. Default: the profile's.")] = None,
@@ -43,7 +43,7 @@ def tune(
     ] = None,
     out: Out = None,
 ) -> None:
-    """Search a loss's hyper-parameters for a pair, on training pictures held out for it, never on the test set."""
+    """Search a loss's hyper-parameters for a pair, on training images held out for it, never on the test set."""
     import time
 
     budget = seconds(time_budget) if time_budget else math.inf
@@ -83,7 +83,7 @@ def tune(
     print(f"\n{shown(search, table).head(10).to_string(index=False)}\n\n{caption(search, table)}\n")
     if (done := int(table["trial"].notna().sum())) < trials:
         print(f"{done} of {trials} trials are finished; call again to go on")
-    print(f"best settings, on all training pictures and then tested:\n  {next_step(search, table, p)}")
+    print(f"best settings, on all training images and then tested:\n  {next_step(search, table, p)}")
     for what, place in {
         "trials": paths.records(search.folder),
         "table": paths.tables(search.folder) / f"{search.name}.csv",

@@ -71,7 +71,7 @@ def depth_fits(depth: int, classes: int) -> int:
 def _few_remain(depth: int, classes: int) -> None:
     warnings.warn(f"depth={depth} leaves only {classes - depth} of {classes} classes to the remaining term (beta): "
                   f"with so few classes set depth={classes}; at ten classes that did better than depth=7 "
-                  "(table 44_depth_classes)", stacklevel=5)
+                  "(see nbs/paper/open_questions/depth_classes)", stacklevel=5)
 
 
 def enough_remain(depth: int, classes: int) -> None:

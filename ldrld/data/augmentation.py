@@ -17,7 +17,7 @@ class Crops:
         mean: tuple, std: tuple,  # per channel, on the 0..1 scale
         padding: int = 0,  # zero pixels added on each side before cropping
         flip: bool = False,  # include horizontally flipped crops
-        device: str = "cpu",
+        device: torch.device | str = "cpu",
     ):
         self.n, self.height, self.width = images.shape[:3]
         self.padding, self.side, self.flip = padding, 2 * padding + 1, flip

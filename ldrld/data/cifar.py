@@ -9,12 +9,14 @@ __all__ = ['CIFAR100_MEAN', 'CIFAR100_STD', 'cifar100', 'cifar100_10']
 import hashlib
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from ..core.paths import in_project
 from .images import ImageData, image_data, some_of, with_groups
+from .registry import register
 
 # %% ../../nbs/data/cifar.ipynb #35b164ca
 def _verified_pickle(path: Path, md5: str) -> dict:
@@ -29,10 +31,11 @@ def _verified_pickle(path: Path, md5: str) -> dict:
 CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 
 
+@register("cifar100", classes=100)
 def cifar100(
     root: Path,  # folder with `cifar-100-python/`
     download: bool = False,  # let torchvision download the official archive first (169 MB)
-    source: type | None = None,  # has file names and MD5 checksums; None: `torchvision.datasets.CIFAR100`
+    source: Any = None,  # has file names and MD5 checksums; None: `torchvision.datasets.CIFAR100`
 ) -> ImageData:
     "CIFAR-100 from its official files; `FileNotFoundError` explains how to get them, `ValueError` names a damaged one."
     source, root = source or _official_cifar100(), Path(root)
@@ -59,11 +62,11 @@ class _Cifar100Files:
     test_list = [["test", "f0ef6b0ae62326f3e7ffdfab6717acfc"]]
     meta = {"filename": "meta", "md5": "7973b15100ade9c7d40fb424638fde48"}
 
-    def __init__(self, root, download):
+    def __init__(self, root: Path, download: bool):
         raise OSError(f"torchvision, which downloads CIFAR-100, is not installed here; put the files into {root}")
 
 
-def _official_cifar100() -> type:
+def _official_cifar100() -> Any:
     "The class that holds names and MD5 checksums of the official files."
     try: from ldrld.core.torchvision import torchvision
     except ModuleNotFoundError: return _Cifar100Files
@@ -81,6 +84,7 @@ _CIFAR100_MISSING = """CIFAR-100 is not in {folder} ({reason}). Three ways to ge
   3. put the official files train, test and meta (https://www.cs.toronto.edu/~kriz/cifar.html) into {folder}"""
 
 # %% ../../nbs/data/cifar.ipynb #ee1fcce8
+@register("cifar100-10", classes=10)
 def cifar100_10(
     root: Path,  # as in `cifar100`
     download: bool = False,  # as in `cifar100`

@@ -16,6 +16,7 @@ import numpy as np
 from ..core.paths import in_project
 from .image_files import read_image
 from .images import ImageData, image_data, size_of, too_few
+from .registry import register
 
 # %% ../../nbs/data/folders.ipynb #60da7a03
 # system files, in lower case; never part of the data
@@ -79,7 +80,7 @@ def height_and_width(size: int | tuple[int, int]) -> tuple[int, int]:
     whole = isinstance(both, (tuple, list)) and len(both) == 2 and all(type(n) is int and 1 <= n <= 4096 for n in both)
     if not whole or isinstance(size, bool):
         raise ValueError(f"size={size!r}: expected a number of pixels from 1 to 4096, or (height, width)")
-    return tuple(both)
+    return both[0], both[1]
 
 
 def folder(
@@ -111,6 +112,7 @@ def folder(
                       padding=train[0].shape[1] // 8, flip=True)
 
 # %% ../../nbs/data/folders.ipynb #99587d5c
+@register("tiny-imagenet", classes=200)
 def tiny_imagenet(
     root: Path,  # has `tiny-imagenet-200/`, the unpacked archive, or `tiny-imagenet/` in the layout of `folder`
     download: bool = False,  # unused: it is never downloaded

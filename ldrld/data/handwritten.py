@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from .images import ImageData, image_data
+from .registry import register
 
 # %% ../../nbs/data/handwritten.ipynb #e90c8c7e
+@register("digits", classes=10)
 def digits(
     root: Path | None = None,  # unused: scikit-learn ships the data
     download: bool = False,  # unused

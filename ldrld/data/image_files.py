@@ -8,6 +8,7 @@ __all__ = ['read_image']
 # %% ../../nbs/data/image_files.ipynb #769df65a
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,7 @@ _UNFIT = {"CMYK": "its colours depend on a profile", "LAB": "its colours depend 
           "F": "floating point of unknown range", "I": "more than 8 bits of unknown range"}
 
 
-def _tiff_loss(image) -> str | None:
+def _tiff_loss(image: Any) -> str | None:
     "What Pillow would silently drop from a TIFF file; its mode alone does not tell."
     bits, samples = image.tag_v2.get(258, (1,)), image.tag_v2.get(277, 1)
     if max(bits) > 8: return f"{max(bits)} bits per channel"
@@ -29,7 +30,7 @@ def _tiff_loss(image) -> str | None:
     return None
 
 
-def _loss(image) -> str | None:
+def _loss(image: Any) -> str | None:
     "Why an opened image cannot be converted to 8-bit RGB without loss; None if it can."
     codec, how = (image.tile[0][0], image.tile[0][3]) if image.tile else ("", "")
     frames = getattr(image, "n_frames", 1)
@@ -37,11 +38,11 @@ def _loss(image) -> str | None:
     if image.mode not in _PLAIN + _ALPHA:
         return f"mode {image.mode}: " + _UNFIT.get(image.mode.split(";")[0], "unknown here")
     if image.format == "PNG" and how.endswith(";16B"): return "16 bits per channel"
-    if image.format == "PPM" and codec.startswith("ppm") and how[1] > 255: return "16 bits per channel"
+    if image.format == "PPM" and codec.startswith("ppm") and int(how[1]) > 255: return "16 bits per channel"
     return _tiff_loss(image) if image.format == "TIFF" else None
 
 
-def _rgb(image):
+def _rgb(image: Any) -> Any:
     "An opened image, upright and in RGB; `ValueError` if the conversion would lose anything."
     from PIL import ImageOps
 
@@ -70,6 +71,6 @@ def read_image(
     except Image.UnidentifiedImageError:
         reason = f"damaged, or none of {', '.join(_FORMATS)}; replace it, or move it away"
     except Exception as error:  # a damaged file can fail anywhere in the reader, and in any way
-        reason = error
+        reason = str(error)
     held = f" ({path.stat().st_size:,} bytes)" if path.exists() else ""
     raise ValueError(f"{in_project(path)}{held} cannot be read as an image: {reason}")

@@ -7,7 +7,9 @@ __all__ = ['ImageData', 'fingerprint', 'mean_and_std', 'image_data', 'too_few', 
 
 # %% ../../nbs/data/images.ipynb #0f5c5f8a
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,7 +51,7 @@ def fingerprint(
     digest = hashlib.sha256(resampled.encode())
     for tensor in (train_images, train_labels, test_images, test_labels):
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().numpy())
+        digest.update(tensor.contiguous().numpy().data)
     return digest.hexdigest()
 
 # %% ../../nbs/data/images.ipynb #80e659d7
@@ -67,37 +69,37 @@ def mean_and_std(
 # %% ../../nbs/data/images.ipynb #5e04f26a
 def image_data(
     name: str,  # name of the data set
-    train: tuple,  # images uint8 (N, H, W, 3) and labels (N,), numpy or torch
-    test: tuple,  # the same for the test split
-    classes: tuple,  # name of each class
-    superclasses: tuple | None = None,  # name of each group; None makes every class its own group
-    superclass_of=None,  # (classes,) index of each class's group
+    train: tuple[Any, Any],  # images uint8 (N, H, W, 3) and labels (N,), numpy or torch
+    test: tuple[Any, Any],  # the same for the test split
+    classes: Sequence[str],  # name of each class
+    superclasses: Sequence[str] | None = None,  # name of each group; None makes every class its own group
+    superclass_of: Any = None,  # (classes,) index of each class's group
     resampled: str = "",  # how images were resized
-    **augmentation,  # padding and flip; also mean and std if fixed by convention
+    **augmentation: Any,  # padding and flip; also mean and std if fixed by convention
 ) -> ImageData:
     "Validate both splits and return them as an `ImageData` with fingerprint; `ValueError` for invalid ones."
     if len(classes) < 2: raise ValueError(f"{name}: {too_few(classes)}; a classifier needs two or more")
-    splits = []
-    for split, (images, labels) in (("train", train), ("test", test)):
-        images, labels = torch.as_tensor(images), torch.as_tensor(labels, dtype=torch.int64)
-        _check_split(f"{name}, {split} split", images, labels, len(classes))
-        splits += [images, labels]
+    train_split = _checked_split(f"{name}, train split", *train, len(classes))
+    test_split = _checked_split(f"{name}, test split", *test, len(classes))
     if superclasses is None: superclasses, superclass_of = classes, range(len(classes))
-    if splits[0].shape[1:] != splits[2].shape[1:]:
-        raise ValueError(f"{name}: test images are {size_of(splits[2])}, training images {size_of(splits[0])}")
+    images, test_images = train_split[0], test_split[0]
+    if images.shape[1:] != test_images.shape[1:]:
+        raise ValueError(f"{name}: test images are {size_of(test_images)}, training images {size_of(images)}")
     superclass_of = torch.as_tensor(superclass_of, dtype=torch.int64)
-    if "mean" not in augmentation: augmentation["mean"], augmentation["std"] = mean_and_std(splits[0])
-    return ImageData(name, *splits, tuple(classes), tuple(superclasses), superclass_of,
-                     **augmentation, fingerprint=fingerprint(*splits, resampled), resampled=resampled)
+    if "mean" not in augmentation: augmentation["mean"], augmentation["std"] = mean_and_std(images)
+    return ImageData(name, *train_split, *test_split, tuple(classes), tuple(superclasses), superclass_of,
+                     **augmentation, fingerprint=fingerprint(*train_split, *test_split, resampled), resampled=resampled)
 
 
-def too_few(classes) -> str: return f"one class only, {classes[0]!r}" if len(classes) else "no classes"
+def too_few(classes: Sequence[str]) -> str: return f"one class only, {classes[0]!r}" if len(classes) else "no classes"
 
 
-def size_of(images) -> str: return f"{images.shape[-2]}×{images.shape[-3]}"
+def size_of(images: torch.Tensor | np.ndarray) -> str: return f"{images.shape[-2]}×{images.shape[-3]}"
 
 
-def _check_split(where: str, images: torch.Tensor, labels: torch.Tensor, num_classes: int) -> None:
+def _checked_split(where: str, images: Any, labels: Any, num_classes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    "Images and int64 labels as tensors; `ValueError` for invalid ones."
+    images, labels = torch.as_tensor(images), torch.as_tensor(labels, dtype=torch.int64)
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3:
         raise ValueError(f"{where}: images are {images.dtype} {tuple(images.shape)}; "
                          "expected uint8 (N, height, width, 3)")
@@ -108,6 +110,7 @@ def _check_split(where: str, images: torch.Tensor, labels: torch.Tensor, num_cla
     if labels.min() < 0 or labels.max() >= num_classes:
         raise ValueError(f"{where}: labels run from {int(labels.min())} to {int(labels.max())}; "
                          f"expected 0 to {num_classes - 1}, for {num_classes} classes")
+    return images, labels
 
 # %% ../../nbs/data/images.ipynb #06bccfb3
 def some_of(
@@ -128,7 +131,7 @@ def with_groups(
     kept = [c for c in range(len(data.classes)) if of[c] in groups]
     new = torch.full((len(data.classes),), -1).index_put((torch.tensor(kept),), torch.arange(len(kept)))
 
-    def part(images, labels):
+    def part(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         there = new[labels] >= 0
         return images[there], new[labels][there]
 

@@ -14,59 +14,59 @@ from .profiles import Profile, ablation_pair
 from .registry import experiment
 
 # %% ../../nbs/experiments/analysis.ipynb #5222e5c9
-@experiment("probability_gap", "What a global softmax does to the gaps between classes", "60_probability_gap",
+@experiment("probability_gap", "What a global softmax does to the gaps between classes", "analysis/probability_gap",
             by=(), logits=True, table=False)
 def probability_gap(p: Profile) -> Lines:
     "The teachers."
     for teacher in dict.fromkeys(teacher for teacher, _ in p.pairs):
         yield {"teacher": teacher, "student": ""}, teacher_config(p, teacher)
 
-@experiment("relation_maps", "Relations between classes, before and after distillation", "70_relation_maps",
+@experiment("relation_maps", "Relations between classes, before and after distillation", "analysis/relation_maps",
             logits=True, table=False)
 def relation_maps(p: Profile) -> Lines:
     "The ablation pair, three methods."
     for method in SHOWN: yield from on_pair(p, ablation_pair(p), {"method": method}, method)
 
-@experiment("learning_curves", "Accuracy over training", "80_learning_curves", table=False)
+@experiment("learning_curves", "Accuracy over training", "analysis/learning_curves", table=False)
 def learning_curves(p: Profile) -> Lines:
     "The ablation pair, three methods."
     yield from relation_maps(p)
 
-@experiment("adw_weights", "The weight of every pair", "65_adw_weights", by=(), table=False)
+@experiment("adw_weights", "The weight of every pair", "analysis/adw_weights", by=(), table=False)
 def adw_weights(p: Profile) -> Lines:
     "Needs no runs."
     return iter(())
 
 # %% ../../nbs/experiments/analysis.ipynb #b31662f9
-@experiment("calibration", "Calibration", "62_calibration", measures=("ece", "nll", "top5"), logits=True)
+@experiment("calibration", "Calibration", "analysis/calibration", measures=("ece", "nll", "top5"), logits=True)
 def calibration(p: Profile) -> Lines:
     "The ablation pair, every method of the profile."
     yield from every_method(p, ablation_pair(p))
 
-@experiment("agreement", "Agreement between students and teacher", "64_agreement",
+@experiment("agreement", "Agreement between students and teacher", "analysis/agreement",
             measures=("agreement", "overlap", "kendall"))
 def agreement(p: Profile) -> Lines:
     "The ablation pair, every method of the profile that has a teacher."
     for line, config in every_method(p, ablation_pair(p)):
         if losses.needs_teacher(method_of(line["method"]).loss): yield line, config
 
-@experiment("superclasses", "Remaining mistakes by superclass", "72_superclasses", logits=True, table=False)
+@experiment("superclasses", "Remaining mistakes by superclass", "analysis/superclasses", logits=True, table=False)
 def superclasses(p: Profile) -> Lines:
     "The ablation pair, three methods."
     yield from relation_maps(p)
 
-@experiment("features", "Features of the last layer", "74_features", insight=True, table=False)
+@experiment("features", "Features of the last layer", "analysis/features", insight=True, table=False)
 def features(p: Profile) -> Lines:
     "The teacher and three students of the ablation pair."
     yield {"teacher": ablation_pair(p)[0], "student": "", "method": "teacher"}, teacher_config(p, ablation_pair(p)[0])
     yield from relation_maps(p)
 
-@experiment("grad_cam", "Grad-CAM", "76_grad_cam", insight=True, table=False)
+@experiment("grad_cam", "Grad-CAM", "analysis/grad_cam", insight=True, table=False)
 def grad_cam(p: Profile) -> Lines:
     "The teacher and three students of the ablation pair."
     yield from features(p)
 
-@experiment("pulls", "Gradient norm per loss term", "82_pulls", table=False)
+@experiment("pulls", "Gradient norm per loss term", "analysis/grad_norms", table=False)
 def pulls(p: Profile) -> Lines:
     "LDRLD and KD on the ablation pair."
     for method in ("KD", "LDRLD"): yield from on_pair(p, ablation_pair(p), {"method": method}, method)

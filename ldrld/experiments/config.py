@@ -14,7 +14,7 @@ import re
 import reprlib
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Union, cast
+from typing import TYPE_CHECKING, Any, Literal, Union
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -22,7 +22,7 @@ from .. import data, losses, models
 from ..core import paths, validation
 from ..core.files import sha256_of
 from ..core.validation import known
-from ..losses.base import LogitLoss
+from ..losses.base import LossBase
 from ..models.weights import identify, read_weights
 from ..training.recipes import RECIPES, base_lr
 
@@ -113,9 +113,9 @@ class RunConfig(BaseModel):
 # %% ../../nbs/experiments/config.ipynb #23df6d3a
 def loss_for(
     config: RunConfig,
-) -> LogitLoss:
+) -> LossBase:
     "The loss of a configuration."
-    return cast(LogitLoss, losses.build(config.loss, **config.loss_args))
+    return losses.build(config.loss, **config.loss_args)
 
 def _check_teacher(student: RunConfig) -> None:
     "`ValueError` unless the teacher fits the student's loss, data set and split."
@@ -143,7 +143,7 @@ def hyperparameters(
     for name in args:
         if not isinstance(name, str):
             raise ValueError(f"loss_args={reprlib.repr(args)}: {name!r} is not the name of a hyper-parameter")
-    try: return cast(LogitLoss, losses.build(loss, **args)).hyperparameters
+    try: return losses.build(loss, **args).hyperparameters
     except Exception as error:
         if isinstance(error, ValueError) and any(word in str(error) for word in (loss, *args)): raise
         raise ValueError(f"loss_args={reprlib.repr(args)}: invalid for the loss {loss!r} ({error})") from None

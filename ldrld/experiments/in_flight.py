@@ -25,7 +25,7 @@ from .students import begin_on, start
 from ..models.evaluation import precision_used
 from ..training.graphs import Task, why_eager
 from ..training.in_flight import InFlight, train_in_flight
-from ..training.loop import Diverged
+from ..training.divergence import Diverged
 from ..training.teacher import TeacherLogits
 
 # %% ../../nbs/experiments/in_flight.ipynb #8a6658d5

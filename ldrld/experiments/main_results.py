@@ -11,37 +11,36 @@ from .profiles import Profile
 from .registry import experiment
 
 # %% ../../nbs/experiments/main_results.ipynb #46d1a3ad
-@experiment("same_architecture", "Method comparison, teacher and student of one family", "10_same_architecture",
-            baseline={"method": "KD"}, logits=True)
+@experiment("same_architecture", "Method comparison, teacher and student of one family",
+            "main_results/same_architecture", baseline={"method": "KD"}, logits=True)
 def same_architecture(p: Profile) -> Lines:
     "Every pair within a family, every method of the profile."
     for pair in p.pairs:
         if family(pair[0]) == family(pair[1]): yield from every_method(p, pair)
 
 @experiment("different_architecture", "Method comparison, teacher and student of different families",
-            "12_different_architecture",
-            baseline={"method": "KD"})
+            "main_results/different_architecture", baseline={"method": "KD"})
 def different_architecture(p: Profile) -> Lines:
     "Every pair across families, every method of the profile."
     for pair in p.pairs:
         if family(pair[0]) != family(pair[1]): yield from every_method(p, pair)
 
 # %% ../../nbs/experiments/main_results.ipynb #b8a73e90
-@experiment("search", "α and β for each pair, searched on held-out training images", "24_search",
+@experiment("search", "α and β for each pair, searched on held-out training images", "main_results/search",
             by=("alpha", "beta"), baseline={"alpha": 10.5, "beta": 7.0})
 def search(p: Profile) -> Lines:
     "The declared grid, for every pair without published values."
     for pair in p.pairs: yield from trials(p, pair)
 
 # %% ../../nbs/experiments/main_results.ipynb #ebf46aec
-@experiment("rivals", "Gain of LDRLD over each baseline", "14_rivals", baseline={"method": "LDRLD"})
+@experiment("rivals", "Gain of LDRLD over each baseline", "main_results/baselines", baseline={"method": "LDRLD"})
 def rivals(p: Profile) -> Lines:
     "The runs of the tables above that the profile selects, compared with LDRLD."
     yield from same_architecture(p)
     if p.experiments is None or "different_architecture" in p.experiments: yield from different_architecture(p)
 
 # %% ../../nbs/experiments/main_results.ipynb #29326f72
-@experiment("imagenet", "ImageNet and Tiny-ImageNet", "16_imagenet", by=(), table=False)
+@experiment("imagenet", "ImageNet and Tiny-ImageNet", "main_results/imagenet", by=(), table=False)
 def imagenet(p: Profile) -> Lines:
     "Published values only; nothing was run here."
     return iter(())

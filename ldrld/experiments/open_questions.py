@@ -12,21 +12,29 @@ from ..data import CLASSES
 from .cells import Lines, on_pair
 from .methods import BLOCKWISE, METHODS, VARIANTS, Method
 from .profiles import Profile, ablation_pair
-from .registry import experiment
+from .registry import Page, experiment
 
 # %% ../../nbs/experiments/open_questions.ipynb #0d851b85
-@experiment("variants", "Variants of LDRLD", "58_variants", by=("variant",), baseline={"variant": "LDRLD"})
+@experiment("variants", "Variants of LDRLD", "comparison", by=("variant",), baseline={"variant": "LDRLD"}, page=Page(
+    question="Combinations with what others do",
+    why="""Each line changes one thing: who ranks; logits standardised per sample before they are compared; images
+on which the teacher is wrong left out, or its two top logits swapped; the loss inside SDD's regions of the last
+map; a second head that alone listens to the teacher; a teacher fine-tuned to say more. None is a new loss: they
+are [wrappers](../methods/wrappers.ipynb), [regions](../methods/sdd.ipynb) and [heads](../methods/dho.ipynb)
+around the same one. None was tuned; all use the weights of the plain loss.""",
+    caption="Paired difference to the loss as published"))
 def variants(p: Profile) -> Lines:
     "The loss as published, and combinations with other methods."
     for name, method in VARIANTS.items(): yield from on_pair(p, ablation_pair(p), {"variant": name}, method)
 
-@experiment("field", "Comparison of all methods on one pair", "18_field", baseline={"method": "KD"})
+@experiment("field", "Comparison of all methods on one pair", "main_results/method_comparison",
+            baseline={"method": "KD"})
 def field_(p: Profile) -> Lines:
     "All methods on the ablation pair."
     for method in METHODS: yield from on_pair(p, ablation_pair(p), {"method": method}, method)
 
 # %% ../../nbs/experiments/open_questions.ipynb #3be15c74
-@experiment("blockwise", "Block-wise distillation", "59_blockwise", baseline={"method": "KD"})
+@experiment("blockwise", "Block-wise distillation", "open_questions/blockwise", baseline={"method": "KD"})
 def blockwise(p: Profile) -> Lines:
     "Without stepping-stones, and with them, on the ablation pair."
     equal = Method("kd", {"ce_weight": 1.0, "kd_weight": 1.0})
@@ -35,7 +43,7 @@ def blockwise(p: Profile) -> Lines:
         yield from on_pair(p, ablation_pair(p), {"method": name}, method)
 
 # %% ../../nbs/experiments/open_questions.ipynb #0248c0b6
-@experiment("normalisation", "Dividing the local terms by the number of pairs", "34_normalisation",
+@experiment("normalisation", "Dividing the local terms by the number of pairs", "open_questions/normalisation",
             by=("depth", "local terms", "alpha"),
             baseline={"local terms": "divided", "alpha": "10.5"})
 def normalisation(p: Profile) -> Lines:
@@ -50,7 +58,7 @@ def normalisation(p: Profile) -> Lines:
             if d == 7 or (terms, alpha) != ("summed", "10.5"):
                 yield from on_pair(p, ablation_pair(p), values, "LDRLD", depth=d, **args)
 
-@experiment("plateau", "The learning rate of the released code", "36_plateau",
+@experiment("plateau", "The learning rate of the released code", "open_questions/plateau",
             by=("method", "recipe"), baseline={"recipe": "crd"})
 def plateau(p: Profile) -> Lines:
     "KD and LDRLD with the common recipe, with an added warm-up, and with the plateau of the released code as well."
@@ -59,8 +67,8 @@ def plateau(p: Profile) -> Lines:
             yield from on_pair(p, ablation_pair(p), {"method": method, "recipe": recipe}, method, recipe=recipe)
 
 # %% ../../nbs/experiments/open_questions.ipynb #356f0a92
-@experiment("classes", "Depth and the number of classes", "44_depth_classes", by=("data", "classes", "method", "depth"),
-            baseline={"method": "LDRLD", "depth": "7"})
+@experiment("classes", "Depth and the number of classes", "open_questions/depth_classes",
+            by=("data", "classes", "method", "depth"), baseline={"method": "LDRLD", "depth": "7"})
 def classes(p: Profile) -> Lines:
     "KD, depth 3 and every depth of the profile that fits, on data sets with different numbers of classes."
     depths = sorted({3, *p.depths})

@@ -113,7 +113,7 @@ def planned(
     return list(runs.values())
 
 # %% ../../nbs/experiments/plan.ipynb #a406819d
-@experiment("decisions", "Decisions of the plan", "04_decisions",
+@experiment("decisions", "Decisions of the plan", "claims/decisions",
             by=("experiment",), checked_by="ldrld.experiments.plan", reads=True)
 def planned_runs(p: Profile) -> Lines:
     "The runs of the profile's plan, each once."

@@ -24,7 +24,7 @@ from .. import losses
 from ..core import paths
 from ..core.files import write_whole
 from .config import MOST, SCHEMA, RunConfig, explain, name_of
-from ..training.loop import Diverged
+from ..training.divergence import Diverged
 
 # %% ../../nbs/experiments/records.ipynb #a6da5b99
 class Record(BaseModel):

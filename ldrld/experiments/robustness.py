@@ -12,17 +12,25 @@ from .config import name_of
 from .methods import SHOWN
 from .profiles import Profile, ablation_pair
 from .records import sound
-from .registry import experiment
+from .registry import Page, experiment
 
-# %% ../../nbs/experiments/robustness.ipynb #27185e76
-@experiment("teacher_strength", "Teacher strength", "47_teacher_strength", baseline={"method": "KD"})
+# %% ../../nbs/experiments/robustness.ipynb #f0ab9ea4
+@experiment("teacher_strength", "Teacher strength", "robustness/teacher_strength", baseline={"method": "KD"})
 def teacher_strength(p: Profile) -> Lines:
     "One student, teachers from its own size upward."
     for teacher in p.strengths or ablation_pair(p)[:1]:
         for method in ("KD", "LDRLD"): yield from on_pair(p, (teacher, ablation_pair(p)[1]), {"method": method}, method)
 
-@experiment("learning_rate", "Sensitivity to the learning rate", "56_learning_rate",
-            by=("method", "lr"), baseline={"method": "KD"})
+# %% ../../nbs/experiments/robustness.ipynb #038c0a2f
+@experiment("learning_rate", "Sensitivity to the learning rate", "curve",
+            by=("method", "lr"), baseline={"method": "KD"}, page=Page(
+    question="Three methods, from a quarter to four times the common rate",
+    why="""All methods of a table share one learning rate, which is fair to none in particular: a loss with large
+gradients works best with a smaller one. This sweep shows how much of a difference between methods could be a
+difference in learning rate. Choosing each method's best rate here would be choosing on test data; it is shown to
+judge the other tables by.""",
+    caption="Accuracy against the base learning rate", axis="base learning rate", log=True,
+    label=lambda cell: f"{cell['method']} at lr = {cell['lr']:g}"))
 def learning_rate(p: Profile) -> Lines:
     "Three methods, from a quarter to four times the profile's rate."
     base = p.student.get("lr", 0.05)
@@ -31,7 +39,7 @@ def learning_rate(p: Profile) -> Lines:
             lr = base * factor
             yield from on_pair(p, ablation_pair(p), {"method": method, "lr": lr}, method, lr=lr)
 
-# %% ../../nbs/experiments/robustness.ipynb #acf905f0
+# %% ../../nbs/experiments/robustness.ipynb #992c6d91
 RATES = (0.5, 1, 2, 4)  # of the profile's learning rate
 TUNED = ("CE", "KD", "DKD", "LDRLD")  # methods whose learning rate is searched
 
@@ -56,13 +64,21 @@ def best_rate_of(
     if len(made) < len(found): return None
     return max(made, key=lambda run: run[1])[0]
 
-@experiment("rates", "Learning rates on held-out images", "57_rates", by=("method", "lr"), baseline={"method": "KD"})
+# %% ../../nbs/experiments/robustness.ipynb #3f73b6d8
+@experiment("rates", "Learning rates on held-out images", "robustness/rates",
+            by=("method", "lr"), baseline={"method": "KD"})
 def rates(p: Profile) -> Lines:
     "Every tuned method at every rate."
     for method in TUNED: yield from rate_trials(p, method)
 
-@experiment("best_rate", "Each method at its best learning rate", "55_best_rate",
-            by=("method", "rate"), baseline={"method": "KD"})
+# %% ../../nbs/experiments/robustness.ipynb #9452bf69
+@experiment("best_rate", "Each method at its best learning rate", "comparison",
+            by=("method", "rate"), baseline={"method": "KD"}, page=Page(
+    question="The common rate, and the one that a search on held-out images found",
+    why="""Two rows for each method: trained at the rate that all tables share, and at the rate that won [its own
+search](robustness/rates.ipynb). Every method had the same budget of search. Where a search ends at the common
+rate, both rows are the same runs.""",
+    caption="Paired difference to KD at the same choice of rate", axis="what"))
 def best_rate(p: Profile) -> Lines:
     "Every tuned method at the profile's learning rate and at its best one."
     for method in TUNED:
@@ -72,13 +88,13 @@ def best_rate(p: Profile) -> Lines:
         else: yield from waiting(p, ablation_pair(p), values)
 
 # %% ../../nbs/experiments/robustness.ipynb #1c41035f
-@experiment("long_search", "α and β, searched with the full schedule", "26_long_search",
+@experiment("long_search", "α and β, searched with the full schedule", "robustness/long_search",
             by=("alpha", "beta"), baseline={"alpha": 10.5, "beta": 7.0})
 def long_search(p: Profile) -> Lines:
     "The declared grid on the ablation pair, with the student's full schedule."
     yield from trials(p, ablation_pair(p), p.student["epochs"])
 
-@experiment("long_search_tested", "Gain from a longer search", "28_search_worth",
+@experiment("long_search_tested", "Gain from a longer search", "robustness/search_worth",
             by=("search",), baseline={"search": "none"})
 def long_search_tested(p: Profile) -> Lines:
     "Published α and β, and those of the short and the long search, trained on all images."
@@ -90,15 +106,30 @@ def long_search_tested(p: Profile) -> Lines:
         if found: yield from on_pair(p, pair, {"search": name}, "LDRLD", **found)
         else: yield from waiting(p, pair, {"search": name})
 
-# %% ../../nbs/experiments/robustness.ipynb #f38d439c
-@experiment("few_shot", "Few-shot training", "52_few_shot", by=("method", "share"), baseline={"method": "KD"})
+# %% ../../nbs/experiments/robustness.ipynb #69a45f54
+@experiment("few_shot", "Few-shot training", "curve",
+            by=("method", "share"), baseline={"method": "KD"}, page=Page(
+    "Few images", "5, 10, 25 and 50 % of the training images",
+    """With few labelled images a student has little to learn from labels, and more to gain from what a teacher
+says about each. A share of every class is kept, drawn by the seed; the teacher has seen all images. The number of
+passes stays the same, so that with a tenth of the images a student also takes a tenth of the steps.""",
+    caption="Accuracy against the share of the training images that the student sees",
+    axis="share of the training images, %", log=True, percent=True,
+    label=lambda cell: f"{cell['method']} with {100 * cell['share']:g} % of the images"))
 def few_shot(p: Profile) -> Lines:
     "A share of each class's images; the teacher was trained on all of them."
     for share in (0.05, 0.1, 0.25, 0.5, 1.0):
         for method in SHOWN:
             yield from on_pair(p, ablation_pair(p), {"method": method, "share": share}, method, train_share=share)
 
-@experiment("label_noise", "Label noise", "54_label_noise", by=("method", "noise"), baseline={"method": "KD"})
+# %% ../../nbs/experiments/robustness.ipynb #fa50e338
+@experiment("label_noise", "Label noise", "curve",
+            by=("method", "noise"), baseline={"method": "KD"}, page=Page(
+    "Wrong labels", "A share of the student's training labels is replaced by other classes",
+    """The teacher learnt from true labels, the student's are partly wrong. A student that listens to its teacher
+more than to its labels should suffer less. Test labels are true.""",
+    caption="Accuracy against the share of wrong labels", axis="share of wrong training labels, %", percent=True,
+    label=lambda cell: f"{cell['method']} with {100 * cell['noise']:g} % wrong labels"))
 def label_noise(p: Profile) -> Lines:
     "A share of the student's training labels is wrong; the teacher was trained on clean ones."
     for noise in (0.0, 0.2, 0.4, 0.6):

@@ -18,7 +18,7 @@ from ..data import ImageData
 from ..data.augmentation import Crops
 from .config import RunConfig, loss_for, name_of
 from ..models.evaluation import precision_used, set_numerics
-from ..training.loop import Student
+from ..training.student import Student
 from ..training.teacher import TeacherLogits
 
 # %% ../../nbs/experiments/students.ipynb #b3bec357

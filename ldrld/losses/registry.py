@@ -39,11 +39,11 @@ def available(kind: str | None = None) -> list[str]:
     """Names of all registered losses, in alphabetical order.
 
     kind: "logits" for losses that need only logits and labels, "features" for those that need intermediate features,
-    "pictures" for those that make their own training images, "teachers" for those that tune a teacher; None for all.
+    "images" for those that make their own training images, "teachers" for those that tune a teacher; None for all.
     """
-    kinds = {"teachers": "trains_teacher", "features": "needs_features", "pictures": "alters_pictures"}
+    kinds = {"teachers": "trains_teacher", "features": "needs_features", "images": "alters_images"}
     if kind not in (None, "logits", *kinds):
-        raise ValueError(f"kind must be 'logits', 'features', 'pictures' or 'teachers', got {kind!r}")
+        raise ValueError(f"kind must be 'logits', 'features', 'images' or 'teachers', got {kind!r}")
     of = lambda loss: next((k for k, attribute in kinds.items() if getattr(loss, attribute, False)), "logits")
     return sorted(name for name, loss in _losses.items() if kind in (None, of(loss)))
 

@@ -4,41 +4,32 @@
 
 # %% auto #0
 __all__ = ['available', 'canonical', 'build', 'fingerprint', 'describe', 'Features', 'WeightsError', 'load_weights',
-           'read_metadata', 'save_weights']
+           'read_metadata', 'register', 'save_weights']
 
 # %% ../../nbs/models/models.ipynb #3d3b6c15
 import difflib
 import hashlib
 import re
-from collections.abc import Callable
-from functools import partial
+from importlib import import_module
+from pkgutil import iter_modules
 
 import torch
 from torch import nn
 
-from .mobile import MobileNetV2
 from .parts import Features
-from .resnet import ResNet, ResNet50
-from .shuffle import ShuffleNetV1, ShuffleNetV2
-from .vgg import VGG, vgg_widths
+from .registry import networks, register
 from .weights import WeightsError, load_weights, read_metadata, save_weights
-from .wide import WideResNet
 
-_all_ = ["Features", "WeightsError", "load_weights", "read_metadata", "save_weights"]
+_all_ = ["Features", "WeightsError", "load_weights", "read_metadata", "register", "save_weights"]
 
 # %% ../../nbs/models/models.ipynb #e859a056
-_networks: dict[str, Callable[..., nn.Module]] = {
-    **{f"resnet{depth}": partial(ResNet, depth) for depth in (8, 14, 20, 32, 44, 56, 110)},
-    **{f"resnet{depth}x4": partial(ResNet, depth, (32, 64, 128, 256)) for depth in (8, 32)},
-    **{f"wrn_{depth}_{k}": partial(WideResNet, depth, k) for depth in (16, 40) for k in (1, 2)},
-    **{f"vgg{depth}": partial(VGG, depth) for depth in vgg_widths},
-    "MobileNetV2": MobileNetV2, "ShuffleV1": ShuffleNetV1, "ShuffleV2": ShuffleNetV2, "ResNet50": ResNet50,
-}
+for _module in iter_modules(__path__):  # each registers its networks; evaluation needs more than torch
+    if _module.name != "evaluation": import_module(f"{__name__}.{_module.name}")
 
 
 def available() -> list[str]:
     """Names of all networks that `build` knows."""
-    return list(_networks)
+    return list(networks)
 
 # %% ../../nbs/models/models.ipynb #2eb6bee9
 def _key(name: str) -> str:
@@ -50,11 +41,11 @@ def canonical(
     name: str,  # one of `available()`, or a paper's spelling of it
 ) -> str:
     """The registered name of a network. Raises `ValueError` with suggestions for an unknown one."""
-    known = {_key(n): n for n in _networks} | {"mobilehalf": "MobileNetV2"}
+    known = {_key(n): n for n in networks} | {"mobilehalf": "MobileNetV2"}
     if not isinstance(name, str): raise ValueError(f"name={name!r}: expected the name of a network, such as 'resnet20'")
     if _key(name) in known: return known[_key(name)]
     near = dict.fromkeys(known[k] for k in difflib.get_close_matches(_key(name), known, n=4, cutoff=0.5))
-    hint = f"did you mean {' or '.join(near)}?" if near else f"expected one of {', '.join(_networks)}"
+    hint = f"did you mean {' or '.join(near)}?" if near else f"expected one of {', '.join(networks)}"
     raise ValueError(f"name={name!r}: no such network; {hint}")
 
 # %% ../../nbs/models/models.ipynb #4da8fa2d
@@ -70,7 +61,7 @@ def build(
     """
     if type(num_classes) is not int or num_classes < 1:
         raise ValueError(f"num_classes={num_classes!r}: expected a positive integer")
-    return _networks[canonical(name)](num_classes=num_classes)
+    return networks[canonical(name)](num_classes=num_classes)
 
 # %% ../../nbs/models/models.ipynb #47fa5b0e
 def fingerprint(

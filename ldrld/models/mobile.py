@@ -12,6 +12,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from .parts import Output, Staged, classify, conv, he_init, stack
+from .registry import register
 
 # %% ../../nbs/models/mobile.ipynb #b24263e7
 class InvertedResidual(nn.Module):
@@ -39,6 +40,7 @@ mobile_stages = (  # expansion, output channels, blocks, stride of the first blo
     (1, 8, 1, 1), (6, 12, 2, 1), (6, 16, 3, 2), (6, 32, 4, 2), (6, 48, 3, 1), (6, 80, 3, 2), (6, 160, 1, 1))
 
 
+@register("MobileNetV2", lr=0.01)
 class MobileNetV2(Staged):
     """Half-width MobileNetV2 (Sandler et al. 2018) with the keys of RepDistiller's `models/mobilenetv2.py`."""
     rectified = False  # the blocks end without an activation

@@ -6,10 +6,13 @@
 __all__ = ['BasicBlock', 'ResNet', 'Bottleneck', 'ResNet50']
 
 # %% ../../nbs/models/resnet.ipynb #20ce0fb1
+from functools import partial
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .parts import Output, Staged, classify, conv, he_init, projection, stack, walk
+from .registry import register
 
 # %% ../../nbs/models/resnet.ipynb #17e77cb7
 class BasicBlock(nn.Module):
@@ -65,6 +68,10 @@ class ResNet(Staged):
         stages, preact = walk(x, rows)
         return classify(self.fc, stages[-1], stages, preact, features)
 
+
+for _depth in (8, 14, 20, 32, 44, 56, 110): register(f"resnet{_depth}")(partial(ResNet, _depth))
+for _depth in (8, 32): register(f"resnet{_depth}x4")(partial(ResNet, _depth, (32, 64, 128, 256)))
+
 # %% ../../nbs/models/resnet.ipynb #1b6ba60b
 class Bottleneck(nn.Module):
     """1×1, 3×3, 1×1 convolutions and a shortcut; returns the sum before its ReLU."""
@@ -87,6 +94,7 @@ class Bottleneck(nn.Module):
         return self.bn3(self.conv3(y)) + self.shortcut(x)
 
 # %% ../../nbs/models/resnet.ipynb #d14cab1c
+@register("ResNet50")
 class ResNet50(Staged):
     """ResNet50 with a CIFAR stem, with the keys of RepDistiller's `models/resnetv2.py`."""
     def __init__(

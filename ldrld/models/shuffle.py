@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .parts import Output, Staged, classify, conv, stack, walk
+from .registry import register
 
 # %% ../../nbs/models/shuffle.ipynb #97572fda
 def shuffle(
@@ -44,6 +45,7 @@ class GroupUnit(nn.Module):
         return y + x if self.stride == 1 else torch.cat([y, F.avg_pool2d(x, 3, 2, padding=1)], 1)
 
 # %% ../../nbs/models/shuffle.ipynb #ad0df019
+@register("ShuffleV1", lr=0.01)
 class ShuffleNetV1(Staged):
     """ShuffleNet V1 with 3 groups (Zhang et al. 2018) with the keys of RepDistiller's `models/ShuffleNetv1.py`."""
     def __init__(
@@ -115,6 +117,7 @@ class DownUnit(nn.Module):
         return torch.cat([left, right], 1)
 
 # %% ../../nbs/models/shuffle.ipynb #b9bd9d15
+@register("ShuffleV2", lr=0.01)
 class ShuffleNetV2(Staged):
     """ShuffleNet V2 ×1 (Ma et al. 2018) with the keys of RepDistiller's `models/ShuffleNetv2.py`."""
     def __init__(

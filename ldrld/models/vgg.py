@@ -6,10 +6,13 @@
 __all__ = ['vgg_widths', 'vgg_block', 'VGG']
 
 # %% ../../nbs/models/vgg.ipynb #8113b85b
+from functools import partial
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .parts import Output, Staged, classify, conv, he_init
+from .registry import register
 
 # %% ../../nbs/models/vgg.ipynb #f17a5a3c
 def vgg_block(
@@ -78,3 +81,6 @@ class VGG(Staged):
             x = F.relu(preact[-1])
             stages.append(x)
         return classify(self.classifier, x, stages, preact, features)
+
+
+for _depth in vgg_widths: register(f"vgg{_depth}")(partial(VGG, _depth))

@@ -6,10 +6,14 @@
 __all__ = ['WideBlock', 'WideResNet']
 
 # %% ../../nbs/models/wide.ipynb #df250590
+from functools import partial
+from itertools import product
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .parts import Output, Staged, classify, conv, he_init, stack
+from .registry import register
 
 # %% ../../nbs/models/wide.ipynb #408f9363
 class WideBlock(nn.Module):
@@ -74,3 +78,6 @@ class WideResNet(Staged):
             stages.append(x)
         normed = self.bn1(x)
         return classify(self.fc, F.relu(normed), stages, [*preact[1:], normed], features)
+
+
+for _depth, _k in product((16, 40), (1, 2)): register(f"wrn_{_depth}_{_k}")(partial(WideResNet, _depth, _k))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LDRLD', 'KD', 'WHOLE', 'RIVALS', 'COMPARISONS', 'NOTES', 'OUTCOMES', 'load', 'Comparison', 'label', 'by_seed',
-           'squeezed', 'distance', 'by_picture', 'verdict', 'detectable', 'effect', 'compared', 'judged', 'by_claim']
+           'squeezed', 'distance', 'by_image', 'verdict', 'detectable', 'effect', 'compared', 'judged', 'by_claim']
 
 # %% ../../nbs/results/claims.ipynb #afdd08c6
 import math
@@ -120,13 +120,13 @@ def distance(
     return 100 * np.abs(relations(student) - relations(teacher)).mean(1)
 
 # %% ../../nbs/results/claims.ipynb #0812f5f0
-def by_picture(
+def by_image(
     c: Comparison,
     p: Profile,
 ) -> Iterator[dict]:  # as from `by_seed`
     "The claims about probabilities, from the logits of the seed-0 runs; no values if they were not kept."
     plan = EXPERIMENTS[c.experiment].plan(p)
-    line = {"unit": "points of probability", "of": "pictures"}
+    line = {"unit": "points of probability", "of": "images"}
     def kept(name: str) -> np.ndarray | None: return found[0] if (found := arrays.logits(name, p)) else None
     if c.claim == "gap":
         for teacher, name in zip(plan["teacher"], plan["name"]):
@@ -152,9 +152,9 @@ def verdict(
 ) -> str:
     "The verdict by the rule above."
     if not n: return "not run"
-    if n < FEWEST: return "undecided"
-    if low > 0: return "held"
-    return "did not hold" if high < 0 else "undecided"
+    if n < FEWEST: return "inconclusive"
+    if low > 0: return "supported"
+    return "refuted" if high < 0 else "inconclusive"
 
 def detectable(
     values: list[float],  # differences
@@ -193,7 +193,7 @@ def compared(
     for c in COMPARISONS:
         found: Iterable[dict]
         if c.experiment in collected: found = by_seed(c, p, collected[c.experiment])
-        elif c.experiment: found = by_picture(c, p)
+        elif c.experiment: found = by_image(c, p)
         else: found = [dict(zip(sides, (*pair, label(c.ours), label(c.theirs or {})))) | empty for pair in c.pairs]
         for line in found:
             known = effect(c, line) if p.name == "paper" else math.nan
@@ -228,20 +228,20 @@ def judged(
     return table
 
 # %% ../../nbs/results/claims.ipynb #ed88a670
-OUTCOMES = ("held", "did not hold", "undecided", "not run")
+OUTCOMES = ("supported", "refuted", "inconclusive", "not run")
 
 def by_claim(
     table: pd.DataFrame,  # from `judged`
 ) -> pd.DataFrame:  # by claim: comparisons, one column for each outcome, strict, verdict
-    "The verdict on each claim, and counts of its comparisons; `strict` counts those that held with corrected p < 0.05."
+    "The verdict on each claim, and counts of its comparisons; `strict` counts those supported with corrected p < 0.05."
     lines = {}
     for claim, rows in table.groupby("claim", sort=False):
         count = {o: int((rows["verdict"] == o).sum()) for o in OUTCOMES}
         run = len(rows) - count["not run"]
-        of_claim = "held" if run else "not run"
-        for outcome in ("undecided", "did not hold"):
+        of_claim = "supported" if run else "not run"
+        for outcome in ("inconclusive", "refuted"):
             if count[outcome]: of_claim = outcome
-        strict = int((rows["verdict"].eq("held") & (rows["p_holm"] < 0.05)).sum())
+        strict = int((rows["verdict"].eq("supported") & (rows["p_holm"] < 0.05)).sum())
         if 0 < run < len(rows): of_claim += f" ({run} of {len(rows)} run)"
         lines[claim] = {"comparisons": len(rows), **count, "strict": strict, "verdict": of_claim}
     return pd.DataFrame.from_dict(lines, orient="index").rename_axis("claim")

@@ -39,10 +39,10 @@ def shown(
         if r["n"]: of = f"{r['n']} {r['of'].removesuffix('s' * (r['n'] == 1))}"
         if r["p_holm"] < 0.001: p = "< 0.001"
         elif r["p_holm"] >= 0.001: p = f"{r['p_holm']:.3f}"
-        undecided = r["verdict"] == "undecided" and not math.isnan(r["detectable"])
+        inconclusive = r["verdict"] == "inconclusive" and not math.isnan(r["detectable"])
         lines.append({
             "claim": r["claim"], "comparison": comparison, "pair": pair, "difference": difference_text(r), "n": of,
-            "p (Holm)": p, "verdict": r["verdict"], "detectable": f"{r['detectable']:.2f}" if undecided else "",
+            "p (Holm)": p, "verdict": r["verdict"], "detectable": f"{r['detectable']:.2f}" if inconclusive else "",
             "published": "" if math.isnan(r["published"]) else f"{r['published']:+.2f}"})
     out = pd.DataFrame(lines)
     return out if out["published"].any() else out.drop(columns="published")
@@ -65,9 +65,9 @@ def caption(
     text = (f"Test of the paper's claims on {setting(p)}. Differences are paired, in points of test accuracy after the "
             "last epoch (for the claims `gap` and `relations` in points of probability), with 95 % intervals; positive "
             f"differences support the claim. p: paired t-test, corrected over all {tested} comparisons of this table "
-            "(Holm). Held: the interval lies on the claimed side; did not hold: on the other side; undecided: it "
+            "(Holm). Supported: the interval lies on the claimed side; refuted: on the other side; inconclusive: it "
             "contains 0. Detectable: the difference found with a power of 80 % with as many runs.")
-    if few: text += f" {few} comparisons are undecided because they have fewer than three differences or no spread."
+    if few: text += f" {few} comparisons are inconclusive because they have fewer than three differences or no spread."
     if table["published"].notna().any(): text += f" Published: the difference in {NOTES.removeprefix('LDRLD via ')}."
     return text
 
@@ -83,8 +83,8 @@ def counted(
         return f"On {setting(p)} nothing has been run yet: {len(claims)} claims with {len(table)} comparisons are open."
     run = len(table) - n["not run"]
     return (f"On {setting(p)}, {run} of {len(table)} comparisons for {len(claims)} claims were run. "
-            f"Held: {n['held']} ({claims['strict'].sum()} also with p (Holm) below 0.05); "
-            f"did not hold: {n['did not hold']}; undecided: {n['undecided']}.")
+            f"Supported: {n['supported']} ({claims['strict'].sum()} also with p (Holm) below 0.05); "
+            f"refuted: {n['refuted']}; inconclusive: {n['inconclusive']}.")
 
 def against_others(
     table: pd.DataFrame,  # from `judged`
@@ -95,8 +95,8 @@ def against_others(
     def who(r: pd.Series) -> str:
         pair = f", {r['teacher']} → {r['student']}" if several else ""
         return f"{r['theirs']} ({difference_text(r)}{pair})"
-    words = {"held": "outperforms", "undecided": "does not differ significantly from",
-             "did not hold": "is outperformed by"}
+    words = {"supported": "outperforms", "inconclusive": "does not differ significantly from",
+             "refuted": "is outperformed by"}
     sentences = []
     for outcome, verb in words.items():
         names = [who(r) for _, r in rivals[rivals["verdict"] == outcome].iterrows()]
@@ -115,7 +115,7 @@ def in_words(
     return " ".join([*sentences, against_others(table)]).strip()
 
 # %% ../../nbs/results/claims_report.ipynb #31bfd9cd
-LOOKS = {"held": "#3a8f6b", "did not hold": COLOURS["LDRLD"], "undecided": "#9a9a9a"}
+LOOKS = {"supported": "#3a8f6b", "refuted": COLOURS["LDRLD"], "inconclusive": "#9a9a9a"}
 
 def _rows(ax: plt.Axes, rows: pd.DataFrame, unit: str) -> None:
     "The comparisons of one unit."

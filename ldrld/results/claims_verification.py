@@ -23,7 +23,7 @@ from .statistics import ROUNDING
 from .verification import corrected, expected_line, same
 
 # %% ../../nbs/results/claims_verification.ipynb #692ace86
-def _pictures_again(claim: str, runs: list[str], p: Profile) -> list[float]:
+def _images_again(claim: str, runs: list[str], p: Profile) -> list[float]:
     "The differences of the two claims about probabilities, by definition."
     kept = {name: arrays.logits(name, p) for name in runs}
     if absent := [name for name, found in kept.items() if found is None]:
@@ -93,9 +93,9 @@ def verify(
     expected: list[dict] = []
     for line in table:
         try:
-            if line["of"] == "pictures":
+            if line["of"] == "images":
                 runs = line["runs"].split()
-                values = _pictures_again(line["claim"], runs, p) if runs else []
+                values = _images_again(line["claim"], runs, p) if runs else []
             else: values, runs = _seeds_again(line, p, plans)
         except ValueError as error:
             wrong.append(f"{path.name}, {line['claim']}: {error}")
@@ -105,7 +105,7 @@ def verify(
         of = expected_line(values, [], [(v, 0.0) for v in values])
         side = (of["low"] > 0) - (of["high"] < 0) if len(values) > 2 else 0
         expected.append({k: of[k] for k in ("n", "difference", "low", "high", "p")} | {
-            "verdict": ("did not hold", "undecided", "held")[1 + side] if values else "not run",
+            "verdict": ("refuted", "inconclusive", "supported")[1 + side] if values else "not run",
             "published": _published_again(line) if p.name == "paper" else math.nan,
             "runs": " ".join(runs), "values": values})
     for given, line in zip(corrected(expected, within=()), table):

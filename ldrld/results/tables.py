@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BENCHES', 'to_report', 'shown', 'p_text', 'shown_measures', 'folder_of', 'caption', 'save_table', 'tex', 'said',
-           'worth_of_search', 'beside_published', 'caption_of_measures']
+           'conclusions', 'worth_of_search', 'beside_published', 'caption_of_measures']
 
 # %% ../../nbs/results/tables.ipynb #4a149d2e
 import math
@@ -16,6 +16,7 @@ from ..core import paths
 from ..core.files import write_whole
 from ..experiments import published
 from ..experiments.catalog import EXPERIMENTS, selected
+from ..experiments.registry import Experiment
 from ..experiments.profiles import Profile, profile
 from .statistics import FEWEST, ROUNDING
 
@@ -24,8 +25,9 @@ def to_report(
     p: str | Profile = "quick",
 ) -> list[str]:  # names of experiments
     "The experiments whose tables and figures are made for a profile."
-    p, names = profile(p), {name: set(e.plan(p)["name"]) for name, e in EXPERIMENTS.items()}
-    always = selected(p)
+    p = profile(p)
+    always = selected(p)  # first: it imports those declared outside ldrld
+    names = {name: set(e.plan(p)["name"]) for name, e in EXPERIMENTS.items()}
     usual = set().union(*(names[name] for name in always if not EXPERIMENTS[name].reads))
     made = {path.stem for path in paths.records(p.name).glob("*.json")}
     shared = usual.union(*(runs for name, runs in names.items() if runs <= made and not EXPERIMENTS[name].reads))
@@ -153,6 +155,25 @@ def said(
     if line["low"] <= 0 <= line["high"]: return f"{text}: not significant."
     better = "better" if line["difference"] > 0 else "worse"
     return f"{text}: {better}." if n >= FEWEST else f"{text}: too few seeds to call it {better}."
+
+# %% ../../nbs/results/tables.ipynb #0002b6df
+def conclusions(
+    table: pd.DataFrame,  # from `summarise`
+    e: Experiment,
+    p: str | Profile = "quick",
+) -> list[str]:
+    "What a table says: each paired difference to the experiment's baseline as a sentence; else the highest mean."
+    if not table["n"].any():
+        called = p.name if isinstance(p, Profile) else p
+        return [f"Not run yet; `ldrld reproduce --profile {called} --only {e.path}` makes the runs."]
+    if "pairs" not in table:
+        best = table.loc[table["mean"].idxmax()]
+        return [f"Highest mean: {e.label(best.to_dict())}, {best['mean']:.2f} %."]
+    sentences = []
+    for _, line in table[table["pairs"] > 0].iterrows():
+        cell = line.to_dict()
+        sentences.append(said(line, e.label(cell), e.label(cell | (e.baseline or {}))))
+    return sentences or ["No line shares a seed with its baseline yet."]
 
 # %% ../../nbs/results/tables.ipynb #5b90d3c4
 def worth_of_search(

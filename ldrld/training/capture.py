@@ -8,6 +8,7 @@ __all__ = ['HOST_READS', 'HOST_COPIES', 'CaptureError', 'Produced', 'Address', '
 # %% ../../nbs/training/capture.ipynb #f48c62d8
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,8 +34,8 @@ class Address:
     "An operand that existed before the recording: its address, not the tensor itself."
     storage: StorageWeakRef
     dtype: torch.dtype
-    size: tuple
-    stride: tuple
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
     offset: int
 
     def tensor(self) -> Tensor:
@@ -46,18 +47,21 @@ class Address:
 def address_of(tensor: Tensor) -> Address:
     "The address of a tensor."
     storage = StorageWeakRef(tensor.untyped_storage())
-    return Address(storage, tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
+    return Address(storage, tensor.dtype, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
 
 # %% ../../nbs/training/capture.ipynb #1e4bfefb
 class Imitation(TorchDispatchMode):
     "A CUDA graph imitated on the CPU: `record` runs a function and stores its operations, `replay` repeats them."
-    def __init__(self):
+    numbers: dict[int, int]  # of what the recording has produced so far, by the identity of the tensor
+    alive: list[Tensor]  # the same tensors: identities are unique only while they are alive
+
+    def __init__(self) -> None:
         super().__init__()
-        self.calls = []
+        self.calls: list[tuple[Any, Any, Any]] = []  # function, operands, result
 
     def record(self, function: Callable[[], None]) -> "Imitation":
         "Run a function and store its operations. Raises CaptureError for what a CUDA graph cannot record."
-        self.numbers, self.alive = {}, []                 # ids are unique only while the tensors are alive
+        self.numbers, self.alive = {}, []
         with self: function()
         del self.numbers, self.alive
         return self
@@ -66,7 +70,7 @@ class Imitation(TorchDispatchMode):
         "How the recording refers to a tensor."
         return Produced(self.numbers[id(tensor)]) if id(tensor) in self.numbers else address_of(tensor)
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = func._schema.name, kwargs or {}
         if name in HOST_READS: raise CaptureError(f"{name}: reads a value on the host, which cannot be captured")
         if name in HOST_COPIES:

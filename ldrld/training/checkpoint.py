@@ -8,18 +8,19 @@ __all__ = ['save', 'read_checkpoint', 'resume', 'same_rates', 'epochs_trained']
 # %% ../../nbs/training/checkpoint.ipynb #09113661
 import os
 import warnings
+from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
 # %% ../../nbs/training/checkpoint.ipynb #a8899eb6
 def save(
-    checkpoint: str | None,  # file, or None to keep nothing
-    state: dict,  # objects with a `state_dict`, or state dicts
-    history: list[dict],  # rows of the epochs so far
-    note: dict | None = None,  # must be equal when resuming
-    settings: dict | None = None,  # of the training; must be equal when resuming
-    legs: list[dict] | None = None,  # code, libraries and machine, with the first epoch trained under them
+    checkpoint: str | os.PathLike | None,  # file, or None to keep nothing
+    state: dict[str, Any],  # objects with a `state_dict`, or state dicts
+    history: list[dict[str, Any]],  # rows of the epochs so far
+    note: dict[str, Any] | None = None,  # must be equal when resuming
+    settings: dict[str, Any] | None = None,  # of the training; must be equal when resuming
+    legs: list[dict[str, Any]] | None = None,  # code, libraries and machine, with the first epoch trained under them
 ) -> None:
     "Write a checkpoint atomically."
     if checkpoint is None: return
@@ -30,8 +31,8 @@ def save(
 
 def read_checkpoint(
     checkpoint: str | os.PathLike,  # file
-    device: str = "cpu",
-) -> dict:
+    device: torch.device | str = "cpu",
+) -> dict[str, Any]:
     "Read a checkpoint without running code from it. ValueError, naming the file, if it is truncated or empty."
     try:
         saved = torch.load(checkpoint, map_location=device, weights_only=True)
@@ -44,20 +45,21 @@ def read_checkpoint(
 
 # %% ../../nbs/training/checkpoint.ipynb #b7bcdff0
 def resume(
-    checkpoint: str | None,  # file, or None
-    state: dict,  # objects with `load_state_dict`
-    note: dict | None = None,  # must equal the saved one
-    device: str = "cpu",
-    settings: dict | None = None,  # must equal the saved ones; only `epochs` may grow
-) -> tuple[list[dict], list[dict]]:  # history and legs, empty without a checkpoint
+    checkpoint: str | os.PathLike | None,  # file, or None
+    state: dict[str, Any],  # objects with `load_state_dict`
+    note: dict[str, Any] | None = None,  # must equal the saved one
+    device: torch.device | str = "cpu",
+    settings: dict[str, Any] | None = None,  # must equal the saved ones; only `epochs` may grow
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:  # history and legs, empty without a checkpoint
     "Restore a checkpoint if there is one. ValueError if its settings differ or it cannot be read."
     if checkpoint is None or not os.path.exists(checkpoint): return [], []
     saved = read_checkpoint(checkpoint, device)
     if saved["note"] != note:
         raise ValueError(f"{checkpoint} was started with {saved['note']}, not {note}; delete it to start over")
-    history, begun = saved["history"], saved.get("settings") or settings or {}     # old checkpoints have no settings
-    changed = {k: (v, (settings or {}).get(k)) for k, v in begun.items() if v != (settings or {}).get(k)}
-    longer = changed.keys() == {"epochs"} and len(history) <= settings["epochs"]
+    history, given = saved["history"], settings or {}
+    begun = saved.get("settings") or given                                 # old checkpoints have no settings
+    changed = {k: (v, given.get(k)) for k, v in begun.items() if v != given.get(k)}
+    longer = changed.keys() == {"epochs"} and len(history) <= given.get("epochs", 0)
     longer = longer and same_rates(state["scheduler"], history)
     if changed and not longer:
         told = ", ".join(f"{name}={now!r} (was {was!r})" for name, (was, now) in changed.items())
@@ -71,7 +73,7 @@ def resume(
 
 def same_rates(
     scheduler: LRScheduler,  # new; stepped past the epochs of the history if it agrees
-    history: list[dict],  # rows of the epochs so far
+    history: list[dict[str, Any]],  # rows of the epochs so far
 ) -> bool:
     "Whether a per-epoch schedule reproduces the learning rates of the epochs so far."
     if isinstance(scheduler, OneCycleLR): return False

@@ -6,17 +6,19 @@
 __all__ = ['ALIGNED', 'room_for', 'pieces', 'Flat', 'Counters']
 
 # %% ../../nbs/training/flat_parameters.ipynb #dcaf15b2
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 # %% ../../nbs/training/flat_parameters.ipynb #1b7b60a9
 ALIGNED = 64  # pieces start at multiples of this many elements, for vectorised loads
 
-def room_for(like: list[Tensor]) -> int:
+def room_for(like: Sequence[Tensor]) -> int:
     "Number of elements that a vector needs to hold these tensors."
     return sum(-(-tensor.numel() // ALIGNED) * ALIGNED for tensor in like)
 
-def pieces(vector: Tensor, like: list[Tensor]) -> list[Tensor]:
+def pieces(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     "Views into a vector, one per tensor of a list, with its shape and memory format."
     starts = [room_for(like[:i]) for i in range(len(like))]
     return [torch.as_strided(vector, tensor.shape, tensor.stride(), start) for tensor, start in zip(like, starts)]
@@ -41,7 +43,8 @@ class Flat:
             p.data = weight
             optimizer.state[p] = {"momentum_buffer": moment}
         self.narrow = torch.empty(room_for(trained[:narrow]), dtype=dtype, device=device)
-        self.leaves = [v.detach().requires_grad_() for v in pieces(self.narrow, trained[:narrow])] + trained[narrow:]
+        copies = [v.detach().requires_grad_() for v in pieces(self.narrow, trained[:narrow])]
+        self.leaves: list[Tensor] = [*copies, *trained[narrow:]]
 
     @torch.no_grad()
     def round(self) -> None:
@@ -63,20 +66,20 @@ class Flat:
 class Counters:
     "The batch counters of all batch norms in some modules, incremented by one kernel."
     def __init__(self, *modules: nn.Module):
-        found = []
+        found: list[nn.modules.batchnorm._BatchNorm] = []
         for module in modules:
             found += [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self.norms = [m for m in found if m.num_batches_tracked is not None]
 
-    def __enter__(self):
+    def __enter__(self) -> None:
         self.held = [m._buffers["num_batches_tracked"] for m in self.norms]
         for m in self.norms: m._buffers["num_batches_tracked"] = None
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         for m, counter in zip(self.norms, self.held): m._buffers["num_batches_tracked"] = counter
 
     @torch.no_grad()
     def raise_(self) -> None:
         "Count one batch in every norm that is in training mode."
-        counters = [m.num_batches_tracked for m in self.norms if m.training]
+        counters = [n for m in self.norms if m.training and (n := m.num_batches_tracked) is not None]
         if counters: torch._foreach_add_(counters, 1)

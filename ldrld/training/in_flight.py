@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +20,9 @@ from torch.utils._pytree import tree_map_only
 
 from ..data.augmentation import draw
 from .checkpoint import save
-from .graphs import TESTED, Recorded, Task, called, captured
-from .loop import Diverged, Student, pulls
+from .divergence import Diverged
+from .graphs import TESTED, Recorded, Recorder, Task, called, captured
+from .student import Student, grad_norms
 
 # %% ../../nbs/training/in_flight.ipynb #9e30441e
 def to_host(tensor: Tensor) -> Tensor:
@@ -40,8 +42,8 @@ class Landing:
     trace: Tensor  # (steps, terms + 1): the terms of the loss and the number of correct predictions
     right: Tensor  # () test accuracy as a fraction; NaN if a logit is not finite
     norms: dict[str, Tensor]  # gradient norm of each term, on the last batch
-    state: dict | None  # for a checkpoint, if one is due
-    event: object = None  # CUDA event; None on a CPU, where there is nothing to wait for
+    state: dict[str, Any] | None  # for a checkpoint, if one is due
+    event: torch.cuda.Event | None = None  # CUDA event; None on a CPU, where there is nothing to wait for
 
     def check(self, names: list[str]) -> None:
         "Raise `Diverged` at the first non-finite term, or for non-finite test logits."
@@ -54,10 +56,10 @@ class Landing:
 # %% ../../nbs/training/in_flight.ipynb #dd8457ca
 class Reported(Recorded):
     "The results that are read back: the rows of completed epochs, and checkpoints."
-    def __init__(self, student: Student, task: Task, recorder: Callable, checkpoint_every: float):
+    def __init__(self, student: Student, task: Task, recorder: Recorder, checkpoint_every: float):
         super().__init__(student, task, recorder)
-        self.every, self.saved_at, self.landings = checkpoint_every, time.monotonic(), []
-        self.epoch, self.rates_now = 0, []
+        self.every, self.saved_at, self.epoch = checkpoint_every, time.monotonic(), 0
+        self.landings, self.rates_now = list[Landing](), list[float]()
 
     def end_epoch(self) -> None:
         "Submit the evaluation and the copies of all reported values."
@@ -66,14 +68,14 @@ class Reported(Recorded):
         if n % TESTED: self.evaluation[n % TESTED]()
         right = (self.test_logits.argmax(1) == self.task.test_labels).float().mean()
         right = right.where(self.test_logits.isfinite().all(), torch.nan)
-        norms = {name: to_host(norm) for name, norm in pulls(student.loss, *self.last).items()}
+        norms = {name: to_host(norm) for name, norm in grad_norms(student.loss, *self.last).items()}
         due = self.epoch == self.task.epochs or time.monotonic() - self.saved_at >= self.every
         state = self.snapshot() if due and student.checkpoint else None
         landing = Landing(self.epoch, self.rates_now, to_host(self.trace), to_host(right), norms, state)
         if self.stream: landing.event = self.stream.record_event()      # after all copies
         self.landings.append(landing)
 
-    def snapshot(self) -> dict:
+    def snapshot(self) -> dict[str, Any]:
         "The state for a checkpoint, copied after the work on the stream."
         self.saved_at = time.monotonic()
         states = {name: obj.state_dict() for name, obj in self.student.state.items()}
@@ -81,14 +83,14 @@ class Reported(Recorded):
 
     def landed(self,
         lap: Callable[[], float],  # seconds since the previous call
-    ) -> list[dict]:  # one row per epoch
+    ) -> list[dict[str, Any]]:  # one row per epoch
         "The rows of newly completed epochs. Raises `Diverged` for a loss that was not finite."
         rows = []
         while self.landings and (self.landings[0].event is None or self.landings[0].event.query()):
             rows.append(self.row(self.landings.pop(0), lap()))
         return rows
 
-    def row(self, landing: Landing, seconds: float) -> dict:
+    def row(self, landing: Landing, seconds: float) -> dict[str, Any]:
         "The row of an epoch; also writes the checkpoint if one is due."
         sizes = np.full(self.steps, self.task.batch_size, np.float32)
         if self.rest: sizes[-1] = self.rest
@@ -107,7 +109,7 @@ class Reported(Recorded):
         if landing.state: self.write(landing.state)
         return row
 
-    def write(self, state: dict) -> None:
+    def write(self, state: dict[str, Any]) -> None:
         "Write a checkpoint."
         student = self.student
         save(student.checkpoint, state, student.history, student.note, student.settings, student.legs)
@@ -146,7 +148,7 @@ class InFlight(Scheduled):
     def __init__(self,
         student: Student,
         task: Task,
-        recorder: Callable | None = None,  # `called`, `imitated` or `captured`; by default chosen by device
+        recorder: Recorder | None = None,  # `called`, `imitated` or `captured`; by default chosen by device
         first: bool = False,  # high stream priority: for a teacher that students wait for
         checkpoint_every: float = 0.0,  # seconds between checkpoints; the last epoch always writes one
     ):
@@ -154,7 +156,8 @@ class InFlight(Scheduled):
         super().__init__(student, task, recorder or default, checkpoint_every)
         if self.stream and first: self.stream = torch.cuda.Stream(student.device, priority=-1)
         student.begin(task.epochs, self.steps, task.batch_size, task.seed)
-        self.epoch, self.handed_out, self.chunks = len(student.history), self.steps, []
+        self.epoch, self.handed_out = len(student.history), self.steps
+        self.chunks: list[torch.cuda.Event] = []
         if self.stream: self.stream.wait_stream(torch.cuda.current_stream())   # the tensors were created there
 
     @property
@@ -198,7 +201,7 @@ class InFlight(Scheduled):
 # %% ../../nbs/training/in_flight.ipynb #0e40d90f
 class Lap:
     "Seconds since the previous call."
-    def __init__(self): self.at = time.perf_counter()
+    def __init__(self) -> None: self.at = time.perf_counter()
 
     def __call__(self) -> float:
         now = time.perf_counter()
@@ -208,13 +211,13 @@ class Lap:
 def train_in_flight(
     flights: list[InFlight],  # finished students are removed; more may be added meanwhile
     stop: Callable[[], bool] = lambda: False,  # whether to start no further epoch
-) -> Iterator[tuple[InFlight, dict | None]]:  # student and row; None if it diverged or was stopped
+) -> Iterator[tuple[InFlight, dict[str, Any] | None]]:  # student and row; None if it diverged or was stopped
     "Train students concurrently; those that are stopped write a checkpoint."
     lap = Lap()
     while flights:
         busy, stopping = False, stop()
         for flight in list(flights):
-            rows: list[dict] = []
+            rows: list[dict[str, Any]] = []
             try:
                 if flight.has_room and not (stopping and flight.between_epochs):
                     flight.advance()

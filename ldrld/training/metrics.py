@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..data import ImageData
 from ..data.augmentation import Crops
 
 # %% ../../nbs/training/metrics.ipynb #3d2a2983
@@ -73,23 +74,23 @@ def grad_cam(
 ) -> Tensor:  # (n, h, w), each map scaled to a maximum of 1 unless all 0
     "Grad-CAM maps for the true class of each image."
     with torch.enable_grad():
-        z, inside = model(x, features=True)
-        last = inside.stages[-1]
+        z, features = model(x, features=True)
+        last = features.stages[-1]
         (slope,) = torch.autograd.grad(z.gather(1, labels[:, None]).sum(), last)
     M = (slope.mean((2, 3), keepdim=True) * last).sum(1).relu().detach()
     return M / M.amax((1, 2), keepdim=True).clamp(min=1e-12)
 
 def insight(
     model: nn.Module,  # one of `ldrld.models`
-    images,  # `ldrld.data.ImageData`
-    pictures: int = 8,  # number of images to show, the first of as many classes
+    images: ImageData,
+    count: int = 8,  # number of images to show, the first of as many classes
     points: int = 1000,  # number of test images whose pooled vectors are kept
 ) -> dict:  # arrays by name, ready for `numpy.savez`
     "Data for the feature figures: pooled features, and a few images with their Grad-CAM maps."
     device, classes = next(model.parameters()).device, len(images.classes)
-    shown = torch.arange(pictures) * classes // pictures
-    if classes >= pictures: which = torch.stack([(images.test_labels == c).nonzero()[0, 0] for c in shown])
-    else: which = torch.arange(pictures)
+    shown = torch.arange(count) * classes // count
+    if classes >= count: which = torch.stack([(images.test_labels == c).nonzero()[0, 0] for c in shown])
+    else: which = torch.arange(count)
     crops = Crops(images.test_images, images.mean, images.std, device=device)
     model.eval()
     x, y = crops.at(which, torch.zeros_like(which)), images.test_labels[which].to(device)

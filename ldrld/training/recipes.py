@@ -9,6 +9,9 @@ __all__ = ['RECIPES', 'warmup_factor', 'schedule', 'base_lr']
 import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, MultiStepLR, OneCycleLR
 
+from ..models import canonical
+from ..models.registry import rates
+
 # %% ../../nbs/training/recipes.ipynb #292ceb39
 RECIPES = ("crd", "crd-warmup", "ldrld-released", "onecycle")
 
@@ -43,5 +46,5 @@ def schedule(
 def base_lr(
     model: str,  # a network's name in `ldrld.models`
 ) -> float:  # learning rate at batch size 64
-    "Base learning rate of the common CIFAR recipe (RepDistiller)."
-    return 0.01 if model.lower().startswith(("mobilenet", "shuffle")) else 0.05
+    "Base learning rate of the common CIFAR recipe (RepDistiller): 0.05 unless the network registers another."
+    return rates.get(canonical(model), 0.05)

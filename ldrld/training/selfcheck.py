@@ -2,7 +2,9 @@
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -10,9 +12,9 @@ from ldrld import losses, models
 from ldrld.data.augmentation import Crops
 from ldrld.losses.ldrld.loss import LDRLD
 from ldrld.models.evaluation import set_numerics
-from ldrld.training.graphs import Task, called, captured
+from ldrld.training.graphs import Recorder, Task, called, captured
 from ldrld.training.in_flight import InFlight, train_in_flight
-from ldrld.training.loop import Student
+from ldrld.training.student import Student
 
 __all__ = ["selfcheck", "CHECKS"]
 
@@ -20,7 +22,7 @@ CLASSES, IMAGES, BATCH = 100, 1616, 64  # 25 full batches, and one of 16
 NETWORK = "resnet20"
 
 
-def task_on(device: str, dtype: torch.dtype, teacher=True, epochs: int = 2, seed: int = 0) -> Task:
+def task_on(device: str, dtype: torch.dtype, teacher: bool = True, epochs: int = 2, seed: int = 0) -> Task:
     """Random images and labels, and a teacher with a table of random logits."""
     g = torch.Generator().manual_seed(0)
     images = torch.randint(256, (IMAGES, 32, 32, 3), generator=g, dtype=torch.uint8)
@@ -39,7 +41,7 @@ def student_on(device: str, loss: str, seed: int = 0, checkpoint: Path | None = 
     return Student(network, losses.build(loss).to(device), "crd", 0.05, checkpoint=checkpoint)
 
 
-def trained(device: str, recorder, loss: str, dtype: torch.dtype, copies: int = 1) -> list[InFlight]:
+def trained(device: str, recorder: Recorder, loss: str, dtype: torch.dtype, copies: int = 1) -> list[InFlight]:
     """Students trained for two epochs of 26 steps."""
     flights = []
     for k in range(copies):
@@ -152,7 +154,7 @@ def every_loss(device: str) -> str:
 CHECKS = (recorded_equals_called, losses_and_gradients, repeats, paused_and_resumed, several_streams, every_loss)
 
 
-def selfcheck(say=print, seconds: float = 90.0) -> bool:
+def selfcheck(say: Callable[[str], Any] = print, seconds: float = 90.0) -> bool:
     """Check the engine on the GPU of this machine; reports each check and returns whether all completed checks passed.
 
     say: called with each line.  seconds: after which no further check starts.

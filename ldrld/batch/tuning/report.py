@@ -61,12 +61,12 @@ def caption(
         f"Search of `{search.base.loss}` for {pair} on {search.base.dataset}: "
         f"{' '.join(f'`{k}={v}`' for k, v in search.space.items())}; {counted(search.base.epochs, 'epoch')}, "
         f"{counted(search.seeds, 'seed')} a trial. Top-1 accuracy in per cent after the last epoch on {n:,} "
-        "**training pictures held out** "
+        "**training images held out** "
         f"({100 * search.base.holdout:g} % of each class), which neither the student nor its teacher learnt from; "
         "the test set was not looked at. The standard error of "
-        f"one accuracy on so many pictures is {100 * math.sqrt(share * (1 - share) / n):.2f} points, and the best of "
-        f"{len(table)} was chosen on these pictures, so its own number is "
-        "flattered: train with its settings on all training pictures, with several seeds, before believing it."
+        f"one accuracy on so many images is {100 * math.sqrt(share * (1 - share) / n):.2f} points, and the best of "
+        f"{len(table)} was chosen on these images, so its own number is "
+        "flattered: train with its settings on all training images, with several seeds, before believing it."
     )
 
 # %% ../../../nbs/tuning/report.ipynb #177271bf
@@ -101,7 +101,7 @@ def next_step(
     table: pd.DataFrame,  # from `table_of`, with at least one line
     p: str | Profile,  # the search's profile
 ) -> str:
-    """The command that trains with the best settings on all training pictures, for as long as the profile says, and
+    """The command that trains with the best settings on all training images, for as long as the profile says, and
     tests on the test set.
     """
     p, base = profile(p), search.base
@@ -114,7 +114,7 @@ def next_step(
 def importance(
     search: Search,
 ) -> pd.Series:  # by name, sums to 1; empty where there are too few trials to tell, or none that is better than others
-    "How much each parameter mattered to the accuracy on the held-out pictures, largest first."
+    "How much each parameter mattered to the accuracy on the held-out images, largest first."
     study = study_of(search)
     free = [name for name, d in search.dimensions.items() if not d.single()]
     if len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))) < 2 or not free:
@@ -132,7 +132,7 @@ def draw(
     search: Search,
     table: pd.DataFrame,  # from `table_of`, with at least one line
 ) -> plt.Figure:
-    "Accuracy on the held-out pictures against each parameter; the best trial and the defaults stand out."
+    "Accuracy on the held-out images against each parameter; the best trial and the defaults stand out."
     chosen, weights = table.index == table["held_out"].idxmax(), importance(search)
     kinds = (
         ("trial", ~chosen & ~table["defaults"], "o", "#9a9a9a"),

@@ -7,8 +7,10 @@ __all__ = ['CONNECTORS', 'Cut', 'cuts_between', 'resizing', 'connector', 'batch_
            'distance_of', 'ranked_by', 'BlockSettings', 'BlockWise', 'BlockKD', 'BlockLDRLD', 'macs_of', 'step_macs']
 
 # %% ../../../nbs/methods/blockwise.ipynb #bw000004
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +18,13 @@ from torch import Tensor, nn
 
 from ...core import validation
 from ...core.seeds import seeded
-from ..base import Rows
+from ..base import RowLoss, Rows, summed
 from .base import FeatureLoss, shapes_of
 from ..ldrld.analytic import largest
-from ..ldrld.loss import kept_weights, relation_terms
+from ..inner import OuterLoss
+from ..ldrld.loss import RelationLoss, kept_weights, relation_terms
 from ..registry import available, build, register
-from ...models.parts import conv, he_init
+from ...models.parts import Features, conv, he_init
 
 # %% ../../../nbs/methods/blockwise.ipynb #bw000009
 class Cut(NamedTuple):
@@ -33,8 +36,8 @@ class Cut(NamedTuple):
 
 
 def cuts_between(
-    student: list[tuple[int, int, int]],  # shapes of the student's maps after each stage but the stem
-    teacher: list[tuple[int, int, int]],  # of the teacher's
+    student: Sequence[tuple[int, int, int]],  # shapes of the student's maps after each stage but the stem
+    teacher: Sequence[tuple[int, int, int]],  # of the teacher's
 ) -> list[Cut]:
     "The cuts, first to last; of the network with more stages, the last ones are used."
     n = min(len(student), len(teacher))
@@ -79,7 +82,7 @@ def connector(
 
 # %% ../../../nbs/methods/blockwise.ipynb #bw000017
 @contextmanager
-def batch_statistics(network: nn.Module):
+def batch_statistics(network: nn.Module) -> Iterator[None]:
     "Batch norms of `network` normalise with the statistics of the batch; their running statistics do not change."
     kinds = nn.modules.batchnorm._BatchNorm
     norms = [(m, m.training) for m in network.modules() if isinstance(m, kinds) and m.track_running_stats]
@@ -89,12 +92,15 @@ def batch_statistics(network: nn.Module):
         for norm, training in norms: norm.training, norm.track_running_stats = training, True
 
 # %% ../../../nbs/methods/blockwise.ipynb #bw000020
-class SteppingStones(FeatureLoss):
+class SteppingStones(OuterLoss, FeatureLoss):
     "The stepping-stones between two networks. A subclass has the attributes `stones`, `connector` and `teacher_norm`."
+    inner_argument = "distance"
     cuts: list[Cut] = []  # one for each stepping-stone
+    connectors: nn.ModuleList
     stones, connector, teacher_norm = "all", "3x3", "eval"
+    _teacher: tuple[Any]  # a network with `tail`; in a tuple, so that it is no part of the loss
 
-    def prepare(self, student: nn.Module, teacher: nn.Module, example: Tensor, data=None) -> "SteppingStones":
+    def prepare(self, student: nn.Module, teacher: Any, example: Tensor, data: Any = None) -> Self:
         "Create the connectors; freeze the teacher in evaluation mode. ValueError for networks that cannot be joined."
         for name in ("tail", "rectified", "head"):
             if not hasattr(teacher, name):
@@ -102,11 +108,11 @@ class SteppingStones(FeatureLoss):
                                  "tail(i, x), rectified and head, like those of the networks in ldrld.models")
         ours, theirs = (getattr(network, "head", teacher.head).out_features for network in (student, teacher))
         if ours != theirs: raise ValueError(f"student and teacher must have the same classes, got {ours} and {theirs}")
-        shapes = [shapes_of(net, example, who).stages[1:] for net, who in ((student, "student"), (teacher, "teacher"))]
-        self.cuts = cuts_between(*shapes)[-1 if self.stones == "last" else 0 :]
+        maps_s, maps_t = shapes_of(student, example).stages[1:], shapes_of(teacher, example, "teacher").stages[1:]
+        self.cuts = cuts_between(maps_s, maps_t)[-1 if self.stones == "last" else 0 :]
         made = [connector(cut.source, cut.wanted, teacher.rectified, self.connector) for cut in self.cuts]
         self.connectors = nn.ModuleList(made).to(example.device)
-        self._teacher = (teacher.eval().requires_grad_(False),)  # in a tuple, so that it is no part of the loss
+        self._teacher = (teacher.eval().requires_grad_(False),)
         return self
 
     def stone(
@@ -132,41 +138,48 @@ def stone_weights(
 # %% ../../../nbs/methods/blockwise.ipynb #bw000031
 def distance_of(
     name: str,  # of a registered loss on logits with a teacher
-    args: dict,  # its hyper-parameters; the cross-entropy is not among them
-) -> nn.Module:
+    args: dict[str, Any],  # its hyper-parameters; the cross-entropy is not among them
+) -> RowLoss:
     "The distance D: the loss without its cross-entropy. ValueError for an unknown name or hyper-parameter."
     if name not in available("logits"): raise validation.unknown_name("distance", name, available("logits"))
     if "ce_weight" in args:
         raise ValueError(f"distance_args must not hold ce_weight, got {args['ce_weight']!r}: use alpha, the weight of "
                          "the cross-entropy of the student and of the stepping-stones")
     made = build(name, **args, ce_weight=0.0)
-    if not made.needs_teacher: raise ValueError(f"distance must be a loss on logits with a teacher, got {name!r}")
+    if not isinstance(made, RowLoss) or not made.needs_teacher:
+        raise ValueError(f"distance must be a loss on logits with a teacher, got {name!r}")
     return made
 
 
 def ranked_by(
     scores: Tensor,  # (rows, classes) logits that rank the classes
-    base: nn.Module,  # an `LDRLD`
+    base: RelationLoss,  # an `LDRLD`
     rows: Rows,  # from `compared`
 ) -> Tensor:  # scalar
     "LDRLD without cross-entropy, on the classes that other logits than the student's rank highest."
-    z, z_t = rows.student, rows.teacher
+    z, z_t = rows.student, rows.theirs
     weights, find = base.weights(kept_weights, z, z_t), lambda _, depth: largest(scores.detach(), depth)
     terms = relation_terms(z, z_t, weights, base.temperature, find=find, mass=base.mass_weight > 0, anchor=base.anchor)
-    return rows.mean(sum(base.factors[name] * term for name, term in terms.items()))
+    return rows.mean(summed(base.factors[name] * term for name, term in terms.items()))
 
 # %% ../../../nbs/methods/blockwise.ipynb #bw000034
 class BlockSettings(SteppingStones):
     "The hyper-parameters of block-wise distillation, and which stepping-stones a step trains."
     usual_distance = "kd"  # if none is given
-    usual_args = {"kd": {"temperature": 4.0, "kd_weight": 1.0}}  # of a distance, where they differ from its defaults
-    progress = 1.0  # of the hand-over, set by `at_epoch`
-    _draws = (0, 0, 0)  # seed, epoch, call
+    usual_args: dict[str, dict[str, Any]] = {"kd": {"temperature": 4.0, "kd_weight": 1.0}}  # where not its defaults
+    base: RowLoss  # the distance
+    alpha: float
+    beta: float
+    gamma: float
+    handover: float
+    drawn: int | None
+    progress: float = 1.0  # of the hand-over, set by `at_epoch`
+    _draws: tuple[int, int, int] = (0, 0, 0)  # seed, epoch, call
 
     def __init__(
         self,
         distance: str | None = None,  # D, a loss on logits; None: "kd" in "blockkd", "ldrld" in "block_ldrld"
-        distance_args: dict | None = None,  # its hyper-parameters; None: its defaults, for "kd" τ = 4 and weight 1
+        distance_args: dict[str, Any] | None = None,  # its hyper-parameters; None: defaults, for "kd" τ = 4, weight 1
         ranking: str = "branch",  # who ranks the classes, for "ldrld": "branch", its own logits | "student", Y^S
         alpha: float = 1.0,  # α ≥ 0, weight of the cross-entropies
         beta: float = 1.0,  # β ≥ 0, weight of the distances to the teacher
@@ -183,6 +196,7 @@ class BlockSettings(SteppingStones):
         self.distance = self.usual_distance if distance is None else distance
         self.distance_args = {**self.usual_args.get(self.distance, {}), **(distance_args or {})}
         self.base = distance_of(self.distance, self.distance_args)
+        self.needs_target = self.base.needs_target
         self.ranking = validation.choice("ranking", ranking, ("branch", "student"))
         for name, value in (("alpha", alpha), ("beta", beta), ("gamma", gamma), ("handover", handover)):
             setattr(self, name, validation.number(name, value, at_least=0.0))
@@ -210,17 +224,14 @@ class BlockSettings(SteppingStones):
 # %% ../../../nbs/methods/blockwise.ipynb #bw000035
 class BlockWise(BlockSettings):
     "The loss of all stepping-stones."
-    @property
-    def needs_target(self) -> str: return self.base.needs_target
-
-    @staticmethod
-    def why_eager(hyperparameters: dict) -> str:  # empty if a step can be recorded as a CUDA graph
-        "Why a step with these hyper-parameters cannot be recorded, see `training/graphs`."
+    @classmethod
+    def why_eager(cls, hyperparameters: dict[str, Any]) -> str:
+        "Why a training step with these hyper-parameters cannot be recorded as a CUDA graph; empty if it can."
         if hyperparameters.get("drawn"): return "draws stepping-stones for every batch on the host"
         if hyperparameters.get("handover"): return "its connectors begin to learn at different times"
-        return ""
+        return super().why_eager(hyperparameters)
 
-    def prepare(self, student: nn.Module, teacher: nn.Module, example: Tensor, data=None) -> "BlockWise":
+    def prepare(self, student: nn.Module, teacher: Any, example: Tensor, data: Any = None) -> Self:
         "Create the connectors; freeze the teacher. ValueError for networks that cannot be joined."
         super().prepare(student, teacher, example, data)
         if self.drawn and self.drawn > len(self.cuts):
@@ -240,8 +251,8 @@ class BlockWise(BlockSettings):
         "The stepping-stones of the next step."
         weights = stone_weights(len(self.cuts), self.weighting, self.progress)
         if self.drawn is None: return {k: w for k, w in enumerate(weights) if w > 0}
-        *named, call = self._draws
-        self._draws = (*named, call + 1)
+        seed, epoch, call = self._draws
+        self._draws = seed, epoch, call + 1
         chosen = torch.randperm(len(weights), generator=seeded(*self._draws))[: self.drawn].tolist()
         return {k: weights[k] * len(weights) / self.drawn for k in sorted(chosen)}
 
@@ -249,10 +260,10 @@ class BlockWise(BlockSettings):
         "D between some logits and a target, which is a constant unless told otherwise."
         given = rows._replace(student=z, teacher=target_logits)
         with torch.autocast(z.device.type, enabled=False):
-            if self.ranking == "student": return ranked_by(rows.student, self.base, given)
+            if self.ranking == "student": return ranked_by(rows.student, cast(RelationLoss, self.base), given)
             if constant: return self.base.evaluated(given)[0]
             terms = self.base.row_terms(z, target_logits, rows.target)
-            return rows.mean(sum(term for name, term in terms.items() if name != "ce"))
+            return rows.mean(summed(term for name, term in terms.items() if name != "ce"))
 
 # %% ../../../nbs/methods/blockwise.ipynb #bw000036
 @register("blockkd")
@@ -263,27 +274,29 @@ class BlockKD(BlockWise):
     Source: Yu et al., arXiv 2411.01547, as far as readable; no code is released. α, β, γ, the temperature,
     connectors, detachment and the mode of the batch norms are our choice.
     """
-    def feature_terms(self, rows, student_features, teacher_features, index):
+    def feature_terms(
+        self, rows: Rows, student_features: Features, teacher_features: Any, index: Tensor | None,
+    ) -> dict[str, Tensor]:
         weights = self.active()
         logits = {k: self.stone(k, student_features.stages) for k in weights}
         logits = {k: rows.logits(z) for k, z in logits.items()}
         terms = self.cross_entropy(rows.student, rows.target)
-        terms["distill"] = self.beta * self.apart(rows.student, rows.teacher, rows)
+        terms["distill"] = self.beta * self.apart(rows.student, rows.theirs, rows)
         if not logits: return terms  # the hand-over has not begun
         if rows.target is not None:
             ces = [w * F.cross_entropy(logits[k], rows.target, reduction="none") for k, w in weights.items()]
-            terms["blocks_ce"] = self.alpha * sum(ces)
-        apart = [w * self.apart(logits[k], rows.teacher, rows) for k, w in weights.items()]
-        terms["blocks_distill"] = self.beta * sum(apart)
+            terms["blocks_ce"] = self.alpha * summed(ces)
+        apart = [w * self.apart(logits[k], rows.theirs, rows) for k, w in weights.items()]
+        terms["blocks_distill"] = self.beta * summed(apart)
         if self.gamma: terms["cross"] = self.gamma * self.cross(rows, logits, weights)
         return terms
 
     def cross(self, rows: Rows, logits: dict[int, Tensor], weights: dict[int, float]) -> Tensor:  # scalar
         "Distances of the student and of the stepping-stones to the mean of the stepping-stones' logits."
-        mean = sum(logits.values()) / len(logits)
+        mean = summed(logits.values()) / len(logits)
         if self.detach_ensemble: mean = mean.detach()
         to_mean = [w * self.apart(logits[k], mean, rows, self.detach_ensemble) for k, w in weights.items()]
-        return self.apart(rows.student, mean, rows, self.detach_ensemble) + sum(to_mean)
+        return self.apart(rows.student, mean, rows, self.detach_ensemble) + summed(to_mean)
 
 
 @register("block_ldrld")
@@ -296,7 +309,7 @@ class BlockLDRLD(BlockKD):
     usual_distance = "ldrld"
 
 # %% ../../../nbs/methods/blockwise.ipynb #bw000046
-def macs_of(call) -> float:
+def macs_of(call: Callable[[], Any]) -> float:
     "Multiply–accumulates of convolutions and linear layers in a function call, in millions."
     from torch.utils.flop_counter import FlopCounterMode  # slow to import, needed only here
 
@@ -309,7 +322,7 @@ def step_macs(
     loss: str = "blockkd",  # a block-wise loss
     classes: int = 100,
     side: int = 32,  # of the images, in pixels
-    **hyperparameters,  # of the loss
+    **hyperparameters: Any,  # of the loss
 ) -> dict[str, float]:  # millions, for one image
     """Forward passes of student, teacher, connectors and rests of the teacher; `added`: per step, relative to KD.
 
@@ -319,15 +332,15 @@ def step_macs(
     from ldrld import models
 
     with torch.device("meta"):
-        s, t, x = models.build(student, classes), models.build(teacher, classes), torch.empty(1, 3, side, side)
-        made = build(loss, **hyperparameters).prepare(s.eval(), t.eval(), x).eval()
+        s, x = models.build(student, classes), torch.empty(1, 3, side, side)
+        t: Any = models.build(teacher, classes)  # has `tail`
+        made = cast(BlockWise, build(loss, **hyperparameters)).prepare(s.eval(), t.eval(), x).eval()
         maps = s(x, features=True)[1].stages
         found = {"student": macs_of(lambda: s(x)), "teacher": macs_of(lambda: t(x))}
         rests, joints = [], []
         for cut, joint in zip(made.cuts, made.connectors):
-            joints.append(macs_of(lambda m=maps[cut.student], c=joint: c(m)))
-            taken = torch.empty(1, *cut.wanted)
-            rests.append(macs_of(lambda m=taken, i=cut.teacher: t.tail(i, m)))
+            joints.append(macs_of(partial(joint, maps[cut.student])))
+            rests.append(macs_of(partial(t.tail, cut.teacher, torch.empty(1, *cut.wanted))))
     found |= {f"connector {k}": value for k, value in enumerate(joints, 1)}
     found |= {f"rest {k}": value for k, value in enumerate(rests, 1)}
     used = 1.0 if made.drawn is None else made.drawn / len(made.cuts)

@@ -24,10 +24,10 @@ from ...models.parts import Features
 def nce(
     scores: Tensor,  # ⟨u, v⟩ / κ, (batch, 1 + K); the positive comes first, then the negatives
     log_Z: Tensor,  # log Z, scalar
-    pictures: int,  # M, number of training images
+    images: int,  # M, number of training images
 ) -> Tensor:  # L_NCE, scalar
     "Noise-contrastive estimation: separates the first of each row from the rest."
-    a = scores - log_Z - math.log((scores.shape[1] - 1) / pictures)
+    a = scores - log_Z - math.log((scores.shape[1] - 1) / images)
     return -(F.logsigmoid(a[:, 0]) + F.logsigmoid(-a[:, 1:]).sum(1)).mean()
 
 # %% ../../../nbs/methods/crd.ipynb #5a0436ce

@@ -16,7 +16,7 @@ from ...core import validation
 from ..base import Rows, wide
 from .base import FeatureLoss, shapes_of
 from .heads import heads_of
-from ..inner import inner_loss, inner_terms
+from ..inner import OuterLoss, inner_loss, inner_terms
 from ..registry import register
 from ...models.parts import Features, Output
 
@@ -51,7 +51,7 @@ class TwoHeads(nn.Module):
 
 # %% ../../../nbs/methods/dho.ipynb #174a3748
 @register("dho")
-class DHO(FeatureLoss):
+class DHO(OuterLoss, FeatureLoss):
     """Dual heads: CE at the student's own head, a loss on logits at a second one; mixed probabilities at inference.
 
     Raises ValueError, naming the argument, if one is out of range or the loss is not a loss on logits.

@@ -28,6 +28,7 @@ class FCFD(Hybrids):
         ("resnet56", "resnet20"): {"feature_weight": 0.02}, ("resnet32x4", "ShuffleV1"): {"temperature": 8.0},
         ("resnet32x4", "ShuffleV2"): {"temperature": 8.0}, ("ResNet50", "MobileNetV2"): {"temperature": 8.0}}
 
+    eager = "draws new hybrids for every batch on the host"
     kd_weight: float
     hybrid_weight: float
     feature_weight: float

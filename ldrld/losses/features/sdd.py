@@ -17,7 +17,7 @@ from ...core import validation
 from ..base import Rows, wide
 from .base import FeatureLoss
 from .heads import heads_of, last_map, last_shape
-from ..inner import inner_loss, inner_terms
+from ..inner import OuterLoss, inner_loss, inner_terms
 from ..registry import register
 from ...models.parts import Features
 
@@ -47,13 +47,14 @@ def conflicts(
 
 # %% ../../../nbs/methods/sdd.ipynb #483240d3
 @register("sdd")
-class SDD(FeatureLoss):
+class SDD(OuterLoss, FeatureLoss):
     """Scale-decoupled distillation: CE + mean of ω·D(teacher, student) over all regions of the last maps.
 
     Raises ValueError, naming the argument, if one is out of range or the distance is not a loss on logits.
     Source: Wei et al., CVPR 2024, and its released code (shicaiwei123/SDD-CVPR2024).
     """
     pair_settings = {("resnet32x4", "resnet8x4"): {"regions": [1, 2]}, ("vgg13", "vgg8"): {"regions": [1, 2]}}
+    inner_argument = "distance"
     needs_target = "'sdd', whose weights ask whether the teacher is right"
 
     def __init__(

@@ -197,8 +197,8 @@ def kernel_gradient(ctx: Any, gradient: Tensor, above: Tensor) -> Tensor:
 def kernel_serves(student: Tensor, teacher: Tensor, depth: int) -> bool:
     "Whether the kernel supports these logits: on a GPU, not float64, depth at most 64, with Triton installed."
     if not student.is_cuda or torch.float64 in (student.dtype, teacher.dtype): return False
-    from ldrld.losses.ldrld import triton_kernel
-    return depth <= triton_kernel.MAX_DEPTH and triton_kernel.available()
+    from ldrld.losses.ldrld import kernel_launch, triton_kernel
+    return depth <= kernel_launch.MAX_DEPTH and triton_kernel.available()
 
 # %% ../../../nbs/lesson/04_one_pass.ipynb #650e1fa3
 def scaled(gradient: Tensor, above: Tensor, dtype: torch.dtype) -> Tensor:

@@ -29,7 +29,7 @@ def relation_terms(
     temperature: float = 4.0,  # T
     rank_by: str = "student",  # who selects the classes: "student" | "teacher" | "label"
     target: Tensor | None = None,  # (batch,) int64, for "label"
-    find=analytic.largest,  # function (scores, depth) → indices of the largest, see `top_d`
+    find: Callable[[Tensor, int], Tensor] = analytic.largest,  # (scores, depth) → indices of the largest, see `top_d`
     mass: bool = False,  # whether to add "mass", how probable the selected classes are together (ours)
     anchor: bool = False,  # whether the teacher's top class replaces the last one selected, unless it is selected
 ) -> dict[str, Tensor]:  # "pairs", "llki", "rntk", each (batch,), without α, β and T²

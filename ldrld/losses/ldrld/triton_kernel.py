@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...core import validation
+from .kernel_launch import check_arguments, options
 from ..relations import held_type
 
 try:
@@ -18,7 +19,7 @@ except ImportError:
     triton = tl = None
 
 # %% auto #0
-__all__ = ['MAX_DEPTH', 'available', 'fused', 'scale_']
+__all__ = ['available', 'fused', 'scale_']
 
 # %% ../../../nbs/lesson/05_gpu_kernel.ipynb #2dc7e6f0
 _jit, _constexpr = (triton.jit, tl.constexpr) if triton is not None else (lambda f: f, lambda value: value)
@@ -301,25 +302,7 @@ def _kernel(student, teacher, target, share, weights, terms, grad, stride_s, str
              scale, temperature, f_ce, f_pairs, f_llki, f_rntk, depth, BY_STUDENT, TARGET, GRAD, REST, POWER, TAIL,
              D, G, K, L)
 
-# %% ../../../nbs/lesson/05_gpu_kernel.ipynb #407f7398
-def _options(classes: int, depth: int, temperature: float, rank_by: str, has_target: bool, with_grad: bool) -> dict:
-    "Compile-time options of the kernel."
-    up = triton.next_power_of_2
-    D = up(depth)
-    if D > 32 or classes > 16384: warps = 8
-    elif classes > 2048: warps = 4
-    else: warps = 2 if D == 32 else 1
-    L = min(256 * warps, up(classes))
-    K = min(4, up(triton.cdiv(classes, L)))
-    return {"depth": depth, "BY_STUDENT": rank_by == "student", "TARGET": has_target, "GRAD": with_grad,
-            "REST": classes > depth, "POWER": int(temperature) if temperature in (1, 2, 4) else 0,
-            "TAIL": classes % (K * L) != 0, "D": D, "G": up(triton.cdiv(classes, L)), "K": K, "L": L,
-            "num_warps": warps}
-
 # %% ../../../nbs/lesson/05_gpu_kernel.ipynb #f359db0e
-MAX_DEPTH = 64
-
-
 def available() -> bool:
     "Whether Triton is installed, so that `fused` and `scale_` can be called, with tensors on a CUDA device."
     return triton is not None
@@ -333,34 +316,6 @@ def _check_device(name: str, tensor: Tensor) -> None:
     if not tensor.is_cuda and isinstance(_kernel, triton.runtime.JITFunction):
         raise ValueError(f"{name} must be on a CUDA device, got {tensor.device}; call ldrld.LDRLD, which works on any "
                          "device (for trials on the CPU, set TRITON_INTERPRET=1 before triton is imported)")
-
-# %% ../../../nbs/lesson/05_gpu_kernel.ipynb #cca55a9e
-def _check(
-    student: Tensor, teacher: Tensor, target: Tensor | None, share: Tensor, weights: Tensor, temperature: float,
-    rank_by: str,
-) -> None:
-    "ValueError unless these are valid arguments of `fused`."
-    validation.logits(student, teacher)
-    _check_device("student", student)
-    for name, x in (("student", student), ("teacher", teacher)):
-        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"{name} must be float32, bfloat16 or float16, got {x.dtype}; the kernel computes in "
-                             "float32, so use the eager path for more")
-    if student.ndim != 2: raise ValueError(f"student must have shape (rows, classes), got {tuple(student.shape)}")
-    rows, classes = student.shape
-    depth = weights.shape[0] if weights.ndim else 0
-    if weights.shape != (depth, depth) or not 2 <= depth <= min(MAX_DEPTH, classes):
-        raise ValueError(f"weights must have shape (d, d) with d from 2 to {min(MAX_DEPTH, classes)}, "
-                         f"got {tuple(weights.shape)}")
-    if share.shape != (rows,) or share.dtype != torch.float32:
-        raise ValueError(f"share must be float32 of shape ({rows},), got {share.dtype} of {tuple(share.shape)}")
-    if target is not None and (target.shape != (rows,) or target.dtype != torch.int64):
-        raise ValueError(f"target must be int64 of shape ({rows},), got {target.dtype} of {tuple(target.shape)}")
-    for name, given in (("share", share), ("weights", weights), ("target", target)):
-        if given is not None and given.device != student.device:
-            raise ValueError(f"{name} must be on the device of student, {student.device}, got {given.device}")
-    validation.number("temperature", temperature, above=0.0)
-    validation.choice("rank_by", rank_by, ("student", "teacher"))
 
 # %% ../../../nbs/lesson/05_gpu_kernel.ipynb #b7da668f
 def fused(
@@ -382,17 +337,19 @@ def fused(
     ImportError without Triton.
     Source: the paper, arXiv 2507.15911; derived in `nbs/lesson/05_gpu_kernel.ipynb`.
     """
-    _check(student, teacher, target, share, weights, temperature, rank_by)
+    validation.logits(student, teacher)
+    _check_device("student", student)
+    check_arguments(student, teacher, target, share, weights, temperature, rank_by)
     student, teacher = (z.detach() if z.stride(1) == 1 else z.detach().contiguous() for z in (student, teacher))
     (rows, classes), T = student.shape, float(temperature)
     terms = torch.empty(rows, 4, dtype=torch.float32, device=student.device)
     grad = torch.empty(rows, classes, dtype=held_type(student.dtype), device=student.device) if with_grad else None
-    options = _options(classes, len(weights), T, rank_by, target is not None, with_grad)
+    compiled_for = options(classes, len(weights), T, rank_by, target is not None, with_grad)
     with torch.cuda.device_of(student):
         _kernel[(rows,)](student, teacher, share if target is None else target.contiguous(), share.contiguous(),
                          weights.detach().float().contiguous(), terms, terms if grad is None else grad,
                          student.stride(0), teacher.stride(0), classes, 1.4426950408889634 / T, T,
-                         *(float(factors[name]) for name in ("ce", "pairs", "llki", "rntk")), **options)
+                         *(float(factors[name]) for name in ("ce", "pairs", "llki", "rntk")), **compiled_for)
     return terms, grad
 
 # %% ../../../nbs/lesson/05_gpu_kernel.ipynb #754e2f93

@@ -6,6 +6,8 @@
 __all__ = ['DIVERGENCES', 'GDKD_WEIGHTS', 'directed', 'GDKD', 'GDKD3']
 
 # %% ../../../nbs/methods/gdkd.ipynb #99598410
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,7 @@ DIVERGENCES = ("forward", "reverse", "symmetric")
 
 def directed(
     divergence: str,  # "forward", teacher first | "reverse" | "symmetric", the mean of both
-    kl,  # function (student, teacher) → (rows,)
+    kl: Callable[[Tensor, Tensor], Tensor],  # (student, teacher) → (rows,)
     student: Tensor, teacher: Tensor,  # its arguments
 ) -> Tensor:  # (rows,)
     "A KL divergence in the given direction."

@@ -33,10 +33,11 @@ def over_deviation(
 class PartialMixup(LogitLoss):
     """Mixup of some images: w_ce·CE(mixed labels, z^s/σ^s) + w_kd·KL(teacher ‖ student) of logits over σ.
 
-    Raises ValueError, naming the argument, if one is out of range, and if `pictures` was not called before `terms`.
+    Raises ValueError, naming the argument, if one is out of range, and if `images` was not called before `terms`.
     Source: Choi et al., WACV 2023, arXiv 2211.03946, and its released code (hchoi71/MIX-KD).
     """
-    alters_pictures = True
+    alters_images = True
+    eager = "draws the mixup pairs of every batch on the host"
     _draws = (0, 0, 0)  # seed, epoch, call
     _mixture: tuple[Tensor, Tensor] | None = None  # partners and weights of the last batch
     row_wise = False  # a sample also uses its partner's label
@@ -58,7 +59,7 @@ class PartialMixup(LogitLoss):
         super().at_epoch(epoch, epochs, seed)
         self._draws = (seed, epoch, 0)
 
-    def pictures(
+    def images(
         self,
         x: Tensor,  # (batch, 3, height, width)
     ) -> Tensor:  # like x
@@ -74,7 +75,7 @@ class PartialMixup(LogitLoss):
 
     def batch_terms(self, rows: Rows) -> dict[str, Tensor]:
         if self._mixture is None or len(self._mixture[0]) != len(rows.student):
-            raise ValueError("'partial-mixup' must mix the images: call x = loss.pictures(x) before the forward pass, "
+            raise ValueError("'partial-mixup' must mix the images: call x = loss.images(x) before the forward pass, "
                              f"got logits of {len(rows.student)} other images")
         z, (partner, own) = over_deviation(rows.student), self._mixture
         log_p, log_q = z.log_softmax(-1), over_deviation(rows.theirs).log_softmax(-1)

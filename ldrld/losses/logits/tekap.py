@@ -25,6 +25,7 @@ class TeKAP(LogitLoss):
     Raises ValueError, naming the argument, for a hyper-parameter out of range.
     Source: TeKAP, ICLR 2025, and its official code; the form on logits.
     """
+    eager = "draws new noise for every batch on the host"
     _draws = (0, 0, 0)  # seed, epoch, call
 
     def __init__(

@@ -30,9 +30,10 @@ class TwoViews(LogitLoss):
 
     Given logits of only `batch` rows, or neither labels nor mask, it treats all rows as weak versions.
     """
-    alters_pictures = True
+    alters_images = True
+    eager = "draws a second crop of every image on the host"
     _moment = (0, 0)  # seed and epoch
-    _calls = 0  # number of calls of `pictures` in this epoch
+    _calls = 0  # number of calls of `images` in this epoch
     _scale: tuple[tuple[float, ...], tuple[float, ...]] | None = None  # mean and standard deviation of each channel
 
     def prepare(self, student: nn.Module | None, teacher: nn.Module | None, example: Tensor, data: Any = None) -> Self:
@@ -46,13 +47,13 @@ class TwoViews(LogitLoss):
         self._moment, self._calls = (seed, epoch), 0
 
     @torch.no_grad()
-    def pictures(
+    def images(
         self,
         x: Tensor,  # (batch, 3, height, width) normalised images
     ) -> Tensor:  # (2·batch, 3, height, width): these, then their strong versions
         "The images for both networks. Raises ValueError unless `prepare` was called with the data set."
         if self._scale is None:
-            raise ValueError(f"data must be given to prepare before {type(self).__name__}.pictures is called: "
+            raise ValueError(f"data must be given to prepare before {type(self).__name__}.images is called: "
                              "its mean and standard deviation turn the network's input back into images")
         mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in self._scale)
         seed, epoch = self._moment

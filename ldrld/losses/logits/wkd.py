@@ -167,7 +167,7 @@ def rows_by_class(
     for k in chosen.split(at_once):
         k = k.to(device)
         last = teacher(crops.at(k, torch.zeros_like(k)), features=True)[1].last
-        if last is None: raise ValueError(f"teacher: the features of {type(teacher).__name__} lack the last map")
+        if last is None: raise ValueError(f"teacher: features of {type(teacher).__name__} lack `last`, the last map")
         found.append(last.flatten(2).transpose(1, 2))
     teacher.train(training)
     maps = torch.cat(found)  # (classes·n, positions, channels)

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from ...core import validation
 from ..base import LogitLoss, RowLoss, Rows, compared
+from ..inner import OuterLoss
 from ..registry import build
 
 # %% ../../../nbs/methods/wrappers.ipynb #e298d79f
-class Wrapper(LogitLoss):
+class Wrapper(OuterLoss, LogitLoss):
     """A loss around another loss on logits. A subclass defines `given`: the input of the wrapped loss."""
     base: RowLoss  # the wrapped loss
     defaults: dict[str, dict] = {}  # default hyper-parameters of wrapped losses, where they differ from their own
@@ -32,7 +33,7 @@ class Wrapper(LogitLoss):
         base = build(loss, **settings)
         tunes = getattr(base, "trains_teacher", False)
         reasons = {"uses features": base.needs_features, "tunes a teacher": tunes,
-                   "generates its own training images": base.alters_pictures,
+                   "generates its own training images": base.alters_images,
                    "takes no teacher": not base.needs_teacher}
         why = next((reason for reason, applies in reasons.items() if applies), None)
         if why or not isinstance(base, RowLoss):

@@ -1,0 +1,27 @@
+"""Registry of data sets by name. A new data set is a file in `ldrld/data` that calls `register`."""
+from collections.abc import Callable
+from pathlib import Path
+
+from ldrld.data.images import ImageData
+
+__all__ = ["LOADERS", "CLASSES", "Loader", "register"]
+
+Loader = Callable[[Path, bool], ImageData]  # (folder of the data sets, whether to download) -> the data
+
+LOADERS: dict[str, Loader] = {}
+CLASSES: dict[str, int] = {}  # number of classes of each, known without loading the images
+
+
+def register(name: str, classes: int) -> Callable[[Loader], Loader]:
+    """Decorator that registers a function (root, download) -> ImageData as the data set `name`.
+
+    classes: their number, which must be known without loading the images.
+    ValueError if the name is taken by another data set.
+    """
+    def add(load: Loader) -> Loader:
+        taken = LOADERS.get(name)
+        if taken is not None and taken.__qualname__ != load.__qualname__:
+            raise ValueError(f"name {name!r} is taken by {taken.__qualname__}; choose another for {load.__qualname__}")
+        LOADERS[name], CLASSES[name] = load, classes
+        return load
+    return add

@@ -1,0 +1,33 @@
+"""Registry of networks by name. A new network is a file in `ldrld/models` that calls `register`."""
+from collections.abc import Callable
+from typing import TypeVar
+
+from torch import nn
+
+__all__ = ["networks", "rates", "register"]
+
+Maker = TypeVar("Maker", bound=Callable[..., nn.Module])
+
+networks: dict[str, Callable[..., nn.Module]] = {}  # name -> function of `num_classes`
+rates: dict[str, float] = {}  # name -> base learning rate, for networks that need another than 0.05
+
+
+def called(network: Callable) -> str:
+    """The name of a class or function, or of what a partial calls: a notebook defines again what the package has."""
+    return getattr(network, "func", network).__qualname__
+
+
+def register(name: str, lr: float | None = None) -> Callable[[Maker], Maker]:
+    """Decorator that registers a network, a class or a function of `num_classes`, as `name`.
+
+    lr: base learning rate of the common CIFAR recipe at batch size 64; None: the usual 0.05.
+    ValueError if the name is taken by another network.
+    """
+    def add(network: Maker) -> Maker:
+        taken = networks.get(name)
+        if taken is not None and called(taken) != called(network):
+            raise ValueError(f"name {name!r} is taken by {called(taken)}; choose another for {called(network)}")
+        networks[name] = network
+        if lr is not None: rates[name] = lr
+        return network
+    return add

@@ -30,13 +30,14 @@ def directed(
     reverse = kl(teacher, student)
     return reverse if divergence == "reverse" else (kl(student, teacher) + reverse) / 2
 
-# %% ../../../nbs/methods/gdkd.ipynb #780ac7d1
+# %% ../../../nbs/methods/gdkd.ipynb #e06b7a93
 GDKD_WEIGHTS = {  # (w_1, w_2) by (teacher, student)
     ("resnet56", "resnet20"): (1, 1), ("resnet110", "resnet32"): (1, 1), ("resnet32x4", "resnet8x4"): (2, 8),
     ("vgg13", "vgg8"): (1, 6), ("vgg13", "MobileNetV2"): (1, 6), ("wrn_40_2", "wrn_16_2"): (2, 6),
     ("wrn_40_2", "wrn_40_1"): (2, 6), ("wrn_40_2", "ShuffleV1"): (2, 6), ("resnet32x4", "ShuffleV1"): (1, 8),
     ("resnet32x4", "ShuffleV2"): (1, 8), ("ResNet50", "MobileNetV2"): (1, 8)}
 
+# %% ../../../nbs/methods/gdkd.ipynb #adff61fc
 @register("gdkd")
 class GDKD(LogitLoss):
     """Generalised DKD: w_ce·CE + ramp·τ²·(w_0·KL of the group's mass + w_1·KL within the group + w_2·KL of the rest).
@@ -97,7 +98,7 @@ class GDKD(LogitLoss):
             "mass": scale * self.mass_weight * mass, "top": scale * self.top_weight * top,
             "rest": scale * self.rest_weight * rest}
 
-# %% ../../../nbs/methods/gdkd.ipynb #263192d4
+# %% ../../../nbs/methods/gdkd.ipynb #3435f03a
 @register("gdkd3")
 class GDKD3(GDKD):
     """GDKD with three groups: the teacher's top class, its ranks 2 to k, and the rest.

@@ -14,7 +14,7 @@ from ..base import LogitLoss, Rows
 from ..registry import register
 from ..relations import RULED_OUT
 
-# %% ../../../nbs/methods/lcka.ipynb #29b2dc78
+# %% ../../../nbs/methods/lcka.ipynb #4def20b1
 def gram(
     z: Tensor,  # (n, features)
     scale_rows: bool,  # divide each row by the square root of its diagonal entry
@@ -42,6 +42,7 @@ def unit_size(
     "Divided by its largest absolute value, a constant: the cosine stays, and nothing over- or underflows."
     return z / z.detach().abs().amax().clamp(min=1e-12)
 
+# %% ../../../nbs/methods/lcka.ipynb #cf8f9445
 @register("lcka")
 class LCKA(LogitLoss):
     """Gram matrices of the batch's logits matched by their cosine: w_ce·CE + w·(1 − cka) + w'·(1 − cka of classes).

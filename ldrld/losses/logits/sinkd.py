@@ -14,7 +14,7 @@ from ..base import LogitLoss, Rows
 from ..registry import register
 from ..relations import dway_kl, tempered
 
-# %% ../../../nbs/methods/sinkd.ipynb #9d506a6e
+# %% ../../../nbs/methods/sinkd.ipynb #3ea4d3b0
 UNPAYABLE = 1e4  # times ε, the cost of carrying mass to or from a row that does not count
 
 def transport_costs(
@@ -35,6 +35,7 @@ def sinkhorn_plan(
         log_K = log_K.log_softmax(1).log_softmax(0)
     return log_K.exp()
 
+# %% ../../../nbs/methods/sinkd.ipynb #4047106e
 @register("sinkd")
 class SinKD(LogitLoss):
     """Optimal transport between the batch's predictions: w_ce·CE + w_kd·KD + w·Σ K*·W / B.

@@ -782,7 +782,8 @@ def test_a_photograph_with_previews_is_its_photograph(tmp_path):
 
 
 def test_unknown_name(tmp_path):
-    with pytest.raises(ValueError, match="'digits', 'glyphs', 'cifar100',.*'tiny-imagenet', or a folder"):
+    known = "'cifar100', 'cifar100-10', 'digits', 'glyphs', .*'tiny-imagenet', or a folder"
+    with pytest.raises(ValueError, match=known):
         load("imagenet", root=tmp_path)
 
 

@@ -88,5 +88,6 @@ def load(
     if places: return folder(places[0], within or size)
     for place in (Path(plain), root / plain):
         if place.is_dir(): return folder(place)  # says what is missing
-    raise ValueError(f'name is "{name}"; expected {", ".join(f"{known!r}" for known in LOADERS)}, or a folder with '
+    known = ", ".join(map(repr, sorted(LOADERS)))
+    raise ValueError(f'name is "{name}"; expected {known}, or a folder with '
                      f"train/<class>/ and test/<class>/ in it, here or in {in_project(root)}")

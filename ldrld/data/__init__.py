@@ -9,16 +9,14 @@ __all__ = ['name_and_size', 'load', 'CIFAR100_MEAN', 'CLASSES', 'LOADERS', 'CIFA
 
 # %% ../../nbs/data/datasets.ipynb #1fb654e3
 import re
-from importlib import import_module
 from pathlib import Path
-from pkgutil import iter_modules
 
 from ..core.paths import data_root, in_project
 from .cifar import CIFAR100_MEAN, CIFAR100_STD, cifar100, cifar100_10
 from .folders import folder, height_and_width, tiny_imagenet
 from .handwritten import digits
 from .images import ImageData, fingerprint, image_data, mean_and_std, some_of, with_groups
-from .registry import CLASSES, LOADERS, Loader, register
+from .registry import CLASSES, LOADERS, Loader, import_all, register
 from .subsets import altered
 
 _all_ = ["CIFAR100_MEAN", "CLASSES", "LOADERS", "CIFAR100_STD", "ImageData", "altered", "cifar100", "cifar100_10",
@@ -26,8 +24,7 @@ _all_ = ["CIFAR100_MEAN", "CLASSES", "LOADERS", "CIFAR100_STD", "ImageData", "al
          "tiny_imagenet", "with_groups"]
 
 # %% ../../nbs/data/datasets.ipynb #4a8c2be5
-for _module in iter_modules(__path__):  # each registers its data sets; glyphs, slow to import, are below
-    if _module.name != "glyphs": import_module(f"{__name__}.{_module.name}")
+import_all(leave=("glyphs",))  # slow to import; registered here
 
 
 def _glyphs_of(classes: int) -> Loader:

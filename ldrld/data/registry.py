@@ -1,10 +1,12 @@
 """Registry of data sets by name. A new data set is a file in `ldrld/data` that calls `register`."""
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 
 from ldrld.data.images import ImageData
 
-__all__ = ["LOADERS", "CLASSES", "Loader", "register"]
+__all__ = ["LOADERS", "CLASSES", "Loader", "import_all", "register"]
 
 Loader = Callable[[Path, bool], ImageData]  # (folder of the data sets, whether to download) -> the data
 
@@ -25,3 +27,12 @@ def register(name: str, classes: int) -> Callable[[Loader], Loader]:
         LOADERS[name], CLASSES[name] = load, classes
         return load
     return add
+
+
+def import_all(leave: tuple[str, ...] = ()) -> None:
+    """Import the modules of this folder, each of which registers its data sets.
+
+    leave: names of modules that are left out.
+    """
+    for module in iter_modules([str(Path(__file__).parent)]):
+        if module.name not in leave: import_module(f"{__package__}.{module.name}")

@@ -10,21 +10,18 @@ __all__ = ['available', 'canonical', 'build', 'fingerprint', 'describe', 'Featur
 import difflib
 import hashlib
 import re
-from importlib import import_module
-from pkgutil import iter_modules
 
 import torch
 from torch import nn
 
 from .parts import Features
-from .registry import networks, register
+from .registry import import_all, networks, register
 from .weights import WeightsError, load_weights, read_metadata, save_weights
 
 _all_ = ["Features", "WeightsError", "load_weights", "read_metadata", "register", "save_weights"]
 
 # %% ../../nbs/models/models.ipynb #e859a056
-for _module in iter_modules(__path__):  # each registers its networks; evaluation needs more than torch
-    if _module.name != "evaluation": import_module(f"{__name__}.{_module.name}")
+import_all(leave=("evaluation",))  # which needs more than torch
 
 
 def available() -> list[str]:

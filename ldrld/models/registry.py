@@ -1,10 +1,13 @@
 """Registry of networks by name. A new network is a file in `ldrld/models` that calls `register`."""
 from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
 from typing import TypeVar
 
 from torch import nn
 
-__all__ = ["networks", "rates", "register"]
+__all__ = ["import_all", "networks", "rates", "register"]
 
 Maker = TypeVar("Maker", bound=Callable[..., nn.Module])
 
@@ -31,3 +34,12 @@ def register(name: str, lr: float | None = None) -> Callable[[Maker], Maker]:
         if lr is not None: rates[name] = lr
         return network
     return add
+
+
+def import_all(leave: tuple[str, ...] = ()) -> None:
+    """Import the modules of this folder, each of which registers its networks.
+
+    leave: names of modules that are left out.
+    """
+    for module in iter_modules([str(Path(__file__).parent)]):
+        if module.name not in leave: import_module(f"{__package__}.{module.name}")

@@ -2,10 +2,9 @@
 
 from ldrld import losses
 
-STILL = {
-    "tekap": {"noise": 0.0},  # its noise is new in each call: test_rivals.py
-    "wkd": {"distance": "constant"},  # the other distance needs a teacher's features: test_rivals.py
-}
+STILL = {name: losses.registry.loss_class(name).alone for name in losses.available("logits")}
+STILL = {name: args for name, args in STILL.items() if args}  # what needs a teacher's features is in test_rivals.py
+STILL["tekap"] = {"noise": 0.0}  # its noise is new in each call: test_rivals.py
 
 
 def still(name):

@@ -228,7 +228,8 @@ def test_it_is_its_formula(weighting, detach):
 def test_any_distance(distance):
     """The student's own term is that loss without its cross-entropy."""
     student, teacher, x, y = small()
-    loss = losses.build("blockkd", distance=distance).prepare(student, teacher, x)
+    args = losses.registry.loss_class(distance).alone or None
+    loss = losses.build("blockkd", distance=distance, distance_args=args).prepare(student, teacher, x)
     alone = losses.build(distance, **{**loss.distance_args, "ce_weight": 0.0})
     for each in (loss, alone):
         each.at_epoch(7)

@@ -4,12 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from still import still
+
 from ldrld import LDRLD, losses
 from ldrld.losses.base import rows_of
 from ldrld.losses.ldrld import analytic
 from ldrld.losses.ldrld.linear import linear_loss
 
-OF_BATCHES = {"dist"}  # compare samples with each other, so they are no mean over samples
+OF_BATCHES = {"dist", "luminet", "lcka", "sinkd"}  # compare samples with each other, so they are no mean over samples
 
 
 def sample(rows=16, classes=40, dtype=torch.float64, seed=0, scale=3.0):
@@ -180,7 +182,7 @@ def test_a_teacher_asked_in_inference_mode():
 def test_the_terms_that_are_logged_carry_no_gradient():
     z_s, z_t, target = sample()
     for name in losses.available("logits"):
-        loss = losses.build(name)
+        loss = still(name)
         value, terms = loss.value_and_terms(z_s.clone().requires_grad_(), z_t, target)
         assert value.requires_grad and not any(term.requires_grad for term in terms.values())
         torch.testing.assert_close(sum(terms.values()), value.detach())
@@ -202,7 +204,7 @@ def test_an_unknown_backend_is_refused():
 def test_compiles_whole_also_under_autocast_and_with_padding(name):
     z_s, z_t, target = sample(dtype=torch.float32)
     target[2] = -100
-    loss, z = losses.build(name), z_s.clone().requires_grad_()
+    loss, z = still(name), z_s.clone().requires_grad_()
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         value = compiled(z, z_t, target)
@@ -214,7 +216,7 @@ def test_compiles_whole_also_under_autocast_and_with_padding(name):
 @pytest.mark.parametrize("name", losses.available("logits"))
 def test_functional_transforms(name):
     z_s, z_t, target = sample()
-    loss = losses.build(name)
+    loss = still(name)
     gradient = torch.autograd.grad(loss(z := z_s.clone().requires_grad_(), z_t, target), z)[0]
     torch.testing.assert_close(torch.func.grad(loss)(z_s, z_t, target), gradient)
     torch.testing.assert_close(
@@ -233,7 +235,7 @@ def text(name="ldrld", dtype=torch.float64):
     z_s, z_t, target = sample(rows=12, dtype=dtype)
     target = target.view(3, 4).clone()
     target[1, 2:], target[2, 0] = -100, -100
-    return losses.build(name), z_s.view(3, 4, 40), z_t.view(3, 4, 40), target
+    return still(name), z_s.view(3, 4, 40), z_t.view(3, 4, 40), target
 
 
 @pytest.mark.parametrize("name", losses.available("logits"))

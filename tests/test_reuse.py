@@ -122,9 +122,10 @@ def test_rows_that_do_not_count_in_the_logits(name):
 def test_one_region_is_the_distance_itself(distance):
     student, teacher, x, y = small(dtype=torch.float64)
     given = seen(student, teacher, x, y)
+    args = losses.registry.loss_class(distance).alone
     alone, sdd = (
-        losses.build(distance),
-        losses.build("sdd", distance=distance, regions=[1]).prepare(student, teacher, x),
+        losses.build(distance, **args),
+        losses.build("sdd", distance=distance, distance_args=args, regions=[1]).prepare(student, teacher, x),
     )
     for loss in (alone, sdd):
         loss.at_epoch(7)

@@ -281,12 +281,13 @@ def test_partial_mixup_refuses():
 @pytest.mark.parametrize("inner", [n for n in losses.available("logits") if losses.registry._losses[n].needs_teacher])
 def test_the_second_head_learns_by_the_inner_loss_and_the_first_by_labels(inner):
     student, teacher, x, y = small(dtype=torch.float64)
-    dho = losses.build("dho", loss=inner, loss_args={}).prepare(student, teacher, x).double()
+    args = losses.registry.loss_class(inner).alone
+    dho = losses.build("dho", loss=inner, loss_args=args).prepare(student, teacher, x).double()
     z_s, f_s = student(x, features=True)
     with torch.no_grad():
         z_t = teacher(x)
     terms = dho.terms(z_s, z_t, y, f_s)
-    alone = losses.build(inner).terms(dho.second(f_s.pooled), z_t, y)
+    alone = losses.build(inner, **args).terms(dho.second(f_s.pooled), z_t, y)
     torch.testing.assert_close(
         terms, {"ce": 0.5 * F.cross_entropy(z_s, y)} | {n: v for n, v in alone.items() if n != "ce"}
     )

@@ -89,7 +89,7 @@ class RunConfig(BaseModel):
         if "teacher" in given: given["teacher"] = _teacher_from(given)
         model = given.get("model", fields["model"].default)
         if isinstance(model, str): given["model"] = models.canonical(model)
-        given.setdefault("lr", base_lr(str(given.get("model", model))))
+        given.setdefault("lr", base_lr(given["model"]) if isinstance(model, str) else 0.05)
         loss, args = given.get("loss", "ce"), given.get("loss_args", {})
         if isinstance(loss, str) and isinstance(args, dict):
             given["loss_args"] = hyperparameters(loss, args)

@@ -38,7 +38,8 @@ def student_on(device: str, loss: str, seed: int = 0, checkpoint: Path | None = 
     """A student with initial weights, or resumed from a checkpoint."""
     torch.manual_seed(seed)
     network = models.build(NETWORK, CLASSES).to(device)
-    return Student(network, losses.build(loss).to(device), "crd", 0.05, checkpoint=checkpoint)
+    made = losses.build(loss, **losses.registry.loss_class(loss).alone)
+    return Student(network, made.to(device), "crd", 0.05, checkpoint=checkpoint)
 
 
 def trained(device: str, recorder: Recorder, loss: str, dtype: torch.dtype, copies: int = 1) -> list[InFlight]:

@@ -26,8 +26,6 @@ class Detached(FeatureLoss):
     student does not have, and for a student without `tail`.
     Source: arXiv 2511.14981 and its official code (Thegolfingocto/KD_wo_CE); the loss and the stage are ours.
     """
-    eager = "runs the student's last layers a second time"
-
     def __init__(
         self,
         loss: str = "fitnet",  # name of a loss on features that leaves the classifier alone

@@ -102,6 +102,7 @@ class WKDL(ClassDistances):
     of the released costs of ResNet32x4.
     """
     needs_target = "'wkd', which treats the true class separately"
+    alone = {"distance": "constant"}
     pair_settings = {("resnet32x4", "resnet8x4"): {"gamma": 600.0, "temperature": 8.0},
                      ("wrn_40_2", "ShuffleV1"): {"gamma": 200.0, "temperature": 6.0}}
 

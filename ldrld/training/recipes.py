@@ -9,8 +9,7 @@ __all__ = ['RECIPES', 'warmup_factor', 'schedule', 'base_lr']
 import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, MultiStepLR, OneCycleLR
 
-from ..models import canonical
-from ..models.registry import rates
+from ..models import canonical, registry
 
 # %% ../../nbs/training/recipes.ipynb #292ceb39
 RECIPES = ("crd", "crd-warmup", "ldrld-released", "onecycle")
@@ -47,4 +46,4 @@ def base_lr(
     model: str,  # a network's name in `ldrld.models`
 ) -> float:  # learning rate at batch size 64
     "Base learning rate of the common CIFAR recipe (RepDistiller): 0.05 unless the network registers another."
-    return rates.get(canonical(model), 0.05)
+    return registry.rates.get(canonical(model), 0.05)

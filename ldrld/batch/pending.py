@@ -8,7 +8,7 @@ from ldrld.experiments.catalog import batch
 from ldrld.experiments.config import RunConfig, name_of
 from ldrld.experiments.profiles import Profile, profile
 from ldrld.experiments.records import KEPT, finished, load_divergence, load_record
-from ldrld.experiments.runner import company, lock_of
+from ldrld.experiments.runner import batch_key, lock_of
 
 __all__ = ["missing", "taken_up_again", "wanted", "cohorts", "free", "odd"]
 
@@ -29,7 +29,7 @@ def cohorts(runs: list[tuple[RunConfig, tuple[str, ...]]], size: int) -> list[li
     groups: dict = {}
     for i, (config, keep) in enumerate(runs):
         alone = name_of(config) if "weights" in keep else None
-        key = company(config), config.model, config.teacher and name_of(config.teacher), alone
+        key = batch_key(config), config.model, config.teacher and name_of(config.teacher), alone
         groups.setdefault(key, []).append((i, config, keep))
     packed = []
     for group in groups.values():

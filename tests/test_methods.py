@@ -88,7 +88,7 @@ def test_a_pair_that_does_not_fit_is_told_on_the_command_line(out):
 
 @pytest.mark.xdist_group("methods")
 @pytest.mark.parametrize("names", [("FCFD", "SimKD", "CRD", "USKD"), ("MLKD", "SLD", "partial mixup")], ids=", ".join)
-def test_in_company_each_learns_what_it_learns_alone(out, names):
+def test_in_a_cohort_each_learns_what_it_learns_alone(out, names):
     """They share a batch, and what the teacher says and shows: none may alter what the next one sees."""
     configs = [method_config(P, P.pairs[0], METHODS[name]) for name in names]
     alone, together = (

@@ -181,6 +181,8 @@ def sides(root: Path, download: bool = False) -> ImageData:
 '''
 BRIER = '''
 """Squared differences of probabilities."""
+from torch import Tensor
+
 from ldrld.losses.base import LogitLoss
 from ldrld.losses.registry import register
 
@@ -192,7 +194,7 @@ class Brier(LogitLoss):
         super().__init__()
         self.weight, self.ce_weight = weight, ce_weight
 
-    def row_terms(self, student, teacher, target):
+    def row_terms(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> dict[str, Tensor]:
         apart = student.softmax(1) - teacher.softmax(1)
         return self.cross_entropy(student, target) | {"brier": self.weight * apart.square().sum(1)}
 '''

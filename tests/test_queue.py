@@ -194,7 +194,7 @@ def until(done, seconds: float = 300) -> bool:
 def test_no_process_outlives_its_batch(tmp_path, number):
     """However the batch ends, its workers end with it."""
     (tmp_path / "parent.py").write_text(PARENT)
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "LDRLD_OUT": str(tmp_path)}
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "LDRLD_OUT": str(tmp_path)}
     parent = subprocess.Popen(
         [sys.executable, tmp_path / "parent.py", tmp_path],
         env=env,

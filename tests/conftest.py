@@ -1,6 +1,7 @@
-"""Which tests take long: `make test` leaves them to `make test-all`."""
+"""Which tests take long (`make test` leaves them to `make test-all`), and what several files train on."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,3 +47,33 @@ def pytest_collection_modifyitems(items):
         module, function = item.path.stem, item.originalname
         if module in SLOW and (SLOW[module] is None or function in SLOW[module]):
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """200 training images of handwritten digits, and all test images."""
+    import torch
+
+    from ldrld import data
+
+    torch.set_num_threads(1)
+    whole = data.load("digits")
+    return replace(whole, train_images=whole.train_images[:200], train_labels=whole.train_labels[:200])
+
+
+@pytest.fixture(scope="module")
+def teacher(digits):
+    """An untrained resnet14 with a table of its logits for three epochs of these images."""
+    import torch
+
+    from ldrld import models
+    from ldrld.data.augmentation import Crops, draw
+    from ldrld.training.teacher import TeacherLogits
+
+    torch.manual_seed(1)
+    network = models.build("resnet14", 10)
+    crops = Crops(digits.train_images, digits.mean, digits.std, digits.padding, digits.flip)
+    table = TeacherLogits(network, crops, 10, resident=True)
+    for epoch in range(1, 4):
+        table.ahead(*draw(0, epoch, crops.n, crops.views))
+    return table

@@ -11,9 +11,9 @@ from torch import nn
 
 from commands import PAIRS
 
-from ldrld import data, losses, models
+from ldrld import losses, models
 from ldrld.core.validation import values_unseen
-from ldrld.data.augmentation import Crops, draw
+from ldrld.data.augmentation import Crops
 from ldrld.experiments.catalog import EXPERIMENTS, batch, selected
 from ldrld.experiments.methods import BLOCKWISE, method_name
 from ldrld.experiments.profiles import PROFILES, Profile
@@ -25,7 +25,6 @@ from ldrld.losses.relations import dway_kl
 from ldrld.training.graphs import Task, called, imitated, why_eager
 from ldrld.training.in_flight import InFlight, train_in_flight
 from ldrld.training.loop import Student, train, train_together
-from ldrld.training.teacher import TeacherLogits
 
 NAMES = ("blockkd", "block_ldrld")
 OTHER_COUNTS = (("resnet14", "vgg8"), ("vgg13", "resnet8"))  # three stages and four, in either order
@@ -388,25 +387,6 @@ def test_rows_that_do_not_count(settings, ranking):
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def digits():
-    torch.set_num_threads(1)
-    whole = data.load("digits")
-    return whole.__class__(
-        **{**vars(whole), "train_images": whole.train_images[:200], "train_labels": whole.train_labels[:200]}
-    )
-
-
-@pytest.fixture(scope="module")
-def teacher(digits):
-    torch.manual_seed(1)
-    crops = Crops(digits.train_images, digits.mean, digits.std, digits.padding, digits.flip)
-    table = TeacherLogits(models.build("resnet14", 10), crops, 10, resident=True)
-    for epoch in range(1, 4):
-        table.ahead(*draw(0, epoch, crops.n, crops.views))
-    return table
 
 
 def learner(name, settings, images, teacher, checkpoint=None):

@@ -4,9 +4,9 @@ last bit."""
 import pytest
 import torch
 
-from ldrld import data, losses, models
+from ldrld import losses, models
 from ldrld.core.validation import values_unseen
-from ldrld.data.augmentation import Crops, draw
+from ldrld.data.augmentation import Crops
 from ldrld.experiments.methods import METHODS, RIVALS, SWITCHES, VARIANTS
 from ldrld.models.evaluation import precision_used
 from ldrld.training import selfcheck
@@ -15,31 +15,10 @@ from ldrld.training.divergence import Diverged
 from ldrld.training.graphs import Task, called, imitated, why_eager
 from ldrld.training.in_flight import InFlight, train_in_flight
 from ldrld.training.loop import Student, train_together
-from ldrld.training.teacher import TeacherLogits
 
 ALL = {**METHODS, **{f"LDRLD, {name}": method for name, method in VARIANTS.items()}, **RIVALS, **SWITCHES}
 CAPTURED = [name for name, m in ALL.items() if not why_eager(m.loss, m.args) and m.teacher == "plain"]
 BATCH, EPOCHS = 64, 3
-
-
-@pytest.fixture(scope="module")
-def digits():
-    torch.set_num_threads(1)
-    whole = data.load("digits")
-    return whole.__class__(
-        **{**vars(whole), "train_images": whole.train_images[:200], "train_labels": whole.train_labels[:200]}
-    )
-
-
-@pytest.fixture(scope="module")
-def teacher(digits):
-    torch.manual_seed(1)
-    network = models.build("resnet14", 10)
-    crops = crops_of(digits)
-    table = TeacherLogits(network, crops, 10, resident=True)
-    for epoch in range(1, EPOCHS + 1):
-        table.ahead(*draw(0, epoch, crops.n, crops.views))
-    return table
 
 
 def crops_of(images):

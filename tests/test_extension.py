@@ -217,7 +217,7 @@ def copy(tmp_path_factory):
         ["git", "ls-files", "-co", "--exclude-standard"], capture_output=True, text=True, cwd=ROOT, check=True
     )
     for name in listed.stdout.splitlines():
-        if (ROOT / name).is_file() and not name.startswith(("data/runs/", "data/teachers/", "figures/")):
+        if (ROOT / name).is_file():  # figures and records too: pages link to them
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
     for name, text in {"losses/logits/brier": BRIER, "models/tiny": NETWORK, "data/sides": DATA}.items():

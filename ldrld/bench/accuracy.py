@@ -39,7 +39,7 @@ def taught_by_the_usual(s: Setting, teacher: nn.Module, epochs: int, seed: int) 
     z = logits_of(student, s.images.test_images, s.images.mean, s.images.std)
     return accuracy(z, s.images.test_labels)
 
-
+# %% ../../nbs/bench/accuracy.ipynb #b7becac9
 def taught_by_ours(s: Setting, teacher: nn.Module, epochs: int, seed: int) -> float:  # per cent
     "Test accuracy of a student after ours."
     torch.manual_seed(seed)
@@ -54,7 +54,7 @@ def taught_by_ours(s: Setting, teacher: nn.Module, epochs: int, seed: int) -> fl
             pass
     return member.history[-1]["test_accuracy"]
 
-
+# %% ../../nbs/bench/accuracy.ipynb #8d13472c
 def teach(s: Setting, weights: Path | None, epochs: int, seeds: int) -> list[Point]:
     "Both loops, seed by seed."
     network = models.build(s.teacher, len(s.images.classes))
@@ -68,7 +68,7 @@ def teach(s: Setting, weights: Path | None, epochs: int, seeds: int) -> list[Poi
         for name, values in found.items()
     ]
 
-
+# %% ../../nbs/bench/accuracy.ipynb #da245935
 @benchmark("training-accuracy", "Accuracy of the usual loop and of ours", "cost/training")
 def training_accuracy(scale: str, device: str) -> list[Case]:
     """10,000 images of CIFAR-100, two epochs, three seeds, one thread; the `small` profile's resnet20 teaches a

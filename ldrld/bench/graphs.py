@@ -48,7 +48,7 @@ def task_of(
     labels, test_labels = images.train_labels.to(s.device), images.test_labels.to(s.device)
     return Task(crops, labels, tests, test_labels, table, epochs, s.batch_size, 0, dtype)
 
-
+# %% ../../nbs/bench/graphs.ipynb #8977581e
 def one_epoch(
     flights: list[InFlight],
 ) -> None:
@@ -65,7 +65,7 @@ def one_epoch(
         if not busy:
             max(flights, key=lambda flight: len(flight.chunks)).wait()
 
-
+# %% ../../nbs/bench/graphs.ipynb #8d3f915e
 def in_flight(
     s: Setting,
     task: Task,
@@ -102,11 +102,10 @@ class Operands(TorchDispatchMode):
             self.bytes += sum(size_in_bytes(t) for t in tree_leaves((args, kwargs, written)) if isinstance(t, Tensor))
         return result
 
-
+# %% ../../nbs/bench/graphs.ipynb #63e71b83
 def size_in_bytes(tensor: Tensor) -> int:
     "Of the numbers that a tensor shows; what is expanded lies in memory once."
     return tensor.element_size() * prod(n for n, stride in zip(tensor.shape, tensor.stride()) if stride or not n)
-
 
 class Work(NamedTuple):
     "What a step of a student comes to."
@@ -115,7 +114,7 @@ class Work(NamedTuple):
     bytes: int
     flops: int
 
-
+# %% ../../nbs/bench/graphs.ipynb #5e37cd97
 def work_of_a_step(
     s: Setting,
     task: Task,  # from `task_of`
@@ -176,7 +175,7 @@ def beside_the_loops(
     counts = {"operations": work.operations, "B": work.bytes, "FLOP": work.flops}
     return points + [point("a step", [value], unit, students=1, **s.size) for unit, value in counts.items()]
 
-
+# %% ../../nbs/bench/graphs.ipynb #69fd0461
 @benchmark("graphs", "Runs per hour of students in flight, beside the usual loop and the floor", "cost/graphs")
 def graphs(scale: str, device: str) -> list[Case]:
     "Pairs of the CIFAR-100 tables; one to sixteen students on a GPU, few on a CPU, where nothing is recorded."
@@ -204,7 +203,7 @@ def runs_an_hour(seconds: float) -> float:
     "From the seconds of a student's step."
     return 3600 / (seconds * EPOCHS * STEPS)
 
-
+# %% ../../nbs/bench/graphs.ipynb #dd03e0df
 def compared_runs(
     points: pd.DataFrame,  # from `ldrld.bench.timing.frame`, of one machine
 ) -> pd.DataFrame:  # a line for every implementation: runs per hour, times the usual loop, share of the floor

@@ -37,7 +37,7 @@ def masked_kl(
         F.log_softmax(student_logits + mask, -1), F.softmax(teacher_logits + mask, -1), reduction="batchmean"
     )
 
-
+# %% ../../nbs/bench/losses.ipynb #de83aedf
 def reference_ldrld(
     student_logits: Tensor,  # (batch, classes)
     teacher_logits: Tensor,  # (batch, classes)
@@ -97,7 +97,7 @@ COMPILED = (
     else {"LDRLD, compiled": lambda depth: torch.compile(LDRLD(depth=depth), dynamic=False, fullgraph=True)}
 )
 
-
+# %% ../../nbs/bench/losses.ipynb #51f76f23
 def task(
     implementation: str,  # in `LOSSES`
     batch: int,
@@ -125,7 +125,7 @@ def pace(
     "How often and how long."
     return {"rounds": 3, "seconds": 0.002} if scale == "small" else {"rounds": 15, "seconds": 0.05}
 
-
+# %% ../../nbs/bench/losses.ipynb #17c2f214
 def time_losses(
     implementations: Iterable[str],  # in `LOSSES`
     device: str,
@@ -148,7 +148,7 @@ def loss_depth(scale: str, device: str) -> list[Case]:
         partial(time_losses, named(d), device, batch=batch, classes=classes, depth=d, **pace(scale)) for d in depths
     ]
 
-
+# %% ../../nbs/bench/losses.ipynb #db8456ce
 @benchmark("loss-classes", "Time of the loss against the number of classes", "cost/loss")
 def loss_classes(scale: str, device: str) -> list[Case]:
     "d = 7, from 10 classes to a language model's vocabulary; the batch shrinks where it must."
@@ -193,7 +193,7 @@ def time_beside_copy(
     made |= {name: clock(task(name, device=device, **size), seconds=seconds) for name in ("KD", "LDRLD")}
     return [point(name, values, threads=1, **size) for name, values in alternate(made, rounds).items()]
 
-
+# %% ../../nbs/bench/losses.ipynb #7bb789c2
 @benchmark("loss-vocabulary", "Time of the loss over a vocabulary, beside that of copying", "cost/loss")
 def loss_vocabulary(scale: str, device: str) -> list[Case]:
     "4096 × 131,072 logits on a GPU, 32 rows on a CPU, d = 7."
@@ -218,7 +218,7 @@ def weigh_losses(
         points.append(point(name, [peak_bytes(run, device) for _ in range(rounds)], "B", **size))
     return points
 
-
+# %% ../../nbs/bench/losses.ipynb #edace032
 @benchmark("loss-memory", "Memory of the loss against the vocabulary", "cost/memory")
 def loss_memory(scale: str, device: str) -> list[Case]:
     "d = 7, 256 rows in float32 and bfloat16; the full scale adds 2048 rows of 131,072."
@@ -259,7 +259,7 @@ LINEAR_LOSSES: dict[str, Callable] = {
     ),
 }
 
-
+# %% ../../nbs/bench/losses.ipynb #67a6ef6e
 def linear_task(
     implementation: str,  # in `LINEAR_LOSSES`
     batch: int,
@@ -300,7 +300,7 @@ def measure_linear(
         made[name] = clock(run, seconds=seconds)
     return bytes_ + [point(name, values, **size) for name, values in alternate(made, rounds).items()]
 
-
+# %% ../../nbs/bench/losses.ipynb #cc495174
 @benchmark("loss-linear", "Time and memory from hidden states to the loss", "cost/memory")
 def loss_linear(scale: str, device: str) -> list[Case]:
     "256 hidden states of 256 numbers, d = 7, over growing vocabularies."

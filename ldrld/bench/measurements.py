@@ -61,7 +61,7 @@ class Point(BaseModel):
             )
         return self
 
-
+# %% ../../nbs/bench/measurements.ipynb #9bf445c8
 def point(
     implementation: str,
     values: Iterable[float],
@@ -92,7 +92,7 @@ class Benchmark:
 BENCHMARKS: dict[str, Benchmark] = {}  # filled by the decorator below
 SCALES = ("small", "usual", "full")
 
-
+# %% ../../nbs/bench/measurements.ipynb #f8fc7ab1
 def benchmark(name: str, title: str, notebook: str) -> Callable[[Cases], Cases]:
     "Decorator: register a function of scale and device as a benchmark."
 
@@ -118,13 +118,12 @@ class Measurement(BaseModel):
     libraries: dict[str, str]
     machine: dict[str, Any]
 
-
+# %% ../../nbs/bench/measurements.ipynb #d9b082c7
 def folder_for(
     scale: str,  # one of `SCALES`
 ) -> str:
     "Where measurements, tables and figures go, below `data/` and `figures/`."
     return "bench-small" if known("scale", scale, list(SCALES)) == "small" else "bench"
-
 
 def machine_key(
     machine: dict[str, Any],  # from `provenance`
@@ -174,7 +173,7 @@ def load_measurement(
     except ValueError as error:
         raise ValueError(f"{path.name}: {error}") from error
 
-
+# %% ../../nbs/bench/measurements.ipynb #63cbe33e
 def of_benchmark(
     name: str,  # in `BENCHMARKS`
     folder: str = "bench",  # "bench" | "bench-small"
@@ -183,7 +182,7 @@ def of_benchmark(
     all_ = {p.parent.name: load_measurement(p) for p in sorted(paths.measurements(folder).glob(f"*/{name}.json"))}
     return dict(sorted(all_.items(), key=lambda item: (item[1].machine["gpu"] is not None, item[0])))
 
-
+# %% ../../nbs/bench/measurements.ipynb #da75c59b
 def frame(
     measurement: Measurement,
 ) -> pd.DataFrame:  # one line a point: implementation, its setting, unit, median, q1, q3, n, values
@@ -222,7 +221,7 @@ def compared(
         lines.append({"implementation": p["implementation"], **{c: p[c] for c in setting}, **ratio(*values)})
     return pd.DataFrame(lines, columns=["implementation", *setting, "median", "q1", "q3", "n"])
 
-
+# %% ../../nbs/bench/measurements.ipynb #3d5aaf3c
 def conditions(
     measurement: Measurement,
 ) -> str:  # one sentence

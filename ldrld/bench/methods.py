@@ -45,7 +45,7 @@ def kind_of(
         return "no teacher"
     return "images" if loss.alters_images else "features" if loss.needs_features else "logits"
 
-
+# %% ../../nbs/bench/methods.ipynb #dfd8cd4d
 def teacher_queries(
     loss: LossBase,  # from `ldrld.losses`
 ) -> str:  # "never" | "table" | "live"
@@ -103,7 +103,7 @@ class Lesson:
             batch = replace(batch, output=self.teacher.look(batch.x))
         self.student.step(batch, self.dtype)
 
-
+# %% ../../nbs/bench/methods.ipynb #f6ef8d60
 def lesson(
     method: Method,
     s: Setting,
@@ -124,7 +124,7 @@ def lesson(
     student.begin_epoch(EPOCHS, EPOCHS, seed=0)  # what a loss draws begins anew
     return Lesson(student, teacher, batch, ready, live, teacher.dtype)
 
-
+# %% ../../nbs/bench/methods.ipynb #8c8c721b
 def teacher_of(
     s: Setting,
     precision: str = "fast",  # "fast" | "float32"
@@ -172,7 +172,7 @@ def size_of(
         "precision": precision,
     }
 
-
+# %% ../../nbs/bench/methods.ipynb #e32bf76c
 def step_costs(
     s: Setting,
     seconds: float,  # that one measurement should last
@@ -241,7 +241,7 @@ def costs_of(
     numbers = {f"{what} {k}": v for what, r in found.items() for k, v in r.items()}
     return {"method": name} | {k: line[k] for k in ("teacher", "student", "kind", "asks", "extra", "used")} | numbers
 
-
+# %% ../../nbs/bench/methods.ipynb #c9f99d96
 def costs(
     points: pd.DataFrame,  # from `ldrld.bench.timing.frame`, of one machine
 ) -> pd.DataFrame:  # one line a pair and method, by time within the pair; seconds and bytes: median, q1, q3, n

@@ -46,7 +46,7 @@ def spread(
     q1, median, q3 = np.quantile(np.asarray(values, float), [0.25, 0.5, 0.75]).tolist()
     return {"median": median, "q1": q1, "q3": q3, "n": len(values)}
 
-
+# %% ../../nbs/bench/timing.ipynb #5b16a420
 def ratio(
     values: Numbers,  # one a round
     of: Numbers,  # the same rounds of what they are compared with
@@ -84,7 +84,7 @@ def silent() -> Iterator[None]:
         os.close(kept)
         os.close(nothing)
 
-
+# %% ../../nbs/bench/timing.ipynb #5b80a849
 def peak_bytes(
     function: Callable[[], Any],  # called without arguments; what it returns is held until the end
     device: str = "cpu",

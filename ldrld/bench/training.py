@@ -50,7 +50,7 @@ def shortened(
         test_labels=images.test_labels[:64],
     )
 
-
+# %% ../../nbs/bench/training.ipynb #18369dad
 @dataclass(frozen=True)
 class Setting:
     "Who learns what from whom, and how long a slice is."
@@ -107,7 +107,7 @@ def numerics(
             setattr(backends.cudnn, name, value)
         backends.cuda.matmul.allow_tf32 = tf32
 
-
+# %% ../../nbs/bench/training.ipynb #d16011a7
 def answers(
     s: Setting,
     teacher: nn.Module,
@@ -121,7 +121,7 @@ def answers(
     at_once = 4096 if torch.device(s.device).type == "cuda" else 64
     return TeacherLogits(teacher, crops, len(s.images.classes), path, dtype, at_once, resident)
 
-
+# %% ../../nbs/bench/training.ipynb #ce77010c
 def ask_ahead(table: TeacherLogits, epochs: int, batch_size: int) -> None:
     "Have at hand what these epochs will show."
     for epoch in range(1, epochs + 1):
@@ -193,12 +193,11 @@ def _prepare(*arguments: Any, **more: Any) -> None:
     global _ready
     _ready = ours(*arguments, **more)
 
-
 def _measure() -> float:
     "In a worker: take it."
     return _ready()
 
-
+# %% ../../nbs/bench/training.ipynb #fc698889
 def side_by_side(
     s: Setting,
     folder: str,  # for the teacher's tables
@@ -242,7 +241,7 @@ def throughput(
         }
         return [point(name, values, "s/image", **s.size) for name, values in alternate(made, s.rounds).items()]
 
-
+# %% ../../nbs/bench/training.ipynb #52b5fb2b
 def breakdown(
     s: Setting,
     names: tuple[str, ...] = ("usual loop", "usual loop, one thread", "ours"),  # in `TRAINERS`
@@ -264,7 +263,7 @@ def breakdown(
         for part in PARTS
     ]
 
-
+# %% ../../nbs/bench/training.ipynb #fa8225c0
 def with_workers(
     s: Setting,
 ) -> list[Point]:
@@ -295,7 +294,7 @@ def settings_of(scale: str, device: str) -> list[Setting]:
     compiler = shutil.which("c++") is not None
     return [Setting(images, *pair, steps=steps, rounds=6, device=device, compiler=compiler) for pair in pairs]
 
-
+# %% ../../nbs/bench/training.ipynb #912c191d
 @benchmark("training", "Images a second that a student learns from", "cost/training")
 def training(scale: str, device: str) -> list[Case]:
     "Throughput and parts of every pair; and workers."

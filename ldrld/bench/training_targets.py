@@ -42,7 +42,7 @@ AIMS = (
     TrainingAim("resnet32", "resnet8", "one student, logits at hand", 10, gpu=True),
 )
 
-
+# %% ../../nbs/bench/training_targets.ipynb #1c272dd3
 def usual_at_best(
     values: dict[str, tuple[float, ...]],  # implementation -> seconds an image
 ) -> str:  # implementation
@@ -52,7 +52,7 @@ def usual_at_best(
         key=lambda name: sorted(values[name])[len(values[name]) // 2],
     )
 
-
+# %% ../../nbs/bench/training_targets.ipynb #e791cd13
 def reached(
     aim: TrainingAim,
     points: pd.DataFrame,  # from `ldrld.bench.timing.frame`, of one machine

@@ -33,7 +33,7 @@ class UsualImages(Dataset):
     def __getitem__(self, i: int) -> tuple[Any, int]:
         return self.transform(Image.fromarray(self.images[i])), self.labels[i]
 
-
+# %% ../../nbs/bench/usual_loop.ipynb #2cfe52fc
 def usual_transform(
     images: ImageData,
 ) -> Callable:  # image -> (3, H, W) float32

@@ -47,17 +47,16 @@ def name_and_size(
     if not found or Path(name).is_dir() or (data_root() / name).is_dir(): return name, None
     return found[1], height_and_width((int(found[2]), int(found[3] or found[2])))
 
-
+# %% ../../nbs/data/datasets.ipynb #f8a0b3fb
 def _places(name: str, root: Path) -> list[Path]:
     "The image folders that a name can refer to: in the working directory and below `root`."
     there = [place for place in (Path(name), root / name) if (place / "train").is_dir() and (place / "test").is_dir()]
     if name.startswith(".") or len({place.resolve() for place in there}) < 2: return there[:1]
     return there
 
-
 def _as_typed(place: Path) -> str: return repr(str(place) if place.is_absolute() else f"./{place}")
 
-
+# %% ../../nbs/data/datasets.ipynb #8acca644
 def load(
     name: str,  # one of `LOADERS`, or a folder (a path, or a name below `root`), optionally with a size, `own@32`
     root: str | Path | None = None,  # folder of the data sets; None: `ldrld.core.paths.data_root()`

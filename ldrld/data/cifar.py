@@ -54,7 +54,7 @@ def cifar100(
                       superclasses=names["coarse_label_names"], superclass_of=coarse,
                       mean=CIFAR100_MEAN, std=CIFAR100_STD, padding=4, flip=True)
 
-
+# %% ../../nbs/data/cifar.ipynb #70a56ea1
 class _Cifar100Files:
     "Names and MD5 checksums of the official files, as in torchvision, for machines without torchvision."
     base_folder = "cifar-100-python"
@@ -65,14 +65,14 @@ class _Cifar100Files:
     def __init__(self, root: Path, download: bool):
         raise OSError(f"torchvision, which downloads CIFAR-100, is not installed here; put the files into {root}")
 
-
+# %% ../../nbs/data/cifar.ipynb #18a259ae
 def _official_cifar100() -> Any:
     "The class that holds names and MD5 checksums of the official files."
     try: from ldrld.core.torchvision import torchvision
     except ModuleNotFoundError: return _Cifar100Files
     return torchvision.datasets.CIFAR100
 
-
+# %% ../../nbs/data/cifar.ipynb #f2b97d69
 def _cifar_split(entry: dict) -> tuple[np.ndarray, list[int]]:
     channels_first = entry["data"].reshape(-1, 3, 32, 32)
     return np.ascontiguousarray(channels_first.transpose(0, 2, 3, 1)), entry["fine_labels"]

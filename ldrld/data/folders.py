@@ -31,7 +31,7 @@ def _counts(path: Path) -> bool:
     if name.startswith(".") or name in _LEFTOVERS: return False
     return path.is_dir() or not (path.suffix.lower() in _NOTES or name in ("readme", "license"))
 
-
+# %% ../../nbs/data/folders.ipynb #4f86df32
 def _files(folder: Path, above: tuple[Path, ...] = ()) -> list[Path]:
     "All data files below a folder, sorted; follows links, but not in circles."
     real = folder.resolve()
@@ -40,7 +40,7 @@ def _files(folder: Path, above: tuple[Path, ...] = ()) -> list[Path]:
     below = [_files(path, (*above, real)) if path.is_dir() else [path] for path in inside]
     return list(chain.from_iterable(below))
 
-
+# %% ../../nbs/data/folders.ipynb #a8b834c8
 def _class_folders(split: Path) -> dict[str, Path]:
     "The folder of each class, sorted by class name."
     inside = sorted(filter(_counts, split.iterdir()))
@@ -73,7 +73,7 @@ def _read_split(folders: dict[str, Path], size: tuple[int, int] | None = None) -
                 raise ValueError(f"{in_project(path)} is {sizes}; {_ONE_SIZE}")
     return np.stack(images), labels
 
-
+# %% ../../nbs/data/folders.ipynb #e68052ab
 def height_and_width(size: int | tuple[int, int]) -> tuple[int, int]:
     "A size as (height, width); `ValueError` unless given as one or two integers from 1 to 4096."
     both = (size, size) if isinstance(size, int) else size
@@ -82,7 +82,7 @@ def height_and_width(size: int | tuple[int, int]) -> tuple[int, int]:
         raise ValueError(f"size={size!r}: expected a number of pixels from 1 to 4096, or (height, width)")
     return both[0], both[1]
 
-
+# %% ../../nbs/data/folders.ipynb #786fe687
 def folder(
     root: Path,  # has `train/` and `test/`, each with one subfolder per class
     size: int | tuple[int, int] | None = None,  # pixels, or (height, width), to resize to; None keeps the size

@@ -54,7 +54,7 @@ def families(
     if classes == 200: return FAMILIES | MORE_FAMILIES
     raise ValueError(f"classes={classes!r}: expected 10, 20, 50, 100 or 200")
 
-
+# %% ../../nbs/data/glyphs.ipynb #55029012
 def characters(
     classes: int = 100,  # 10, 20, 50, 100 or 200
 ) -> str:
@@ -194,7 +194,7 @@ class Splits(NamedTuple):
     test_images: torch.Tensor
     test_labels: torch.Tensor
 
-
+# %% ../../nbs/data/glyphs.ipynb #8a6a8f41
 def _read(path: Path) -> Splits:
     with np.load(path, allow_pickle=False) as file:
         tensors = Splits(*(torch.from_numpy(file[name]) for name in Splits._fields))
@@ -202,7 +202,7 @@ def _read(path: Path) -> Splits:
     if fingerprint(*tensors) != expected: raise ValueError("its fingerprint does not match its contents")
     return tensors
 
-
+# %% ../../nbs/data/glyphs.ipynb #a7b4567c
 def _write(path: Path, tensors: Splits) -> None:
     arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors._asdict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -229,7 +229,7 @@ def _make_or_read(path: Path, recipe: Recipe) -> Splits:
         warnings.warn(message, stacklevel=4)
     return tensors
 
-
+# %% ../../nbs/data/glyphs.ipynb #b3d12987
 def glyphs(
     root: str | Path,  # folder below which `glyphs/` stores the images
     recipe: Recipe = Recipe(),  # what to draw

@@ -29,7 +29,7 @@ def _tiff_loss(image: Any) -> str | None:
     if samples > len(image.getbands()): return f"{samples} channels"
     return None
 
-
+# %% ../../nbs/data/image_files.ipynb #ce5c075a
 def _loss(image: Any) -> str | None:
     "Why an opened image cannot be converted to 8-bit RGB without loss; None if it can."
     codec, how = (image.tile[0][0], image.tile[0][3]) if image.tile else ("", "")
@@ -41,7 +41,7 @@ def _loss(image: Any) -> str | None:
     if image.format == "PPM" and codec.startswith("ppm") and int(how[1]) > 255: return "16 bits per channel"
     return _tiff_loss(image) if image.format == "TIFF" else None
 
-
+# %% ../../nbs/data/image_files.ipynb #6d66a046
 def _rgb(image: Any) -> Any:
     "An opened image, upright and in RGB; `ValueError` if the conversion would lose anything."
     from PIL import ImageOps
@@ -54,7 +54,7 @@ def _rgb(image: Any) -> Any:
             raise ValueError("it has transparent pixels; flatten it onto the background that you want")
     return image.convert("RGB")
 
-
+# %% ../../nbs/data/image_files.ipynb #b58da58b
 def read_image(
     path: Path,
     size: tuple[int, int] | None = None,  # height, width; None keeps the size

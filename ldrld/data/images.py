@@ -90,13 +90,12 @@ def image_data(
     return ImageData(name, *train_split, *test_split, tuple(classes), tuple(superclasses), superclass_of,
                      **augmentation, fingerprint=fingerprint(*train_split, *test_split, resampled), resampled=resampled)
 
-
+# %% ../../nbs/data/images.ipynb #d5817a5b
 def too_few(classes: Sequence[str]) -> str: return f"one class only, {classes[0]!r}" if len(classes) else "no classes"
-
 
 def size_of(images: torch.Tensor | np.ndarray) -> str: return f"{images.shape[-2]}×{images.shape[-3]}"
 
-
+# %% ../../nbs/data/images.ipynb #6d700367
 def _checked_split(where: str, images: Any, labels: Any, num_classes: int) -> tuple[torch.Tensor, torch.Tensor]:
     "Images and int64 labels as tensors; `ValueError` for invalid ones."
     images, labels = torch.as_tensor(images), torch.as_tensor(labels, dtype=torch.int64)
@@ -120,7 +119,7 @@ def some_of(
     "A fixed random subset of the groups; larger subsets contain the smaller ones."
     return sorted(torch.randperm(groups, generator=torch.Generator().manual_seed(0))[:number].tolist())
 
-
+# %% ../../nbs/data/images.ipynb #2d90341e
 def with_groups(
     data: ImageData,
     groups: list[int],  # indices into `data.superclasses`

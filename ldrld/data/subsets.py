@@ -21,7 +21,7 @@ def _some_of_each(labels: torch.Tensor, share: float, generator: torch.Generator
         chosen.append(members[torch.randperm(len(members), generator=generator)][: max(1, round(share * len(members)))])
     return torch.cat(chosen).sort().values
 
-
+# %% ../../nbs/data/subsets.ipynb #981acbe5
 def altered(
     data: ImageData,
     train_share: float = 1.0,  # of the training images of each class, 0 < share <= 1

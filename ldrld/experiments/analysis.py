@@ -27,6 +27,7 @@ def relation_maps(p: Profile) -> Lines:
     "The ablation pair, three methods."
     for method in SHOWN: yield from on_pair(p, ablation_pair(p), {"method": method}, method)
 
+# %% ../../nbs/experiments/analysis.ipynb #5c11c305
 @experiment("learning_curves", "Accuracy over training", "analysis/learning_curves", table=False)
 def learning_curves(p: Profile) -> Lines:
     "The ablation pair, three methods."
@@ -50,6 +51,7 @@ def agreement(p: Profile) -> Lines:
     for line, config in every_method(p, ablation_pair(p)):
         if losses.needs_teacher(method_of(line["method"]).loss): yield line, config
 
+# %% ../../nbs/experiments/analysis.ipynb #865d2bcf
 @experiment("superclasses", "Remaining mistakes by superclass", "analysis/superclasses", logits=True, table=False)
 def superclasses(p: Profile) -> Lines:
     "The ablation pair, three methods."
@@ -61,6 +63,7 @@ def features(p: Profile) -> Lines:
     yield {"teacher": ablation_pair(p)[0], "student": "", "method": "teacher"}, teacher_config(p, ablation_pair(p)[0])
     yield from relation_maps(p)
 
+# %% ../../nbs/experiments/analysis.ipynb #f34bb065
 @experiment("grad_cam", "Grad-CAM", "analysis/grad_cam", insight=True, table=False)
 def grad_cam(p: Profile) -> Lines:
     "The teacher and three students of the ablation pair."

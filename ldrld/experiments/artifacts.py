@@ -31,6 +31,7 @@ def arrays_whole(
     with open(part, "wb") as file: np.savez_compressed(file, allow_pickle=True, **arrays)
     os.replace(part, path)
 
+# %% ../../nbs/experiments/artifacts.ipynb #e869108b
 def keep_besides(
     keep: tuple[str, ...],  # of "weights", "logits", "insight"
     used: torch.nn.Module,  # the deployed network
@@ -48,6 +49,7 @@ def keep_besides(
         arrays_whole(path["logits"], logits=z.half().cpu().numpy(), labels=images.test_labels[:1000].numpy())
     if "insight" in keep: arrays_whole(path["insight"], **insight(model, images))
 
+# %% ../../nbs/experiments/artifacts.ipynb #de1519df
 def keep_from_weights(
     config: RunConfig, keep: tuple[str, ...],  # a finished run's
     profile: str, device: str,

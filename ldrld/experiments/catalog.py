@@ -35,6 +35,7 @@ def find(
     if wanted not in EXPERIMENTS: wanted = by_notebook.get(wanted, wanted)
     return EXPERIMENTS[known(what, wanted, list(EXPERIMENTS))]
 
+# %% ../../nbs/experiments/catalog.ipynb #258fd42c
 def selected(
     p: str | Profile = "quick",
 ) -> tuple[str, ...]:  # names of experiments
@@ -112,6 +113,7 @@ def by_worth(
         lines += [(worth(i, e, line), e, line) for line in e.plan(p).to_dict("records")]
     return [(e, line) for _, e, line in sorted(lines, key=lambda found: found[0])]
 
+# %% ../../nbs/experiments/catalog.ipynb #90124b3c
 def batch(
     p: str | Profile = "quick",
     only: tuple[str, ...] = (),  # names of experiments; none means those of the profile

@@ -39,6 +39,7 @@ def mcmi_config(
         dataset=p.dataset, model=network, loss="mcmi", teacher=teacher_config(p, network), seed=0,
         recipe="onecycle", epochs=max(2, p.teacher["epochs"] // 12), lr=0.05)
 
+# %% ../../nbs/experiments/cells.ipynb #97c2c735
 def method_config(
     p: Profile,
     pair: tuple[str, str],  # (teacher, student)
@@ -59,6 +60,7 @@ def method_config(
         "dataset": p.dataset, "model": pair[1], "loss": method.loss, "loss_args": {**published, **method.args},
         "teacher": teacher, "seed": seed, **p.student, **settings})
 
+# %% ../../nbs/experiments/cells.ipynb #b45ad134
 def on_pair(
     p: Profile, pair: tuple[str, str], values: dict, method: Method | str, **more: Any,
 ) -> Lines:
@@ -70,6 +72,7 @@ def on_pair(
         config = method_config(p, pair, method, seed, **settings)
         yield {"teacher": pair[0], "student": pair[1], **values, "seed": seed}, config
 
+# %% ../../nbs/experiments/cells.ipynb #b79c1080
 def waiting(p: Profile, pair: tuple[str, str], values: dict) -> Iterator[tuple[dict, None]]:
     "One cell whose settings are still being searched: it has no configurations yet."
     for seed in p.seeds: yield {"teacher": pair[0], "student": pair[1], **values, "seed": seed}, None
@@ -97,6 +100,7 @@ def trials(
             given = {"alpha": a, "beta": b}
             yield from on_pair(p.model_copy(update={"seeds": p.seeds[:1]}), pair, given, "LDRLD", **given, **settings)
 
+# %% ../../nbs/experiments/cells.ipynb #cb72f07e
 def chosen(
     p: Profile,
     pair: tuple[str, str],  # (teacher, student)

@@ -117,6 +117,7 @@ def loss_for(
     "The loss of a configuration."
     return losses.build(config.loss, **config.loss_args)
 
+# %% ../../nbs/experiments/config.ipynb #ec761ce3
 def _check_teacher(student: RunConfig) -> None:
     "`ValueError` unless the teacher fits the student's loss, data set and split."
     needs = loss_for(student).needs_teacher
@@ -148,6 +149,7 @@ def hyperparameters(
         if isinstance(error, ValueError) and any(word in str(error) for word in (loss, *args)): raise
         raise ValueError(f"loss_args={reprlib.repr(args)}: invalid for the loss {loss!r} ({error})") from None
 
+# %% ../../nbs/experiments/config.ipynb #565c5418
 def explain(
     error: ValidationError,
 ) -> str:  # one line
@@ -161,6 +163,7 @@ def explain(
         found[why] = None
     return "; ".join(list(found)[:MOST]) + (f"; and {len(found) - MOST} more" if len(found) > MOST else "")
 
+# %% ../../nbs/experiments/config.ipynb #ce95d8c9
 def _teacher_from(given: dict) -> RunConfig | Pretrained | None:
     "The teacher in a student's settings; missing settings are copied from the student."
     teacher = {"model": given["teacher"]} if isinstance(given["teacher"], str) else given["teacher"]
@@ -187,6 +190,7 @@ def _named(config: RunConfig | Pretrained) -> dict:
     fields = {k: v for k, v in fields.items() if k not in ADDED or v != default[k].default}
     return fields | {"teacher": _named(config.teacher) if config.teacher else None}
 
+# %% ../../nbs/experiments/config.ipynb #3f84e098
 def name_of(
     config: RunConfig | Pretrained,
     schema: int = SCHEMA,  # of the record, if there is one
@@ -211,6 +215,7 @@ def network_in(
     raise ValueError(f"{path}: holds a network that ldrld does not know ({len(state)} tensors: {names}, …); "
                      f"expected weights of one of {', '.join(models.available())}")
 
+# %% ../../nbs/experiments/config.ipynb #0682d5cb
 def pretrained(
     path: str | Path,  # as above
 ) -> Pretrained:  # for `RunConfig(teacher=...)`
@@ -224,6 +229,7 @@ def pretrained(
     os.replace(part, place)
     return teacher
 
+# %% ../../nbs/experiments/config.ipynb #9a32b0e5
 def file_of(
     teacher: Pretrained,
 ) -> Path:

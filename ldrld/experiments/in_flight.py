@@ -76,6 +76,7 @@ class Underway:
     landed_at: float  # when its last epoch was reported, or training began (`time.monotonic`)
     lasted: float = 0.0  # seconds for its last epoch
 
+# %% ../../nbs/experiments/in_flight.ipynb #e836695b
 class Waiting:
     "Runs to be trained side by side, and what they share."
     def __init__(self, runs: list[tuple[RunConfig, tuple[str, ...]]], profile: str, at_once: int, seconds: float,

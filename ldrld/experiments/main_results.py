@@ -18,6 +18,7 @@ def same_architecture(p: Profile) -> Lines:
     for pair in p.pairs:
         if family(pair[0]) == family(pair[1]): yield from every_method(p, pair)
 
+# %% ../../nbs/experiments/main_results.ipynb #2fa09344
 @experiment("different_architecture", "Method comparison, teacher and student of different families",
             "main_results/different_architecture", baseline={"method": "KD"})
 def different_architecture(p: Profile) -> Lines:

@@ -49,6 +49,7 @@ VARIANTS = {
 METHODS = {"CE": Method("ce"), **LOGITS, **FEATURES, **OTHERS, "LDRLD": Method("ldrld")}
 SEARCHED = {"LDRLD, searched": Method("ldrld", searched=True)}
 
+# %% ../../nbs/experiments/methods.ipynb #bff51f28
 def method_of(
     name: str,  # in tables
 ) -> Method:
@@ -104,6 +105,7 @@ def _names() -> dict[tuple, str]:
         names.setdefault(kind, name)
     return names
 
+# %% ../../nbs/experiments/methods.ipynb #0e08bcb5
 def method_name(
     config: RunConfig,
 ) -> str:

@@ -43,6 +43,7 @@ def published_accuracy(
     except FileNotFoundError: return None  # not a checkout
     return None if pd.isna(found["value"]) else {"value": float(found["value"]), "source": found["source"]}
 
+# %% ../../nbs/experiments/model_cards.ipynb #83b4456e
 def facts(
     record: Record,
     profile: str,
@@ -78,6 +79,7 @@ def images_of(
     "The images that accuracies are measured on; `OSError` or `ValueError` with instructions if they are missing."
     return data.altered(data.load(dataset), holdout=holdout)
 
+# %% ../../nbs/experiments/model_cards.ipynb #7ec8f1b6
 def measured(
     path: str | Path,  # a file of weights
     network: str,  # the network of these weights
@@ -146,6 +148,7 @@ def page(
     title = f"{card['network']} on {Path(card['dataset']).name}"
     return f"---\n{front}---\n\n# {title}\n\n| | |\n|---|---|\n{table}\n\n{how}"
 
+# %% ../../nbs/experiments/model_cards.ipynb #7af05c32
 def card_path(
     name: str,  # a run's name
     profile: str,
@@ -153,6 +156,7 @@ def card_path(
     "The path of a card, next to the weights."
     return KEPT["weights"](name, profile).with_suffix(".md")
 
+# %% ../../nbs/experiments/model_cards.ipynb #ebf91432
 def write_card(
     record: Record,
     profile: str,
@@ -167,6 +171,7 @@ def write_card(
     write_whole(path := card_path(record.name, profile), page(card))
     return path
 
+# %% ../../nbs/experiments/model_cards.ipynb #f5274977
 def read_card(
     path: str | Path,
 ) -> dict:
@@ -200,6 +205,7 @@ def _unfit(path: Path, card: dict, record: Record | None) -> str | None:
                 f"more than half precision explains; {away}")
     return None
 
+# %% ../../nbs/experiments/model_cards.ipynb #cf2a06ef
 def complaints(
     name: str,  # a run's name
     profile: str,
@@ -227,6 +233,7 @@ def _state(path: Path, place: Path) -> str:
     if not path.exists(): return "no file"
     return "same bytes" if sha256_of(path) == read_card(place)["sha256"] else "other bytes"
 
+# %% ../../nbs/experiments/model_cards.ipynb #247b49a3
 def _line(name: str, profile: str, look: Callable[[str, float], data.ImageData] | None = None) -> dict:
     "One row of `listed`; to measure the file, `look` is a function like `images_of`."
     path, place = KEPT["weights"](name, profile), card_path(name, profile)
@@ -252,6 +259,7 @@ def _line(name: str, profile: str, look: Callable[[str, float], data.ImageData] 
         wrong.append(f"the file reaches {now:.2f} %, its record says {last:.2f} %: more than half precision explains")
     return line
 
+# %% ../../nbs/experiments/model_cards.ipynb #42daa32e
 def listed(
     profile: str,
     check: bool = False,  # load every file, and measure it where the images are available
@@ -263,6 +271,7 @@ def listed(
         except ValueError as error: lines.append({"record": name, "wrong": [str(error)]})
     return pd.DataFrame(lines, columns=[c for c in COLUMNS if check or c != "measured, %"])
 
+# %% ../../nbs/experiments/model_cards.ipynb #1ed790fa
 def wrong_teachers(
     profile: str,
 ) -> list[str]:  # one line per problem; empty if all is well
@@ -286,6 +295,7 @@ def _card_made_now(name: str, profile: str) -> None:
                          f"as its record says: it was damaged or exchanged; {away}")
     write_card(record, profile, images)
 
+# %% ../../nbs/experiments/model_cards.ipynb #3607e250
 def checked_weights(
     name: str,  # a run's name
     profile: str,
@@ -334,6 +344,7 @@ def verdict(
     words = "agrees" if agree else "does not agree"
     return f"{said}, difference {apart:+.2f}: {words} within {TOLERANCE} points", not agree
 
+# %% ../../nbs/experiments/model_cards.ipynb #075e2f75
 def checkpoint(
     path: str | Path,  # a `.pth` or `.safetensors` file
     dataset: str = "cifar100",  # data set it was trained on

@@ -27,6 +27,7 @@ def variants(p: Profile) -> Lines:
     "The loss as published, and combinations with other methods."
     for name, method in VARIANTS.items(): yield from on_pair(p, ablation_pair(p), {"variant": name}, method)
 
+# %% ../../nbs/experiments/open_questions.ipynb #6adf6153
 @experiment("field", "Comparison of all methods on one pair", "main_results/method_comparison",
             baseline={"method": "KD"})
 def field_(p: Profile) -> Lines:
@@ -58,6 +59,7 @@ def normalisation(p: Profile) -> Lines:
             if d == 7 or (terms, alpha) != ("summed", "10.5"):
                 yield from on_pair(p, ablation_pair(p), values, "LDRLD", depth=d, **args)
 
+# %% ../../nbs/experiments/open_questions.ipynb #fc58530a
 @experiment("plateau", "The learning rate of the released code", "open_questions/plateau",
             by=("method", "recipe"), baseline={"recipe": "crd"})
 def plateau(p: Profile) -> Lines:

@@ -24,6 +24,7 @@ class WrongSetting(ValueError):
     "An invalid parameter of a notebook; Jupyter and papermill show the message without a traceback."
     def _render_traceback_(self) -> list[str]: return [f"{type(self).__name__}: {self}"]
 
+# %% ../../nbs/experiments/parameters.ipynb #1a170a0e
 @contextmanager
 def plainly(
     where: str = "",  # prefix of the message, such as "runs[1]: "
@@ -33,6 +34,7 @@ def plainly(
     except ValidationError as error: raise WrongSetting(where + explain(error)) from None
     except (ValueError, FileNotFoundError) as error: raise WrongSetting(f"{where}{error}") from None
 
+# %% ../../nbs/experiments/parameters.ipynb #0c935957
 def settings_from(
     namespace: dict,  # `globals()` of a run notebook, just after its parameters cell
     allowed: tuple[str, ...],  # the notebook's parameters
@@ -44,6 +46,7 @@ def settings_from(
         for name in ours.keys() - set(allowed): known("parameter", name, list(allowed))
     return {name: ours[name] for name in allowed}
 
+# %% ../../nbs/experiments/parameters.ipynb #a3f055dc
 def configs_from(
     runs: list[dict],  # a run notebook's parameter: settings of `RunConfig`, optionally with `keep`
 ) -> list[tuple[RunConfig, tuple[str, ...]]]:  # configuration, and what to keep

@@ -45,6 +45,7 @@ class Stage(BaseModel):
         for column in self.only: known("only", column, list(EXPERIMENTS[self.experiment].by))
         return self
 
+# %% ../../nbs/experiments/plan.ipynb #e6dad86f
 class Comparison(BaseModel):
     "Two cells of an experiment; the claim is that ours is better."
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -53,6 +54,7 @@ class Comparison(BaseModel):
     ours: dict[str, Any] = Field(description="values of the experiment's columns")
     theirs: dict[str, Any] | None = Field(None, description="likewise; by default every other cell in turn")
 
+# %% ../../nbs/experiments/plan.ipynb #15f74672
 class Plan(BaseModel):
     "The runs and comparisons that decide the claims in a profile."
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -77,6 +79,7 @@ def plan_path(
     "The file of a profile's plan."
     return paths.plans() / f"{profile(p).name}.yaml"
 
+# %% ../../nbs/experiments/plan.ipynb #9df4318f
 def plan_of(
     p: str | Profile,
 ) -> Plan | None:  # None for a profile without a plan
@@ -96,6 +99,7 @@ def lines_of(
     for values, config in EXPERIMENTS[stage.experiment].lines(p):
         if all(values[column] in allowed for column, allowed in stage.only.items()): yield values, config
 
+# %% ../../nbs/experiments/plan.ipynb #87c0edee
 def planned(
     p: str | Profile,
 ) -> list[tuple[RunConfig, tuple[str, ...]]]:  # configuration, and what to keep in addition to the record
@@ -133,6 +137,7 @@ def power_of(
     threshold, shift = stats.t.isf(level / 2, n - 1), effect / sd * math.sqrt(n)
     return float(stats.nct.sf(threshold, n - 1, shift) + stats.nct.cdf(-threshold, n - 1, shift))
 
+# %% ../../nbs/experiments/plan.ipynb #f4087912
 def seeds_for(
     effect: float,  # smallest difference that matters, in points
     sd: float,  # standard deviation of the paired differences, in points
@@ -155,6 +160,7 @@ def interval(
     half = stats.t.isf((1 - confidence) / 2, n - 1) * sd / math.sqrt(n)
     return float(np.mean(differences) - half), float(np.mean(differences) + half)
 
+# %% ../../nbs/experiments/plan.ipynb #dbb22f2d
 def decide(
     differences: np.ndarray,  # (n,) in points, one per seed: ours minus theirs
     planned: int,  # number of seeds in the plan
@@ -174,6 +180,7 @@ def cell_text(values: dict) -> str:
     bare = lambda k, v: str(v) if k in ("method", "terms") else f"{k} {v if isinstance(v, str) else f'{v:g}'}"
     return ", ".join(bare(k, v) for k, v in values.items())
 
+# %% ../../nbs/experiments/plan.ipynb #7ae3f4e6
 def accuracies(
     stage: Stage,
     p: Profile,
@@ -187,6 +194,7 @@ def accuracies(
         if record: cell[values["seed"]] = record
     return found
 
+# %% ../../nbs/experiments/plan.ipynb #18863c21
 def compared(
     c: Comparison,
     stage: Stage,
@@ -225,6 +233,7 @@ def decided(
 
 SEEN = 3  # most cells had this many seeds before the plan
 
+# %% ../../nbs/experiments/plan.ipynb #13fb0935
 def _lines(plan: Plan, p: Profile) -> list[dict]:
     "The comparisons of a plan, one after the other."
     stages, lines = {stage.experiment: stage for stage in plan.stages}, []
@@ -237,6 +246,7 @@ def _lines(plan: Plan, p: Profile) -> list[dict]:
                 lines.append({**named, **numbers, "runs": " ".join(runs)})
     return lines
 
+# %% ../../nbs/experiments/plan.ipynb #f08e76ee
 def decisions(
     p: str | Profile,
 ) -> pd.DataFrame:  # one row per comparison, with difference, low, high, p_holm, verdict and runs
@@ -268,6 +278,7 @@ def shown(
         "p (Holm)": [number(v, ".3f") for v in table["p_holm"]], "verdict": table["verdict"],
         "new seeds alone": [number(v) for v in table["new seeds"]]})
 
+# %% ../../nbs/experiments/plan.ipynb #81fcb0a7
 def caption(
     p: str | Profile,
 ) -> str:
@@ -319,12 +330,14 @@ def verify(
         wrong += [f"{where}: {line}" for line in _by_hand(new, p)]
     return wrong
 
+# %% ../../nbs/experiments/plan.ipynb #4d111359
 def _same(given: str | float, expected: str | float) -> bool:
     "Whether a value from the file agrees with the records: text exactly, numbers up to rounding, NaN as empty."
     if isinstance(expected, float) and math.isnan(expected): return given == ""
     if isinstance(expected, str) or given == "": return str(given) == str(expected)
     return math.isclose(float(given), expected, rel_tol=1e-9, abs_tol=1e-9)
 
+# %% ../../nbs/experiments/plan.ipynb #c863988e
 def _by_hand(line: pd.Series, p: Profile) -> list[str]:
     "Problems with a line's difference and verdict, recomputed from the records of its runs."
     plan = plan_of(p)

@@ -77,6 +77,7 @@ def read_profile(
     try: return Profile.model_validate({"name": Path(path).stem, **given})
     except ValidationError as error: raise ValueError(f"{path}: {explain(error)}") from None
 
+# %% ../../nbs/experiments/profiles.ipynb #16352f7f
 def built_in() -> dict[str, Profile]:
     "The profiles that come with the package, the quickest first."
     folder = Path(str(files("ldrld.experiments") / "profiles"))

@@ -20,7 +20,7 @@ def _read(name: str) -> pd.DataFrame:
     if path.exists(): return pd.read_csv(path)
     raise FileNotFoundError(f"{path}: published numbers come with a checkout of ldrld; work in one or set LDRLD_ROOT")
 
-
+# %% ../../nbs/experiments/published.ipynb #290fa587
 def load() -> pd.DataFrame:
     """All published numbers: table, dataset, teacher, student, method, metric, value, std, source.
 
@@ -29,7 +29,7 @@ def load() -> pd.DataFrame:
     """
     return _read("results.csv")
 
-
+# %% ../../nbs/experiments/published.ipynb #f8478cf3
 def sources() -> pd.DataFrame:
     """The documents behind `load()`, by name: kind, protocol, document, url, note.
 
@@ -49,7 +49,7 @@ def _key(name: str) -> str:
     """`name` without case and punctuation; a plus counts, as in "KD+LS"."""
     return re.sub(r"[^a-z0-9+.]", "", str(_aliases.get(str(name).lower(), name)).lower())
 
-
+# %% ../../nbs/experiments/published.ipynb #a0cf6c73
 def _network(name: str, rows: pd.DataFrame) -> str:
     """A network's name in papers; `ValueError` if unknown."""
     ours = _read("architectures.csv")
@@ -68,7 +68,7 @@ def _ranked(rows: pd.DataFrame, prefer: str | list[str] | None) -> pd.DataFrame:
     rank = {name: i for i, name in enumerate([*first, *(name for name in order if name not in first)])}
     return rows.sort_values("source", key=lambda column: column.map(rank), kind="stable")
 
-
+# %% ../../nbs/experiments/published.ipynb #5b5e1ffb
 def lookup(
     teacher: str | None,  # our name or the papers'; None if irrelevant
     student: str | None,  # our name or the papers'

@@ -63,6 +63,7 @@ class Epoch(BaseModel):
     test_accuracy: float = Field(ge=0, le=100, description="per cent")
     terms: dict[str, float] = Field(description="loss terms, averaged over the epoch")
 
+# %% ../../nbs/experiments/records.ipynb #a2e50ae5
 class Counts(BaseModel):
     "The part of a record's `data` that other fields depend on."
     model_config = ConfigDict(strict=True)
@@ -71,6 +72,7 @@ class Counts(BaseModel):
     test: int = Field(ge=1, description="images")
     classes: int = Field(ge=2)
 
+# %% ../../nbs/experiments/records.ipynb #24ecbdd6
 def derived(
     record: Record,
 ) -> dict[str, Any]:  # field -> its value
@@ -87,6 +89,7 @@ def derived(
             "seconds": seconds,
             "images_per_second": record.data["train"] * len(rows) / seconds}
 
+# %% ../../nbs/experiments/records.ipynb #c28399ee
 def contradictions(
     record: Record,
 ) -> list[str]:  # empty for an unedited record
@@ -120,6 +123,7 @@ def _given_once(pairs: list[tuple[str, Any]]) -> dict:
 # records that were read and found sound, each with the hash of its file: tables ask for them again and again
 _sound: dict[Path, tuple[str, "Record"]] = {}
 
+# %% ../../nbs/experiments/records.ipynb #86f986a9
 def load_record(
     name: str,  # a run's name
     profile: str = "quick",
@@ -160,6 +164,7 @@ def read_record(
 class OddRecord(UserWarning):
     "A damaged or inconsistent record was skipped."
 
+# %% ../../nbs/experiments/records.ipynb #9daebe09
 def sound(
     name: str,  # a run's name
     profile: str = "quick",
@@ -169,6 +174,7 @@ def sound(
     except ValueError as error: warnings.warn(f"left out: {error}", OddRecord, stacklevel=2)
     return None
 
+# %% ../../nbs/experiments/records.ipynb #814c9ce4
 def finished(
     config: RunConfig,
     profile: str = "quick",
@@ -179,6 +185,7 @@ def finished(
     """
     return sound(name_of(config), profile) is not None
 
+# %% ../../nbs/experiments/records.ipynb #1795e3f4
 def _names(profile: str) -> list[str]:
     "Names of all record files; hidden files are ignored."
     return sorted(path.stem for path in paths.records(profile).glob("*.json") if not path.name.startswith("."))
@@ -189,6 +196,7 @@ def records(
     "All valid records of a profile; invalid ones are skipped with a warning, see `odd_records`."
     return [record for name in _names(profile) if (record := sound(name, profile))]
 
+# %% ../../nbs/experiments/records.ipynb #14da17db
 def odd_records(
     profile: str = "quick",
 ) -> dict[str, str]:  # name -> what is wrong
@@ -231,10 +239,12 @@ class Divergence(BaseModel):
         "The exception, as it was raised."
         return Diverged(self.epoch, self.step, self.term, float(self.value), self.lr, self.name)
 
+# %% ../../nbs/experiments/records.ipynb #5d6faceb
 def divergence_path(name: str, profile: str) -> Path:
     "Path of the file for a run that diverged."
     return paths.records(profile) / "diverged" / f"{name}.json"
 
+# %% ../../nbs/experiments/records.ipynb #9bd0f3a2
 def load_divergence(
     name: str,  # a run's name
     profile: str = "quick",
@@ -250,6 +260,7 @@ def load_divergence(
                          "it was edited or renamed; delete it and run again")
     return found
 
+# %% ../../nbs/experiments/records.ipynb #a283da92
 def keep_divergence(
     config: RunConfig, diverged: Diverged, history: list[dict], profile: str,
     made: dict,  # from `provenance`
@@ -281,6 +292,7 @@ class Images(Protocol):
     @property
     def classes(self) -> Sized: ...
 
+# %% ../../nbs/experiments/records.ipynb #930447f3
 def record_of(
     config: RunConfig,
     history: list[dict],  # one dict per epoch

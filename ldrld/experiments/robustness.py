@@ -53,6 +53,7 @@ def rate_trials(
         lr = factor * p.student.get("lr", 0.05)
         yield from on_pair(one_seed, ablation_pair(p), {"method": method, "lr": lr}, method, lr=lr, holdout=HELD_OUT)
 
+# %% ../../nbs/experiments/robustness.ipynb #97d6e3ad
 def best_rate_of(
     p: Profile,
     method: str,  # one of `TUNED`
@@ -94,6 +95,7 @@ def long_search(p: Profile) -> Lines:
     "The declared grid on the ablation pair, with the student's full schedule."
     yield from trials(p, ablation_pair(p), p.student["epochs"])
 
+# %% ../../nbs/experiments/robustness.ipynb #901178db
 @experiment("long_search_tested", "Gain from a longer search", "robustness/search_worth",
             by=("search",), baseline={"search": "none"})
 def long_search_tested(p: Profile) -> Lines:

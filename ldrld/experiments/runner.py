@@ -81,6 +81,7 @@ Rows: TypeAlias = list[dict | None]  # the last epoch of each student; None for 
 class Paused(RuntimeError):
     "A run stopped at its deadline; the next call resumes from its checkpoint."
 
+# %% ../../nbs/experiments/runner.ipynb #d10608aa
 def reported(
     epochs_rows: Iterable[Rows],  # per epoch one dict per student, from `ldrld.training.loop.train_together`
     names: list[str], epochs: int,
@@ -128,6 +129,7 @@ def same_images(
     raise ValueError(f"dataset={record.config.dataset!r}: its images have changed since {record.name} was made; "
                      "use another --out or a new folder for the changed images, or move the record away")
 
+# %% ../../nbs/experiments/runner.ipynb #3d8a2424
 def lock_of(
     name: str,  # a run's name
     **more: Any,  # of `FileLock`
@@ -195,6 +197,7 @@ def _incomplete(config: RunConfig, keep: tuple[str, ...], profile: str, device: 
     if all(KEPT[k](name_of(config), profile).exists() for k in keep): return False
     return not keep_from_weights(config, keep, profile, device)
 
+# %% ../../nbs/experiments/runner.ipynb #834f1458
 def _train(
     todo: list[tuple[RunConfig, tuple[str, ...]]], finished: dict[str, Record | None], failed: dict[str, Divergence],
     profile: str, device: str, say: Say,
@@ -242,6 +245,7 @@ def finish(
     (paths.work(name) / "checkpoint.pt").unlink()
     return record
 
+# %% ../../nbs/experiments/runner.ipynb #56af1fbb
 def give_up(config: RunConfig, student: Student, profile: str, made: dict, say: Say) -> Divergence:
     "Save that a student diverged, and delete its checkpoint."
     found = keep_divergence(config, cast(Diverged, student.diverged), student.history, profile, made)
@@ -249,6 +253,7 @@ def give_up(config: RunConfig, student: Student, profile: str, made: dict, say: 
     say(f"{found.name}: {found.error}")
     return found
 
+# %% ../../nbs/experiments/runner.ipynb #3f09315e
 def run(
     config: RunConfig,
     profile: str = "quick",  # where the record goes

@@ -40,6 +40,7 @@ def last_batch_fits(
             f"batch_size={config.batch_size}: of {images} training images one is left for the last batch, and "
             f"{config.model} has 1×1 feature maps, where BatchNorm needs two images; {fits} would work") from None
 
+# %% ../../nbs/experiments/students.ipynb #8216d436
 def start(
     config: RunConfig,
     images: ImageData,
@@ -60,6 +61,7 @@ def start(
     sgd = config.recipe, config.lr, config.momentum, config.weight_decay
     return Student(model, loss, *sgd, checkpoint, note, compiled(), leg)
 
+# %% ../../nbs/experiments/students.ipynb #eca46e1b
 def begin_on(device: str) -> None:
     "One thread on a CPU unless LDRLD_THREADS is set; deterministic GPU kernels unless LDRLD_DETERMINISTIC=0."
     # more threads change the order of summation, hence the rounding, and several processes would compete for cores

@@ -109,6 +109,7 @@ def summed(
     "Their sum."
     return cast(Tensor, sum(values))
 
+# %% ../../nbs/methods/base.ipynb #48622fca
 def wide(
     x: Tensor,  # any floating type
 ) -> Tensor:  # float32, or float64 for float64
@@ -122,6 +123,7 @@ def readable(
     "Logits with ignored rows set to zero, since these may hold anything, including NaN."
     return logits if share is None else logits.where((share > 0)[:, None], 0.0)
 
+# %% ../../nbs/methods/base.ipynb #c3e4fa1b
 def compared(
     rows: Rows,  # from `rows_of`
 ) -> Rows:  # in float32 or better and without −∞; logits and target are 0 in ignored rows

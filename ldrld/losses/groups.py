@@ -24,6 +24,7 @@ def log_masses(
     if chosen.shape[-1] < z.shape[-1]: masses.append(z.scatter(-1, chosen, -torch.inf).logsumexp(-1))
     return torch.stack(masses, -1)
 
+# %% ../../nbs/methods/groups.ipynb #6da37843
 def mass_kl(
     student: Tensor,  # (rows, classes) logits
     teacher: Tensor,  # (rows, classes) logits

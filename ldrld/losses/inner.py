@@ -33,7 +33,7 @@ def inner_loss(
     return (cast(RowLoss, build(name, **arguments | off)), validation.number("ce_weight", ce_weight, at_least=0.0),
             validation.number("warmup", warmup, at_least=0.0))
 
-
+# %% ../../nbs/methods/inner.ipynb #57f08350
 def inner_terms(
     base: RowLoss,  # from `inner_loss`
     rows: Rows,  # logits, target and row weights

@@ -133,6 +133,7 @@ def may_rule_out(z: Tensor) -> bool:
     if not validation.may_look(z): return True
     return not z.detach().amin() > lowest_allowed(z)
 
+# %% ../../nbs/lesson/01_relations.ipynb #8a444e9a
 def finite(
     z: Tensor,  # (…, classes) logits of any floating type
     some: bool | None = None,  # result of `may_rule_out`, if already known
@@ -176,6 +177,7 @@ def check_ruled_out(
                      f"where teacher_logits has {teacher[row, c].item():g}; the divergence is infinite. "
                      "Mask the teacher there too")
 
+# %% ../../nbs/lesson/01_relations.ipynb #9cbd76c7
 def comparable(
     student: Tensor,  # (rows, classes) logits of any floating type
     teacher: Tensor | None,  # the same shape

@@ -33,7 +33,7 @@ def _key(name: str) -> str:
     """`name` without case and punctuation."""
     return re.sub(r"[^a-z0-9]", "", name.lower().replace("×", "x")).replace("shufflenet", "shuffle")
 
-
+# %% ../../nbs/models/models.ipynb #9f54b47c
 def canonical(
     name: str,  # one of `available()`, or a paper's spelling of it
 ) -> str:

@@ -25,6 +25,7 @@ def precision_used(
     else: native = torch.device(device).type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if native else torch.float32
 
+# %% ../../nbs/models/evaluation.ipynb #766faf80
 def set_numerics(
     device: str = "cpu",
     deterministic: bool = True,  # restrict cuDNN to deterministic algorithms
@@ -37,6 +38,7 @@ def set_numerics(
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = deterministic, not deterministic
 
+# %% ../../nbs/models/evaluation.ipynb #b15b7b71
 def autocast(
     dtype: torch.dtype,  # from `precision_used`
     device: str | torch.device = "cpu",  # where the tensors are
@@ -60,6 +62,7 @@ def logits_on(
     model.train(was_training)
     return torch.cat(z)
 
+# %% ../../nbs/models/evaluation.ipynb #3ff20b5e
 def logits_of(
     model: nn.Module,
     images: Tensor,  # (N, H, W, 3) uint8
@@ -70,6 +73,7 @@ def logits_of(
     "Logits for unaugmented images, in evaluation mode."
     return logits_on(model, Crops(images, mean, std, device=str(next(model.parameters()).device)), dtype, batch_size)
 
+# %% ../../nbs/models/evaluation.ipynb #ada0b972
 def accuracy(
     logits: Tensor,  # (N, classes)
     labels: Tensor,  # (N,)

@@ -100,7 +100,7 @@ def rows_after(
         raise ValueError(f"i={i!r}: expected the number of a stage, from 0 (the stem) to {len(rows)}")
     return rows[i:]
 
-
+# %% ../../nbs/models/parts.ipynb #5d1325fb
 class Staged(nn.Module):
     """A network of stem, stages and head. Subclasses define `stem(x)`, `rows` and `onward(x, rows, features)`."""
     rectified = True  # whether the maps that `tail` takes follow a ReLU; False: they may have negative values

@@ -94,7 +94,7 @@ class SplitUnit(nn.Module):
         y = self.bn2(self.conv2(y))
         return torch.cat([kept, self.bn3(self.conv3(y))], 1)
 
-
+# %% ../../nbs/models/shuffle.ipynb #d8fe1fb4
 class DownUnit(nn.Module):
     """The ShuffleNet V2 unit that halves the map; returns its two branches before ReLU and shuffle."""
     def __init__(

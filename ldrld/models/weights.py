@@ -42,7 +42,7 @@ class _StandIn:
     def __new__(cls, *args: Any, **kwargs: Any) -> Any: return cls.becomes() if cls.becomes else super().__new__(cls)
     def __setstate__(self, state: Any) -> None: pass
 
-
+# %% ../../nbs/models/weights.ipynb #536dbdc0
 def _stand_in(name: str) -> type:
     """An empty class of this full name."""
     module, _, last = name.rpartition(".")
@@ -51,7 +51,7 @@ def _stand_in(name: str) -> type:
     elif last == "deque": becomes = list
     return type(last, (_StandIn,), {"__module__": module, "becomes": becomes})
 
-
+# %% ../../nbs/models/weights.ipynb #c75d158c
 def _asked_for(reason: str) -> str | None:
     """The full name of the class or function that PyTorch's restricted unpickler rejected."""
     found = re.search(r"GLOBAL (\S+)", reason)
@@ -67,7 +67,7 @@ _STARTS = {
     b"\xfd7zXZ": "an xz archive; unpack it first",
 }
 
-
+# %% ../../nbs/models/weights.ipynb #10f44682
 def _complaint(path: Path, reason: str) -> str:
     """Why PyTorch's restricted unpickler could not read a file, in one sentence."""
     if name := _asked_for(reason):
@@ -91,7 +91,7 @@ def _packed(path: Path) -> str | None:
     if unpacked <= 2 * path.stat().st_size: return None
     return f"it unpacks to {unpacked:,} bytes, which no checkpoint does, so it was not read"
 
-
+# %% ../../nbs/models/weights.ipynb #9934a716
 def _read_torch(path: Path) -> Any:
     """Read a `.pth` file without running code from it."""
     what = f"{path} ({path.stat().st_size:,} bytes)"
@@ -117,7 +117,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # as above
         raise WeightsError(f"{path} ({path.stat().st_size:,} bytes): a damaged .safetensors file ({error})") from None
 
-
+# %% ../../nbs/models/weights.ipynb #bd6b3662
 def _read(path: Path) -> Any:
     """Read the file at `path` in either format."""
     if path.is_dir():
@@ -145,13 +145,13 @@ def _state_dicts(content: Any, depth: int = 3) -> dict[str, dict]:
         found |= {f"{name}.{where}".rstrip("."): state for where, state in below.items()}
     return found
 
-
+# %% ../../nbs/models/weights.ipynb #2820ee72
 def _hollow(value: Tensor) -> bool:
     """Whether a tensor has less storage than its shape requires, such as on the meta device or when expanded."""
     if value.layout != torch.strided: return False
     return value.is_meta or value.untyped_storage().nbytes() < value.numel() * value.element_size()
 
-
+# %% ../../nbs/models/weights.ipynb #24e6caaa
 def _tensors(path: Path) -> dict[str, Tensor]:
     """The state dict in a file, with its original names."""
     content = _read(path)
@@ -179,7 +179,7 @@ def _bare(state: dict[str, Tensor]) -> dict[str, Tensor]:
         state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     return state
 
-
+# %% ../../nbs/models/weights.ipynb #71d4388c
 def read_weights(
     path: str | Path,  # a checkpoint, whatever its suffix: `.safetensors` or what `torch.save` writes
 ) -> dict[str, Tensor]:
@@ -195,7 +195,7 @@ def _head_name(model: nn.Module) -> str | None:
     """The name under which `model.head` is registered."""
     return next((name for name, module in model.named_modules() if module is getattr(model, "head", None)), None)
 
-
+# %% ../../nbs/models/weights.ipynb #4f61aaac
 def adapt(
     state: dict[str, Tensor],  # from `read_weights`
     model: nn.Module,  # provides the target names
@@ -221,7 +221,7 @@ def _outline(name: str) -> nn.Module:
     from ldrld.models import build  # here, because that module imports this one
     with torch.device("meta"): return build(name)
 
-
+# %% ../../nbs/models/weights.ipynb #cad13805
 def identify(
     state: dict[str, Tensor],  # from `read_weights`
 ) -> tuple[str, int] | None:
@@ -242,7 +242,7 @@ def _some(names: list[str]) -> str:
     """The first few of `names`, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
-
+# %% ../../nbs/models/weights.ipynb #4915f98b
 def _misfit(state: dict[str, Tensor], model: nn.Module) -> str | None:
     """Why `state`, adapted to `model`, does not fit it; None if it does."""
     own = model.state_dict()
@@ -310,7 +310,7 @@ def save_weights(
     finally: part.unlink(missing_ok=True)
     return path
 
-
+# %% ../../nbs/models/weights.ipynb #7247236f
 def read_metadata(
     path: str | Path,  # a `.safetensors` file
 ) -> dict:

@@ -24,6 +24,7 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is damaged ({error}); delete it, `ldrld reproduce` makes it again") from None
 
+# %% ../../nbs/results/arrays.ipynb #c7400ed3
 def logits(
     name: str,  # a run's name
     p: str | Profile = "quick",

@@ -156,6 +156,7 @@ def verdict(
     if low > 0: return "supported"
     return "refuted" if high < 0 else "inconclusive"
 
+# %% ../../nbs/results/claims.ipynb #74e27ca6
 def detectable(
     values: list[float],  # differences
 ) -> float:  # in their unit; NaN for fewer than two differences or zero spread
@@ -209,6 +210,7 @@ def compared(
         return order.index(line["claim"]), p.pairs.index(pair) if pair in p.pairs else 0
     return sorted(lines.values(), key=place)
 
+# %% ../../nbs/results/claims.ipynb #6ebc18ea
 def judged(
     p: str | Profile = "quick",
 ) -> pd.DataFrame:  # one row per comparison, with n, difference, low, high, p_holm, verdict and runs

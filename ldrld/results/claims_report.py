@@ -24,6 +24,7 @@ def difference_text(
     if math.isnan(r["difference"]): return ""
     return f"{r['difference']:+.2f}" + ("" if math.isnan(r["low"]) else f" [{r['low']:+.2f}, {r['high']:+.2f}]")
 
+# %% ../../nbs/results/claims_report.ipynb #8cddb71e
 def shown(
     table: pd.DataFrame,  # from `judged`
 ) -> pd.DataFrame:  # text
@@ -55,6 +56,7 @@ def setting(
     p = profile(p)
     return f"{p.data} ({p.student['epochs']} epochs, recipe `{p.student['recipe']}`)"
 
+# %% ../../nbs/results/claims_report.ipynb #3263efd2
 def caption(
     table: pd.DataFrame,  # from `judged`
     p: str | Profile,
@@ -86,6 +88,7 @@ def counted(
             f"Supported: {n['supported']} ({claims['strict'].sum()} also with p (Holm) below 0.05); "
             f"refuted: {n['refuted']}; inconclusive: {n['inconclusive']}.")
 
+# %% ../../nbs/results/claims_report.ipynb #f6c8f1d8
 def against_others(
     table: pd.DataFrame,  # from `judged`
 ) -> str:  # one to three sentences; empty if LDRLD was compared with no other method
@@ -103,6 +106,7 @@ def against_others(
         if names: sentences.append(f"LDRLD {verb} {', '.join(names)}.")
     return " ".join(sentences)
 
+# %% ../../nbs/results/claims_report.ipynb #9e5c9504
 def in_words(
     table: pd.DataFrame,  # from `judged`
     p: str | Profile,
@@ -132,6 +136,7 @@ def _rows(ax: plt.Axes, rows: pd.DataFrame, unit: str) -> None:
     ax.set(xlabel=f"difference, {unit}; claimed: to the right of 0", ylim=(len(rows) - 0.4, -0.6))
     ax.set_yticks(range(len(rows)), named, fontsize=7)
 
+# %% ../../nbs/results/claims_report.ipynb #91f19598
 def forest(
     table: pd.DataFrame,  # from `judged`
 ) -> plt.Figure:

@@ -43,6 +43,7 @@ def _images_again(claim: str, runs: list[str], p: Profile) -> list[float]:
         values.append(100 * (kd - ldrld))
     return values
 
+# %% ../../nbs/results/claims_verification.ipynb #959b73af
 def _seeds_again(line: dict, p: Profile, plans: dict) -> tuple[list[float], list[str]]:
     "The differences between the two cells of a line, and their runs."
     for name in dict.fromkeys(c.experiment for c in COMPARISONS if c.claim == line["claim"] and c.experiment):
@@ -59,6 +60,7 @@ def _seeds_again(line: dict, p: Profile, plans: dict) -> tuple[list[float], list
             return differences, [side[s].name for side in (ours, theirs) for s in shared]
     return [], []
 
+# %% ../../nbs/results/claims_verification.ipynb #5e44ef94
 def _published_again(line: dict) -> float:
     "The difference of two published methods, from the file of results."
     names = pd.read_csv(paths.published() / "architectures.csv").set_index("network")["paper_name"]
@@ -75,6 +77,7 @@ def _power(difference: float, values: list[float]) -> float:
     shift = difference / np.std(values, ddof=1) * math.sqrt(n)
     return float(stats.nct.sf(threshold, n - 1, shift) + stats.nct.cdf(-threshold, n - 1, shift))
 
+# %% ../../nbs/results/claims_verification.ipynb #e157c58a
 def verify(
     p: str | Profile = "quick",
 ) -> list[str]:  # one line per problem; empty if all is well

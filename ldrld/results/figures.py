@@ -96,6 +96,7 @@ def accuracies(
     "The accuracies behind a line of a table."
     return [read_record(name, profile(p).name).last_accuracy for name in line["runs"].split()]
 
+# %% ../../nbs/results/figures.ipynb #276c39da
 def line_with_band(
     ax: plt.Axes,
     table: pd.DataFrame,  # from `summarise`
@@ -111,6 +112,7 @@ def line_with_band(
     dots = [(line[x], a) for _, line in table.iterrows() for a in accuracies(line, p)]
     if dots: ax.scatter([place for place, _ in dots], [a for _, a in dots], s=8, color=colour, alpha=0.6, zorder=3)
 
+# %% ../../nbs/results/figures.ipynb #642d2ac7
 def reference_lines(
     ax: plt.Axes,
     table: pd.DataFrame,  # of the experiment `same_architecture`
@@ -123,6 +125,7 @@ def reference_lines(
         if not pair.loc[method, "n"]: continue
         ax.axhline(pair.loc[method, "mean"], linestyle="--", linewidth=1, color=COLOURS[method], label=method)
 
+# %% ../../nbs/results/figures.ipynb #1a68c37e
 def interval_plot(
     table: pd.DataFrame,  # from `summarise`
     column: str,  # what varies

@@ -22,6 +22,7 @@ def machine_of(
     "The GPU of a run, else its CPU."
     return record.machine.get("gpu") or record.machine.get("processor") or "unknown machine"
 
+# %% ../../nbs/results/front_page.ipynb #946ad708
 def evidence_links(
     names: list[str],  # of runs
     p: str | Profile = "quick",
@@ -32,12 +33,14 @@ def evidence_links(
     seed_of = lambda name: read_record(name, folder).config.seed
     return " ".join(f"[{seed_of(name)}]({start}data/runs/{folder}/{name}.json)" for name in names)
 
+# %% ../../nbs/results/front_page.ipynb #087880d9
 def duration(
     seconds: float,
 ) -> str:
     "Hours, or minutes if less than one hour."
     return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min"
 
+# %% ../../nbs/results/front_page.ipynb #1779791e
 def where_and_how_long(
     made: list[Record],
 ) -> str:  # such as "11 runs, 6.0 h of training; AMD EPYC, 1 thread per run"
@@ -82,6 +85,7 @@ def results(
     out = pd.DataFrame([{c: line.get(c, "") for c in columns} for line in lines], columns=columns)
     return out[[c for c in columns if c in columns[:3] or out[c].ne("").any()]], further
 
+# %% ../../nbs/results/front_page.ipynb #7117eb46
 def _waiting(cells: pd.DataFrame) -> dict:
     "One line for methods that were not run on a pair, with their published results."
     line = {"teacher → student": cells["teacher → student"].iloc[0], "method": ", ".join(cells["method"]),

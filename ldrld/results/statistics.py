@@ -81,6 +81,7 @@ def summarise(
     if "p" not in table: return table
     return table.assign(p=holm(table), pairs=table["pairs"].fillna(0).astype(int)).rename(columns={"p": "p_holm"})
 
+# %% ../../nbs/results/statistics.ipynb #4cb963f7
 def holm(
     table: pd.DataFrame,  # with columns teacher, student, p
 ) -> pd.Series:  # of the same length
@@ -90,6 +91,7 @@ def holm(
         corrected[p.index] = multipletests(p, method="holm")[1]
     return corrected
 
+# %% ../../nbs/results/statistics.ipynb #023730dd
 def baseline_of(
     e: Experiment,
     key: tuple,  # values of the columns `e.by`
@@ -105,6 +107,7 @@ def measures_of(
     accuracies = [row["test_accuracy"] for row in record.history]
     return record.measures | {"best − last": max(accuracies) - accuracies[-1]}
 
+# %% ../../nbs/results/statistics.ipynb #48653a8a
 def summarise_measures(
     runs: pd.DataFrame,  # from `collect`
     e: str | Experiment,  # one with `measures`

@@ -57,6 +57,7 @@ def shown(
     if table["p_holm"].notna().any(): out["p (Holm)"] = [p_text(v) for v in table["p_holm"]]
     return out
 
+# %% ../../nbs/results/tables.ipynb #3b33030f
 def p_text(
     p: float,
 ) -> str:
@@ -90,6 +91,7 @@ def folder_of(
     "The folder of tables and figures."
     return p if p in BENCHES else profile(p).name
 
+# %% ../../nbs/results/tables.ipynb #93124fa1
 def caption(
     table: pd.DataFrame,  # from `summarise`
     title: str,
@@ -110,6 +112,7 @@ def caption(
             text += " p: paired t-test, corrected over the comparisons of each pair of networks (Holm)."
     return text
 
+# %% ../../nbs/results/tables.ipynb #930b56d3
 def save_table(
     table: pd.DataFrame,  # from `summarise`
     name: str,  # file name without ending
@@ -128,6 +131,7 @@ def save_table(
     write_whole(folder / f"{name}.tex", latex.to_latex(index=False, caption=tex(text), label=f"tab:{name}"))
     return readable
 
+# %% ../../nbs/results/tables.ipynb #1ac3f090
 def tex(
     text: str,  # Markdown
 ) -> str:
@@ -207,6 +211,7 @@ def beside_published(
             "official code keeps 0.95 of the base learning rate until epoch 150.")
     return readable, text
 
+# %% ../../nbs/results/tables.ipynb #6a067e05
 def caption_of_measures(
     table: pd.DataFrame,  # from `summarise_measures`
     title: str,

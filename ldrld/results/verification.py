@@ -104,6 +104,7 @@ def expected_of(
     line = expected_line(last, best, pairs if compared else None)
     return ends | line | {"runs": " ".join(names(key))}
 
+# %% ../../nbs/results/verification.ipynb #59b98328
 def corrected(
     lines: list[dict],  # optionally with p, and the keys of `within`
     within: tuple[str, ...] = ("teacher", "student"),  # keys of the groups that are corrected together

@@ -29,6 +29,7 @@ class Produced:
     "An operand produced within the recording."
     number: int
 
+# %% ../../nbs/training/capture.ipynb #6cc7d9f5
 @dataclass(frozen=True)
 class Address:
     "An operand that existed before the recording: its address, not the tensor itself."
@@ -44,6 +45,7 @@ class Address:
         if storage is None: raise CaptureError("the replay reads memory that was freed after the recording")
         return torch.empty(0, dtype=self.dtype).set_(storage, self.offset, self.size, self.stride)
 
+# %% ../../nbs/training/capture.ipynb #5b8070ef
 def address_of(tensor: Tensor) -> Address:
     "The address of a tensor."
     storage = StorageWeakRef(tensor.untyped_storage())

@@ -29,6 +29,7 @@ def save(
     torch.save(content, f"{checkpoint}.tmp")
     os.replace(f"{checkpoint}.tmp", checkpoint)
 
+# %% ../../nbs/training/checkpoint.ipynb #94b493bc
 def read_checkpoint(
     checkpoint: str | os.PathLike,  # file
     device: torch.device | str = "cpu",
@@ -71,6 +72,7 @@ def resume(
         for group in state["optimizer"].param_groups: group["lr"] = state["scheduler"].get_last_lr()[0]
     return history, saved.get("legs", [])
 
+# %% ../../nbs/training/checkpoint.ipynb #3f0ec7ac
 def same_rates(
     scheduler: LRScheduler,  # new; stepped past the epochs of the history if it agrees
     history: list[dict[str, Any]],  # rows of the epochs so far

@@ -29,6 +29,7 @@ class NotFinite(NamedTuple):
     term: str  # of the loss, "loss" if all its terms are finite, "logits" or "test logits"
     value: float
 
+# %% ../../nbs/training/divergence.ipynb #ad6d924c
 def wrong_loss(
     value: Tensor,  # scalar, a loss or a sum of losses
     terms: Mapping[str, Tensor],  # its terms
@@ -38,6 +39,7 @@ def wrong_loss(
     name = next((name for name, term in terms.items() if not term.isfinite()), "loss")
     return NotFinite(name, float(terms.get(name, value)))
 
+# %% ../../nbs/training/divergence.ipynb #aea89c73
 def wrong_logits(
     logits: Tensor,  # (batch, classes)
 ) -> NotFinite | None:

@@ -23,6 +23,7 @@ def pieces(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     starts = [room_for(like[:i]) for i in range(len(like))]
     return [torch.as_strided(vector, tensor.shape, tensor.stride(), start) for tensor, start in zip(like, starts)]
 
+# %% ../../nbs/training/flat_parameters.ipynb #035c87e8
 class Flat:
     "The trained parameters of a student in one flat vector; momentum and gradient in two more."
     def __init__(self,

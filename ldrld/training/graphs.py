@@ -155,12 +155,14 @@ def called(
     "The function itself, without recording; used on a CPU."
     return function
 
+# %% ../../nbs/training/graphs.ipynb #28644be9
 def imitated(
     function: Callable[[], None], stream: Any = None, pool: Any = None, generators: Iterable[torch.Generator] = (),
 ) -> Callable[[], None]:
     "A recording by `Imitation`, used by the tests on a CPU."
     return Imitation().record(function).replay
 
+# %% ../../nbs/training/graphs.ipynb #9d5b9d42
 def captured(
     function: Callable[[], None], stream: Any, pool: Any, generators: Iterable[torch.Generator] = (),
 ) -> Callable[[], None]:
@@ -170,6 +172,7 @@ def captured(
     with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"): function()
     return graph.replay
 
+# %% ../../nbs/training/graphs.ipynb #a29484d1
 def frozen_numbers(loss: nn.Module) -> tuple[tuple[str, int | float | str], ...]:
     "The Python numbers of a loss, frozen by a recording: when one changes, as in a ramp, the step is recorded again."
     plain = (int, float, bool, str)

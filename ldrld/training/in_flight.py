@@ -34,6 +34,7 @@ def to_device(tensor: Tensor, where: Tensor) -> None:
     "Fill a tensor from host memory without waiting."
     where.copy_(tensor.pin_memory() if where.is_cuda else tensor, non_blocking=True)
 
+# %% ../../nbs/training/in_flight.ipynb #0ab4c0e5
 @dataclass
 class Landing:
     "The results of an epoch, which the host reads once the epoch has completed."
@@ -208,6 +209,7 @@ class Lap:
         seconds, self.at = now - self.at, now
         return seconds
 
+# %% ../../nbs/training/in_flight.ipynb #130ddc36
 def train_in_flight(
     flights: list[InFlight],  # finished students are removed; more may be added meanwhile
     stop: Callable[[], bool] = lambda: False,  # whether to start no further epoch

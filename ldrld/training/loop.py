@@ -47,6 +47,7 @@ class Cohort:
         shared = (elapsed - sum(own.values())) / len(own)
         return {student: alone + shared for student, alone in own.items()}
 
+# %% ../../nbs/training/loop.ipynb #803249e8
 @contextmanager
 def dropping(student: Student) -> Iterator[None]:
     "A student that diverges inside is marked, and the others go on."

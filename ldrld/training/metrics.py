@@ -27,6 +27,7 @@ def reliability(
     mean = lambda values: sums(values) / count.clamp(min=1)
     return {"share": count / len(labels), "accuracy": mean((answer == labels).double()), "confidence": mean(confidence)}
 
+# %% ../../nbs/training/metrics.ipynb #7fd35be4
 def calibration_error(
     logits: Tensor,  # (n, classes)
     labels: Tensor,  # (n,)
@@ -80,6 +81,7 @@ def grad_cam(
     M = (slope.mean((2, 3), keepdim=True) * last).sum(1).relu().detach()
     return M / M.amax((1, 2), keepdim=True).clamp(min=1e-12)
 
+# %% ../../nbs/training/metrics.ipynb #607abb8f
 def insight(
     model: nn.Module,  # one of `ldrld.models`
     images: ImageData,

@@ -39,6 +39,7 @@ class Batch:
     output: TeacherOutput | None = None  # teacher's logits and features, computed for this batch
     look: Callable[[Tensor], TeacherOutput] | None = None  # runs the teacher on images that a loss generates
 
+# %% ../../nbs/training/queries.ipynb #e989e9ab
 class Queries(NamedTuple):
     "What the losses of a cohort need from their teacher; None for what no loss needs."
     logits: TeacherFunction | None = None  # for losses on logits

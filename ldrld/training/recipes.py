@@ -25,6 +25,7 @@ def warmup_factor(
     passed = sum(epoch > s for s in steps)
     return 0.1 ** passed if passed else min(epoch / warmup, plateau)
 
+# %% ../../nbs/training/recipes.ipynb #b632d8fd
 def schedule(
     optimizer: torch.optim.Optimizer,  # its learning rate is the base rate
     recipe: str,  # one of `RECIPES`

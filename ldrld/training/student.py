@@ -36,6 +36,7 @@ class Outputs(NamedTuple):
 
 Network: TypeAlias = Callable[..., Any]  # x -> logits, or with features=True (logits, Features)
 
+# %% ../../nbs/training/student.ipynb #28ef29c3
 def loss_precision(
     loss: LossBase,
     dtype: torch.dtype,  # of the convolutions
@@ -44,6 +45,7 @@ def loss_precision(
     "Context of the forward pass and the loss: a loss on features computes in the precision of the features."
     return autocast(dtype, device) if loss.needs_features else nullcontext()
 
+# %% ../../nbs/training/student.ipynb #e033f43e
 def forward(
     loss: LossBase,  # says what it needs
     network: Network,  # the student
@@ -64,6 +66,7 @@ def forward(
     with autocast(dtype, device): z_s = network(x).float()
     return Outputs(z_s, z_t)
 
+# %% ../../nbs/training/student.ipynb #de828497
 def loss_of(
     loss: LossBase,
     outputs: Outputs,  # from `forward`
@@ -93,6 +96,7 @@ def described(
     try: return f"{type(loss).__name__}({loss.extra_repr()})"
     except AttributeError: return type(loss).__name__
 
+# %% ../../nbs/training/student.ipynb #0444d3ba
 class Learner:
     "A network with its loss and its optimiser."
     diverged: Diverged | None = None

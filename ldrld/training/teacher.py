@@ -28,6 +28,7 @@ def seal(
     bits = logits.half().cpu().numpy().view(np.int16)
     return np.column_stack([bits, np.bitwise_xor.reduce(bits, axis=1) ^ PATTERN])
 
+# %% ../../nbs/training/teacher.ipynb #d3200ca9
 def whole(
     rows: np.ndarray,  # (rows, classes + 1) int16
 ) -> np.ndarray:  # (rows,) bool
@@ -53,6 +54,7 @@ class TeacherOutput(NamedTuple):
     logits: Tensor  # (batch, classes) float32
     features: Features
 
+# %% ../../nbs/training/teacher.ipynb #38f9542e
 class Teacher:
     "A trained network in evaluation mode."
     def __init__(self,

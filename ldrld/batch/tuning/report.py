@@ -47,7 +47,7 @@ def shown(
         )
     return pd.DataFrame(lines)
 
-
+# %% ../../../nbs/tuning/report.ipynb #fbdc2cee
 def caption(
     search: Search,
     table: pd.DataFrame,  # from `table_of`, with at least one line
@@ -95,7 +95,7 @@ def command(
         words += [f"teacher.model={t.model}", *said("teacher.", of(t, shared))]
     return shlex.join(["ldrld", "run", *words, "--profile", folder])
 
-
+# %% ../../../nbs/tuning/report.ipynb #e7e7ca50
 def next_step(
     search: Search,
     table: pd.DataFrame,  # from `table_of`, with at least one line
@@ -127,7 +127,7 @@ def importance(
             found = {}  # the better trials are all trials
     return pd.Series(found, dtype=float, name="importance")
 
-
+# %% ../../../nbs/tuning/report.ipynb #f07e0c18
 def draw(
     search: Search,
     table: pd.DataFrame,  # from `table_of`, with at least one line

@@ -95,7 +95,7 @@ def trial_config(
     student = {**p.student, "holdout": holdout, **({} if epochs is None else {"epochs": epochs})}
     return RunConfig(dataset=p.dataset, model=pair[1], loss=loss, loss_args=loss_args, teacher=teacher, **student)
 
-
+# %% ../../../nbs/tuning/search.ipynb #7b363018
 def search_for(
     p: str | Profile,  # a profile, by itself, by its name or its file
     loss: str = "ldrld",  # name in `ldrld.losses`
@@ -124,7 +124,7 @@ def studies(
     "Where declarations and studies lie, beside the records of their trials."
     return paths.records(folder) / "studies"
 
-
+# %% ../../../nbs/tuning/search.ipynb #ed813131
 def _differences(before: dict, now: dict, where: str = "") -> list[str]:
     "What two declarations do not share."
     lines = []
@@ -136,7 +136,7 @@ def _differences(before: dict, now: dict, where: str = "") -> list[str]:
             lines.append(f"{name} was {a!r}, now {b!r}")
     return lines
 
-
+# %% ../../../nbs/tuning/search.ipynb #8c867238
 def declare(
     search: Search,
 ) -> None:
@@ -162,7 +162,7 @@ def declare(
         )
         write_whole(file, text + "\n")
 
-
+# %% ../../../nbs/tuning/search.ipynb #3850ddbf
 class Declaration(BaseModel):
     "The file of a search: what is searched, and with which code it was begun."
 
@@ -182,7 +182,7 @@ def declared(
     except ValueError as error:
         raise ValueError(f"{file} does not declare a search; move it away and call again\n{error}") from error
 
-
+# %% ../../../nbs/tuning/search.ipynb #e8893a52
 def lock_file(search: Search, what: str) -> str:
     "The file of a lock; it is freed when its process ends, however it ends."
     folder = paths.work(f"{search.folder}-{search.name}")

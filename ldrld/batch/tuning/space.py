@@ -53,7 +53,7 @@ def ends(
     "Both ends of a range, or every value of a list."
     return dimension.choices if isinstance(dimension, CategoricalDistribution) else (dimension.low, dimension.high)
 
-
+# %% ../../../nbs/tuning/space.ipynb #5984c8a8
 def dimension(
     loss: str,  # name in `ldrld.losses`
     name: str,  # of one of its hyper-parameters
@@ -110,7 +110,7 @@ def space_from(
         space[name] = text
     return space
 
-
+# %% ../../../nbs/tuning/space.ipynb #90e919e1
 def space_of(
     loss: str,  # name in `ldrld.losses`
     classes: int,  # of the data

@@ -79,7 +79,7 @@ class SeededByNumber(BaseSampler):
     ) -> Any:
         return self.tpe.sample_independent(study, trial, param_name, param_distribution)
 
-
+# %% ../../../nbs/tuning/study.ipynb #12448d6b
 def study_of(
     search: Search,
 ) -> optuna.Study:
@@ -100,7 +100,7 @@ def study_of(
             f"{file} is damaged; delete it and call again: its trials are suggested anew and found in their records"
         ) from error
 
-
+# %% ../../../nbs/tuning/study.ipynb #f8447fa6
 def values_of(
     search: Search,
     suggested: dict,  # a trial's parameters in the study
@@ -119,6 +119,7 @@ class Claim(NamedTuple):
     values: dict
     lock: FileLock
 
+# %% ../../../nbs/tuning/study.ipynb #f6e6b13d
 def claim(
     search: Search,
     study: optuna.Study,

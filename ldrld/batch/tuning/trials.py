@@ -73,7 +73,7 @@ def tune(
         say(str(pause))
     return table_of(search)
 
-
+# %% ../../../nbs/tuning/trials.ipynb #32da4395
 def settings_of(
     values: dict,
 ) -> str:  # such as "alpha=10.5 depth=7"
@@ -102,7 +102,7 @@ def _line(search: Search, number: int | None, values: dict) -> dict:
         "runs": " ".join(names),
     }
 
-
+# %% ../../../nbs/tuning/trials.ipynb #07a54463
 def table_of(
     search: Search,
 ) -> pd.DataFrame:  # trial, settings, defaults, held_out (per cent, mean over seeds), sd, gain over the defaults, runs
@@ -124,14 +124,13 @@ def table_of(
     )
     return table
 
-
+# %% ../../../nbs/tuning/trials.ipynb #b1d7eb72
 def best_of(
     search: Search,
     table: pd.DataFrame,  # from `table_of`, with at least one line
 ) -> dict:  # name -> value
     "The settings with the highest accuracy on the held-out images; of equal ones the first."
     return settings_in(search, table.loc[table["held_out"].idxmax()])
-
 
 def settings_in(search: Search, line: pd.Series) -> dict:
     "The settings of a line, as Python's own numbers and words."

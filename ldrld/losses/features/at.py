@@ -26,6 +26,7 @@ def attention(
     "Attention map: mean power over channels, normalised over locations. A map of zeros stays zero."
     return F.normalize(maps.abs().pow(p).mean(1).flatten(1), dim=1)
 
+# %% ../../../nbs/methods/at.ipynb #3b35b037
 @register("at")
 class AT(Comparison):
     """Attention maps of all stages: w_ce·CE + w·Σ_i mean (a(F^s_i) − a(F^t_i))².

@@ -23,6 +23,7 @@ class Shapes(NamedTuple):
     pooled: tuple[int]
     last: tuple[int, int, int] | None
 
+# %% ../../../nbs/methods/features.ipynb #6fd7a6d0
 def shapes_of(
     network: nn.Module,  # called as `network(x, features=True)`
     example: Tensor,  # (batch, 3, side, side); one image is enough

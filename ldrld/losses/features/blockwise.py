@@ -34,7 +34,7 @@ class Cut(NamedTuple):
     source: tuple[int, int, int]  # channels, height, width of the student's map
     wanted: tuple[int, int, int]  # of the map that the rest of the teacher takes
 
-
+# %% ../../../nbs/methods/blockwise.ipynb #a275bbf9
 def cuts_between(
     student: Sequence[tuple[int, int, int]],  # shapes of the student's maps after each stage but the stem
     teacher: Sequence[tuple[int, int, int]],  # of the teacher's
@@ -62,7 +62,7 @@ def resizing(
     raise ValueError(f"connectors join maps whose sizes are multiples of each other, got {tuple(size)} for the student "
                      f"and {tuple(to)} for the teacher; choose networks with such stages")
 
-
+# %% ../../../nbs/methods/blockwise.ipynb #e0665242
 def connector(
     source: tuple[int, int, int],  # channels, height, width of the student's map
     wanted: tuple[int, int, int],  # of the teacher's
@@ -150,7 +150,7 @@ def distance_of(
         raise ValueError(f"distance must be a loss on logits with a teacher, got {name!r}")
     return made
 
-
+# %% ../../../nbs/methods/blockwise.ipynb #23107d42
 def ranked_by(
     scores: Tensor,  # (rows, classes) logits that rank the classes
     base: RelationLoss,  # an `LDRLD`
@@ -298,7 +298,7 @@ class BlockKD(BlockWise):
         to_mean = [w * self.apart(logits[k], mean, rows, self.detach_ensemble) for k, w in weights.items()]
         return self.apart(rows.student, mean, rows, self.detach_ensemble) + summed(to_mean)
 
-
+# %% ../../../nbs/methods/blockwise.ipynb #01273ba0
 @register("block_ldrld")
 class BlockLDRLD(BlockKD):
     """Block-wise LDRLD: as "blockkd", with LDRLD as the distance between logits.
@@ -316,7 +316,7 @@ def macs_of(call: Callable[[], Any]) -> float:
     with FlopCounterMode(display=False) as counter: call()
     return counter.get_total_flops() / 2e6
 
-
+# %% ../../../nbs/methods/blockwise.ipynb #2ae9db82
 def step_macs(
     student: str, teacher: str,  # names in `ldrld.models`
     loss: str = "blockkd",  # a block-wise loss

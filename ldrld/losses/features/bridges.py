@@ -37,7 +37,7 @@ def handed_on(
     last = features.preact[-1] if isinstance(network, (*CUT_BEFORE_RELU, WideResNet)) else features.last
     return [*maps[:-1], last]
 
-
+# %% ../../../nbs/methods/bridges.ipynb #8c83e5e9
 def finish(
     network: nn.Module,  # the receiving network
     i: int,  # continue after this stage
@@ -46,7 +46,7 @@ def finish(
     "Logits from a bridged map through the stages of `network` after stage `i`."
     return cast(Staged, network).tail(i, F.relu(x) if isinstance(network, CUT_BEFORE_RELU) else x)
 
-
+# %% ../../../nbs/methods/bridges.ipynb #43db5b79
 def bridge(
     source: tuple[int, int, int],  # shape of the input map
     wanted: tuple[int, int, int],  # shape of the output map

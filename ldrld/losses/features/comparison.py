@@ -76,6 +76,7 @@ def same_stages(student: tuple, teacher: tuple, name: str) -> None:
                          f"teacher {len(teacher)}. Networks named resnet…, wrn… and Shuffle… have 3, vgg…, MobileNetV2 "
                          "and ResNet50 have 4; 'sp', 'pkt', 'rkd' and 'crd' fit any pair")
 
+# %% ../../../nbs/methods/comparison.ipynb #b9f0670a
 def to_smaller(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     "Both maps at the size of the smaller one; the larger one is average-pooled."
     side = min(s.shape[-1], t.shape[-1])

@@ -30,6 +30,7 @@ def binary_kl_norm(
     x = ((z_s - z_t) / (2 * temperature)).abs().masked_fill((z_s <= RULED_OUT) | (z_t <= RULED_OUT), 0.0)
     return (x + F.softplus(-2 * x) - math.log(2)).sum(-1)
 
+# %% ../../../nbs/methods/dhkd.ipynb #6a7d525d
 @register("dhkd")
 class DHKD(FeatureLoss):
     """Two heads: CE at the student's own, w_kd·τ²·Σ ln cosh((z^second − z^t)/(2τ)) at a second one, then discarded.

@@ -31,7 +31,7 @@ def log_mixture(
     log = lambda a: math.log(a) if a > 0 else -math.inf
     return torch.logaddexp(log(alpha) + wide(z).log_softmax(-1), log(1 - alpha) + (wide(z_kd) / beta).log_softmax(-1))
 
-
+# %% ../../../nbs/methods/dho.ipynb #482db72f
 class TwoHeads(nn.Module):
     "A student with a second head; its logits are those of the mixture of both heads."
     def __init__(

@@ -31,7 +31,7 @@ def heads_of(
                          f"{theirs.out_features}")
     return ours, theirs
 
-
+# %% ../../../nbs/methods/heads.ipynb #6aab6472
 def last_shape(
     network: nn.Module,  # called as `network(x, features=True)`
     example: Tensor,  # (batch, 3, side, side)
@@ -43,12 +43,11 @@ def last_shape(
         raise ValueError(f"{who}: the features of {type(network).__name__} lack `last`, the map before pooling")
     return last
 
-
+# %% ../../../nbs/methods/heads.ipynb #948a2c62
 def last_map(features: Features) -> Tensor:
     "The map before pooling. ValueError if the network does not return it."
     if features.last is None: raise ValueError("the features lack `last`, the map before pooling")
     return features.last
-
 
 def plain_linear(head: nn.Linear, pooled: Tensor) -> Tensor:
     "Output of `head` with detached weights."

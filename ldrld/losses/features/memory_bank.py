@@ -22,6 +22,7 @@ def by_class(
     count = labels.bincount()
     return labels.argsort(stable=True), count.cumsum(0) - count, count
 
+# %% ../../../nbs/methods/memory_bank.ipynb #add274ad
 def draw_others(
     own: Tensor,  # (batch,) int64 classes
     k: int,  # K, number of negatives per sample
@@ -36,6 +37,7 @@ def draw_others(
     position = (chosen + turn) % others
     return order[position + (position >= start[own][:, None]) * count[own][:, None]]
 
+# %% ../../../nbs/methods/memory_bank.ipynb #d54f7247
 def generator_on(
     generator: torch.Generator,
     device: torch.device,

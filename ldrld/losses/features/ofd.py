@@ -67,6 +67,7 @@ def connector(c_in: int, c_out: int) -> nn.Sequential:
     nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
     return nn.Sequential(convolution, nn.BatchNorm2d(c_out))
 
+# %% ../../../nbs/methods/ofd.ipynb #0f9c1100
 @register("ofd")
 class OFD(Comparison):
     """Maps before the activation, with margins for negative values: w_ce·CE + w·Σ_i 2^−(n−i)·Σ ℓ / B.

@@ -25,6 +25,7 @@ def jump_log_probabilities(
     closeness = ((f @ f.T + 1) / 2).clamp(min=floor)
     return closeness.log() - closeness.sum(1, keepdim=True).log()
 
+# %% ../../../nbs/methods/pkt.ipynb #1d7d5e01
 @register("pkt")
 class PKT(Comparison):
     """Probabilities within the batch, from pooled vectors: w_ce·CE + w/B²·Σ p^t log(p^t / p^s).

@@ -30,7 +30,7 @@ def convolved(
     norm = cast(nn.BatchNorm2d, layers[1])
     return F.batch_norm(layers[0](x), norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
 
-
+# %% ../../../nbs/methods/reviewkd.ipynb #598dc66c
 class AttentionFusion(nn.Module):
     """One level of the review: fuses the student's map with the output of the deeper level."""
     def __init__(

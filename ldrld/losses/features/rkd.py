@@ -27,6 +27,7 @@ def distances_and_angles(
     e = difference / length.where(length > 0, 1.0)[..., None]
     return length / mean.where(mean > 0, 1.0), e @ e.transpose(1, 2)
 
+# %% ../../../nbs/methods/rkd.ipynb #dc8ff9e1
 @register("rkd")
 class RKD(Comparison):
     """Distances and angles of pooled vectors: w_ce·CE + w_d·SmoothL1(d^s, d^t) + w_a·SmoothL1(cos^s, cos^t).

@@ -35,7 +35,7 @@ def regional_logits(
         rows.append(wide(logits if side == 1 else head(pooled.to(head.weight.dtype))))
     return torch.cat(rows)
 
-
+# %% ../../../nbs/methods/sdd.ipynb #ebd31ce6
 def conflicts(
     z_t: Tensor,  # (N·batch, classes) the teacher's, from `regional_logits`
     teacher_logits: Tensor,  # (batch, classes)

@@ -31,7 +31,7 @@ def three_layers(
         layers += [conv(c_in, c_out, kernel), nn.BatchNorm2d(c_out), nn.ReLU()]
     return nn.Sequential(*layers)
 
-
+# %% ../../../nbs/methods/simkd.ipynb #5bdc572d
 class ReusedHead(nn.Module):
     "A student's stages, a projector and the teacher's head as one network."
     def __init__(

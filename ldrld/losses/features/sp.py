@@ -23,6 +23,7 @@ def similarities(
     Q = maps.flatten(1)
     return F.normalize(Q @ Q.T, dim=1)
 
+# %% ../../../nbs/methods/sp.ipynb #d76f8efe
 @register("sp")
 class SP(Comparison):
     """Similarities within the batch, from the last maps: w_ce·CE + w/B²·‖G^t − G^s‖².

@@ -27,7 +27,7 @@ def without(
     "Logits with −∞ at the label."
     return z.scatter(-1, target[:, None], -torch.inf)
 
-
+# %% ../../../nbs/methods/uskd.ipynb #47c431e7
 def log_ratios(
     z: Tensor,  # (batch, classes) logits
     target: Tensor,  # (batch,) int64, the label t
@@ -35,7 +35,7 @@ def log_ratios(
     "log(p_c / (1 − p_t)), without computing 1 − p_t, which can round to 0."
     return z - without(z, target).logsumexp(-1, keepdim=True)
 
-
+# %% ../../../nbs/methods/uskd.ipynb #73b1da75
 def zipf_labels(
     weak: Tensor,  # (batch, classes) logits of the weak head
     strong: Tensor,  # (batch, classes) logits of the network

@@ -28,6 +28,7 @@ def mean_regressor(c_s: int, c_t: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(c_s, c_t, 1, bias=False), nn.ReLU(), nn.Conv2d(c_t, c_t, 1, bias=False), nn.ReLU(),
                          nn.Conv2d(c_t, c_t, 1, bias=False))
 
+# %% ../../../nbs/methods/vid.ipynb #04bbf94a
 def normal_nll(
     mean: Tensor,  # μ, (batch, channels, height, width)
     value: Tensor,  # F^t, the same shape

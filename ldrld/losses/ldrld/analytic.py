@@ -40,6 +40,7 @@ def pairs_of(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     i, j = pair_indices(len(weights), weights.device)
     return i, j, weights[i, j][:, None]
 
+# %% ../../../nbs/lesson/04_one_pass.ipynb #c0f9ebc3
 def pairs_and_gradient(
     z: Tensor,  # (d, 2·rows) logits over T of the selected classes, best first: the student's, then the teacher's
     weights: Tensor,  # (d, d) pair weights Ω, from `adw_weights`
@@ -95,6 +96,7 @@ class Workspace(threading.local):
 
 workspace = Workspace()
 
+# %% ../../../nbs/lesson/04_one_pass.ipynb #000359b7
 @contextmanager
 def own_workspace(held: dict) -> Iterator[None]:
     "Context that uses the caller's buffers `held`: a captured CUDA graph needs memory that nothing else writes to."
@@ -142,6 +144,7 @@ def constants(values: tuple[float, ...], dtype: torch.dtype, device: torch.devic
     "A vector that is the same in every step, cached."
     return torch.tensor(values, dtype=dtype, device=device)
 
+# %% ../../../nbs/lesson/04_one_pass.ipynb #c9387469
 def analytic(
     student: Tensor,  # (rows, classes), any floating type
     teacher: Tensor,  # (rows, classes)
@@ -185,6 +188,7 @@ def kernel(
     share, weights = share.float(), weights.float()
     return triton_kernel.fused(student, teacher, target, share, weights, temperature, factors, rank_by, with_grad)
 
+# %% ../../../nbs/lesson/04_one_pass.ipynb #65c17d25
 def kernel_gradient(ctx: Any, gradient: Tensor, above: Tensor) -> Tensor:
     "The kernel's gradient times the incoming gradient, in place."
     from ldrld.losses.ldrld import triton_kernel
@@ -194,6 +198,7 @@ def kernel_gradient(ctx: Any, gradient: Tensor, above: Tensor) -> Tensor:
     ctx.given_away = True
     return triton_kernel.scale_(gradient, above)
 
+# %% ../../../nbs/lesson/04_one_pass.ipynb #5b6d10eb
 def kernel_serves(student: Tensor, teacher: Tensor, depth: int) -> bool:
     "Whether the kernel supports these logits: on a GPU, not float64, depth at most 64, with Triton installed."
     if not student.is_cuda or torch.float64 in (student.dtype, teacher.dtype): return False
@@ -207,6 +212,7 @@ def scaled(gradient: Tensor, above: Tensor, dtype: torch.dtype) -> Tensor:
 
 Implementation = Callable[..., tuple[Tensor, Tensor | None]]  # `analytic` or `kernel`
 
+# %% ../../../nbs/lesson/04_one_pass.ipynb #cd3d83da
 class OneGradient(torch.autograd.Function):
     "LDRLD as a single autograd node. Forward computes the value, the gradient, and the four terms (without gradient)."
 

@@ -18,7 +18,7 @@ def up(n: int) -> int:
     "The next power of two."
     return 1 << (n - 1).bit_length()
 
-
+# %% ../../../nbs/methods/kernel_launch.ipynb #023a0284
 def options(
     classes: int,
     depth: int,  # number of selected classes

@@ -23,6 +23,7 @@ def _rows(x: Any, k: Tensor) -> Any:
     if x is None: return None
     return x[k] if len(k) else x.new_zeros(1, *x.shape[1:])
 
+# %% ../../../nbs/lesson/06_language_models.ipynb #e65ab43a
 class _RowsAtATime(torch.autograd.Function):
     "Loss of a linear layer's outputs; the gradients of its input and weights are computed in the forward."
 
@@ -91,6 +92,7 @@ def _check_layer(who: str, hidden: Tensor, weight: Tensor | None, vocabulary: in
         raise ValueError(f"{who}_hidden must have shape "
                          f"{(*lead, vocabulary if weight is None else width)}, got {tuple(hidden.shape)}")
 
+# %% ../../../nbs/lesson/06_language_models.ipynb #ff9532a8
 def _check_loss(loss: Any) -> None:
     "ValueError unless `loss` is a loss on logits with independent rows."
     name = type(loss).__name__

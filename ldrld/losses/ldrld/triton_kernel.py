@@ -54,6 +54,7 @@ def _without_shared(s, t):
     "The teacher's logits, lower still where both networks mask a class, so that no group targets it."
     return tl.where(s + t <= _BY_BOTH, _BY_BOTH, t)  # neither is below −1e9, so both are
 
+# %% ../../../nbs/lesson/05_gpu_kernel.ipynb #5a43b05f
 @_jit
 def _load(row, at, valid, MASKED: tl.constexpr, AGAIN: tl.constexpr):
     "Logits in float32. AGAIN: they will be read a second time and should stay in the cache."
@@ -64,6 +65,7 @@ def _load(row, at, valid, MASKED: tl.constexpr, AGAIN: tl.constexpr):
     else: z = _finite(tl.load(row + at, eviction_policy=policy))
     return z
 
+# %% ../../../nbs/lesson/05_gpu_kernel.ipynb #2ca8a522
 @_jit
 def _load_both(student, teacher, at, valid, MASKED: tl.constexpr, AGAIN: tl.constexpr):
     "The logits of both networks."

@@ -19,6 +19,7 @@ def _limit(log_p: Tensor, log_q: Tensor, alpha: float) -> Tensor:
     log_p, log_q = alpha * log_p, alpha * log_q
     return (log_p.exp() * (log_p - log_q) - log_p.exp() + log_q.exp()).sum(-1) / alpha**2
 
+# %% ../../../nbs/methods/abkd.ipynb #aace225d
 def ab_divergence(
     log_p: Tensor,  # (rows, classes) log-probabilities, the teacher's
     log_q: Tensor,  # (rows, classes) the student's
@@ -33,6 +34,7 @@ def ab_divergence(
     own = (alpha * (both * log_p).exp() + beta * (both * log_q).exp()) / both
     return (own - mixed).sum(-1) / (alpha * beta)
 
+# %% ../../../nbs/methods/abkd.ipynb #45b21595
 @register("abkd")
 class ABKD(LogitLoss):
     """Distillation with the α-β-divergence: w_ce·CE + b·D_{α,β}(p^t(τ) ‖ p^s(τ)), without τ².

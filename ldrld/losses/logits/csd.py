@@ -27,6 +27,7 @@ def pairwise_squares(
     mean_1, mean_2 = (w_1 * d).sum(-1), (w_2 * d).sum(-1)
     return ((w_1 + w_2) / 2 * d.square()).sum(-1) - mean_1 * mean_2
 
+# %% ../../../nbs/methods/csd.ipynb #76be8ca1
 @register("csd")
 class CSD(LogitLoss):
     """Concrete score distillation: w_ce·CE + w·τ²·½Σ w_1(i)·w_2(j)·(d_j − d_i)², d = (z^s − z^t)/τ.

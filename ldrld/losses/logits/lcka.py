@@ -28,6 +28,7 @@ def gram(
     if not scale_rows: return K
     return K / K.diagonal()[:, None].clamp(min=1e-12).sqrt()
 
+# %% ../../../nbs/methods/lcka.ipynb #b81411d0
 def cka(
     K: Tensor,  # (n, n)
     M: Tensor,  # (n, n)
@@ -36,6 +37,7 @@ def cka(
     norms = torch.linalg.vector_norm(K) * torch.linalg.vector_norm(M)
     return (K * M).sum() / norms.clamp(min=1e-12)
 
+# %% ../../../nbs/methods/lcka.ipynb #7065f2e5
 def unit_size(
     z: Tensor,  # (rows, classes)
 ) -> Tensor:

@@ -26,6 +26,7 @@ def by_class(
     variance = around.where(used, 0.0).square().sum(0) / n
     return (around / (variance + 1e-5).sqrt()).masked_fill(~allowed, RULED_OUT)
 
+# %% ../../../nbs/methods/luminet.ipynb #7c6ffd47
 @register("luminet")
 class LumiNet(LogitLoss):
     """KD on logits standardised per class over the batch: w_ce·CE + ramp·α²·KL(softmax(h^t/τ) ‖ softmax(h^s/τ)).

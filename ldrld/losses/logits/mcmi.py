@@ -26,7 +26,7 @@ def class_centroids(
     count = labels.bincount(minlength=p.shape[-1]).clamp(min=1)
     return p.new_zeros(p.shape[-1], p.shape[-1]).index_add(0, labels, p) / count[:, None]
 
-
+# %% ../../../nbs/methods/mcmi.ipynb #0b7ae14f
 def divergence_from_centroids(
     logits: Tensor,  # (rows, classes)
     labels: Tensor,  # (rows,) int64

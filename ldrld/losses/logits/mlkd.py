@@ -25,6 +25,7 @@ def gram_difference(
     "‖P_t·P_tᵀ − P_s·P_sᵀ‖²_F, in the type of its arguments even under autocast."
     with torch.autocast(P_s.device.type, enabled=False): return (P_t @ P_t.mT - P_s @ P_s.mT).square().sum()
 
+# %% ../../../nbs/methods/mlkd.ipynb #271759d6
 @register("mlkd")
 class MLKD(TwoViews):
     """Multi-level logit distillation: w_ce·CE and KL on weak + strong versions, sample and class relations on weak.

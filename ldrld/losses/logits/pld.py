@@ -22,6 +22,7 @@ def ranking(
     "The label, then the other classes by falling teacher logit."
     return teacher.scatter(-1, target[:, None], torch.inf).sort(dim=-1, descending=True, stable=True).indices
 
+# %% ../../../nbs/methods/pld.ipynb #9369103d
 def plackett_luce(
     student: Tensor,  # (rows, classes) logits
     pi: Tensor,  # (rows, classes) ranking, best first
@@ -32,6 +33,7 @@ def plackett_luce(
     left = z.flip(-1).logcumsumexp(-1).flip(-1)
     return (q.gather(-1, pi) * (left - z)).sum(-1)
 
+# %% ../../../nbs/methods/pld.ipynb #4e9aacd4
 @register("pld")
 class PLD(LogitLoss):
     """Plackett–Luce distillation: the label first, then the teacher's ranking, weighted by its probabilities.

@@ -24,6 +24,7 @@ def transport_costs(
     "The L1 distance of each of the student's predictions to each of the teacher's."
     return torch.cdist(P_s, P_t, p=1.0)
 
+# %% ../../../nbs/methods/sinkd.ipynb #ceb82bbf
 def sinkhorn_plan(
     W: Tensor,  # (rows, rows) costs
     epsilon: float,  # ε > 0

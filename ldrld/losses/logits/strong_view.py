@@ -94,6 +94,7 @@ class Numbers(NamedTuple):
 
 HALF = 0.5001  # ½ plus a margin that exceeds rounding errors, but is too small to reach the next rank
 
+# %% ../../../nbs/methods/strong_view.ipynb #d0ec9313
 def numbers(
     name: str,  # name of an operation
     v: float,  # its strength
@@ -116,6 +117,7 @@ class Plan(NamedTuple):
     numbers: Tensor  # (8, batch, 1, 1)
     equalised: Tensor  # (batch, 1, 1) bool
 
+# %% ../../../nbs/methods/strong_view.ipynb #badf2dfb
 class Fixed(NamedTuple):
     "Constants that do not depend on the images."
     places: Tensor  # (height · width, 3) x and y of every pixel relative to the centre, and 1
@@ -127,6 +129,7 @@ class Fixed(NamedTuple):
 
 COVER = (125, 123, 114)  # red, green and blue of the square, about the mean of ImageNet's images
 
+# %% ../../../nbs/methods/strong_view.ipynb #72115236
 @lru_cache(maxsize=8)
 def fixed(height: int, width: int, device: torch.device) -> Fixed:
     "Constants for images of this size."
@@ -185,6 +188,7 @@ def spread(
     some = steps > 0
     return torch.where(some, y - low, x), torch.where(some, factor * steps.reciprocal(), own)
 
+# %% ../../../nbs/methods/strong_view.ipynb #d3e1772b
 def mixed_in(
     x: Tensor,  # (batch, 3, height, width) values
     plan: Plan, same: Fixed,
@@ -197,6 +201,7 @@ def mixed_in(
     more = torch.addcmul(more, gray, of_gray)
     return torch.addcmul(more, torch.where(same.inside, smooth, x), of_blurred)
 
+# %% ../../../nbs/methods/strong_view.ipynb #259b556c
 def changed(
     x: Tensor,  # (batch, 3, height, width) integers 0 to 255 in float32
     plan: Plan, same: Fixed,
@@ -222,6 +227,7 @@ def covered(
         return (at >= start) & (at < start + side[:, None])
     return (within(centre[:, 0], height)[:, :, None] & within(centre[:, 1], width)[:, None, :])[:, None]
 
+# %% ../../../nbs/methods/strong_view.ipynb #a496d817
 @torch.no_grad()
 def strong_view(
     images: Tensor,  # uint8 (batch, 3, height, width)

@@ -27,6 +27,7 @@ def transformed_kl(student: Tensor, teacher: Tensor, gamma: float) -> tuple[Tens
     log_q, log_U = power_transform(teacher, gamma)
     return (log_q.exp() * (log_q - tempered(student, 1.0).log_softmax(-1))).sum(-1), log_U
 
+# %% ../../../nbs/methods/ttm.ipynb #8d18a7a2
 @register("ttm")
 class TTM(LogitLoss):
     """Transformed teacher matching: w_ce·CE + β·KL(q ‖ p^s), q the teacher's probabilities to the power γ.

@@ -29,6 +29,7 @@ def class_cka(
     norms = products.diagonal().sqrt()
     return products / (norms[:, None] * norms + torch.finfo(X.dtype).tiny)
 
+# %% ../../../nbs/methods/wkd.ipynb #b86a6616
 def class_costs(
     cka: Tensor,  # (classes, classes), from `class_cka`
     sharpness: float,  # κ > 0
@@ -47,6 +48,7 @@ def carried(
     if isinstance(K, Tensor): return v @ K
     return K * v.sum(-1, keepdim=True) + (1 - K) * v
 
+# %% ../../../nbs/methods/wkd.ipynb #d4a9a263
 def transport(
     q_s: Tensor,  # (rows, classes) distributions, the student's
     q_t: Tensor,  # (rows, classes) the teacher's

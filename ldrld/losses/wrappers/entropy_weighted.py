@@ -26,6 +26,7 @@ def entropy(
 
 SCALES = ("ln C", "100")
 
+# %% ../../../nbs/methods/entropy_weighted.ipynb #3073d44f
 @register("entropy-weighted")
 class EntropyWeighted(Wrapper):
     """EA-KD: another loss with each sample weighted by w = ½H^t·(1 + H^s/ln C), without gradient.

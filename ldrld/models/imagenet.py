@@ -100,7 +100,7 @@ mobile_v1_blocks = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *
 
 @register("MobileNetV1")
 class MobileNetV1(Staged):
-    """MobileNetV1 (Howard et al. 2017) with the keys of clovaai/overhaul-distillation and megvii-research/mdistiller."""
+    """MobileNetV1 (Howard et al. 2017), keys as in clovaai/overhaul-distillation and megvii-research/mdistiller."""
     def __init__(
         self,
         num_classes: int = 1000,  # number of logits

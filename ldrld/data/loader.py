@@ -146,7 +146,7 @@ def file_batches(
     keys = [[(epoch, int(i)) for i in part] for part in parts]
     more: dict[str, Any] = {"prefetch_factor": 4} if workers else {}
     yield from DataLoader(Files(data, train, seed), batch_sampler=keys, num_workers=workers, collate_fn=gathered,
-                          pin_memory=pin, **more)
+                          pin_memory=pin, generator=torch.Generator(), **more)  # the global one is left alone
 
 # %% ../../nbs/data/loader.ipynb #10ad0017
 def normalised(

@@ -18,7 +18,7 @@ from ldrld.data.loader import decoded, file_batches, order_of, shares
 from ldrld.training import files
 from ldrld.training.divergence import Diverged
 from ldrld.training.files import FileStudent, Settings, all_tested, logits_of_part, train_on_files
-from ldrld.training.processes import Processes, share_statistics
+from ldrld.training.processes import ALONE, Processes, share_statistics
 
 WNIDS = ("n01440764", "n01443537", "n01484850")
 
@@ -170,7 +170,7 @@ def test_steps_that_would_leave_a_process_without_images(arguments, told):
 # ---- training
 
 
-def student_for(root, processes=Processes(), loss=None, dtype=torch.float64):
+def student_for(root, processes=ALONE, loss=None, dtype=torch.float64):
     """A student and a teacher with shared statistics, the same in every process."""
     torch.manual_seed(0)
     student, teacher = models.build("resnet8", 3).to(dtype), models.build("resnet14", 3).to(dtype)

@@ -9,6 +9,7 @@ import pytest
 SLOW = {  # file: its tests, or all of them
     "test_notebooks": {"test_notebook"},
     "test_batch": None,
+    "test_files": {"test_a_run_by_torchrun", "test_a_profile_with_a_teacher_from_a_file"},
     "test_queue": None,
     "test_evidence": {"test_tables_and_figures_are_made_again", "test_open_questions_without_any_record"},
     "test_bench": {

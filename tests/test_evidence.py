@@ -83,7 +83,7 @@ def test_only_one_experiment_leaves_the_data_of_its_profile():
     for p in PROFILES.values():
         for name, e in EXPERIMENTS.items():
             assert {c.dataset for c in e.plan(p)["config"] if c} <= (
-                {p.dataset} if name != "classes" else set(p.class_sets)
+                {p.dataset} if name != "classes" or not p.class_sets else set(p.class_sets)
             ), f"{name} in {p.name}"
 
 

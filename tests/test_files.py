@@ -1,10 +1,16 @@
 """Large data sets: layouts, the loader, and one training in several processes."""
 
+import hashlib
 import io
+import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.distributed as dist
@@ -20,6 +26,7 @@ from ldrld.training.divergence import Diverged
 from ldrld.training.files import FileStudent, Settings, all_tested, logits_of_part, train_on_files
 from ldrld.training.processes import ALONE, Processes, share_statistics
 
+ROOT = Path(__file__).parent.parent
 WNIDS = ("n01440764", "n01443537", "n01484850")
 
 
@@ -335,3 +342,57 @@ def test_a_step_without_a_readable_image(folder, tmp_path):
     student = student_for(root)
     with pytest.raises(ValueError, match="step 1 of epoch 1: none of the images of a micro-batch can be read"):
         list(train_on_files(student, EPOCHS))
+
+
+# ---- runs
+
+OWN = """
+data: a small ImageNet
+dataset: imagenet
+pairs: [[ResNet18-ImageNet, MobileNetV1]]
+weights: {ResNet18-ImageNet: %s}
+teacher: {recipe: imagenet, epochs: 1}
+student: {recipe: imagenet, epochs: 2, batch_size: 11, lr: 0.01, weight_decay: 1.0e-4}
+methods: [KD, DKD]
+seeds: [0]
+"""
+SETTINGS = "dataset=imagenet model=MobileNetV1 loss=ce recipe=imagenet epochs=1 batch_size=11 lr=0.01".split()
+
+
+def called(*words, folder, out, **more):
+    """A command of ours, or `torchrun` with one."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "LDRLD_DATA": str(folder.parent), "LDRLD_WORKERS": "0", **more}
+    words = [sys.executable, "-m", *words, "--out", str(out)]
+    return subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=env)
+
+
+def test_a_run_by_torchrun(folder, tmp_path):
+    """One record, which says how many processes made it; the same accuracies as one process."""
+    shared, accuracies = {"LDRLD_SHARED_STATISTICS": "1"}, []
+    for n, command in ((1, ["ldrld"]), (2, ["torch.distributed.run", "--nproc-per-node", "2", "-m", "ldrld"])):
+        done = called(*command, "run", *SETTINGS, folder=folder, out=tmp_path / str(n), **shared)
+        assert done.returncode == 0, done.stdout + done.stderr
+        (record,) = (tmp_path / str(n) / "data" / "runs" / "try").glob("*.json")
+        found = json.loads(record.read_text())
+        assert found["machine"]["processes"] == n and found["measures"]["damaged_files"] == 1
+        assert done.stdout.count("epoch 1/1") == 1 and "_4.JPEG: " in done.stdout
+        accuracies.append([row["test_accuracy"] for row in found["history"]])
+    assert accuracies[0] == accuracies[1]
+
+
+def test_a_profile_with_a_teacher_from_a_file(folder, tmp_path):
+    """Named by the first digits of its SHA-256; missing at first, which is said before anything is trained."""
+    weights, out, profile = tmp_path / "resnet18.pth", tmp_path / "out", tmp_path / "own.yaml"
+    torch.save(models.build("ResNet18-ImageNet", 3).state_dict(), weights)
+    profile.write_text(OWN % hashlib.sha256(weights.read_bytes()).hexdigest()[:8])
+    words = ["ldrld", "reproduce", "--profile", str(profile), "--only", "different_architecture", "--jobs", "1"]
+    missing = called(*words, folder=folder, out=out)
+    assert missing.returncode == 1 and "add the checkpoint: ldrld teachers FILE --keep" in missing.stderr
+    added = called("ldrld", "teachers", str(weights), "--keep", folder=folder, out=out)
+    assert added.returncode == 0, added.stdout + added.stderr
+    done = called(*words, folder=folder, out=out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = pd.read_csv(out / "data" / "tables" / "own" / "different_architecture.csv").set_index("method")
+    assert list(table["n"]) == [1, 1] and list(table.index) == ["KD", "DKD"]
+    checked = called("ldrld", "verify", "--profile", str(profile), folder=folder, out=out)
+    assert checked.returncode == 0, checked.stdout + checked.stderr

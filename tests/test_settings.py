@@ -253,7 +253,7 @@ def test_a_slip_in_a_word_names_it(words, says):
         ({"loss": "kd", "teacher": {1: 2}}, "teacher: unknown setting 1"),
         ({"loss": "kd", "teacher": {"model": "resnet8", "epochs": "x"}}, "teacher: epochs='x'"),
         ({"loss": "kd", "teacher": {"model": "resnet8", "sha256": 1}}, "teacher: sha256=1"),
-        ({"model": "x" * 10**6}, "expected one of MobileNetV2"),
+        ({"model": "x" * 10**6}, "expected one of "),
         ({"lr": "x" * 10**6}, "lr='xxx"),
         ({"loss_args": {"x" * 10**6: 1}}, "unknown hyper-parameter"),
     ],

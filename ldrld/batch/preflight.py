@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ldrld import data, losses
 from ldrld.core import paths
-from ldrld.experiments.config import Pretrained, RunConfig, name_of
+from ldrld.experiments.config import Pretrained, RunConfig, file_of, name_of
 from ldrld.experiments.records import KEPT, load_record, read_record
 from ldrld.experiments.runner import same_images
 
@@ -47,7 +47,7 @@ def _images(names: Iterable[str]) -> tuple[dict, list[str]]:
     for name in sorted(names):
         large = name == "tiny-imagenet"
         if large and any((paths.data_root() / folder).is_dir() for folder in (name, f"{name}-200")): continue
-        try: images[name] = data.load(name)
+        try: images[name] = data.load_list(name) if name in data.LISTS else data.load(name)
         except (OSError, ValueError) as error: problems.append(f"data: {name}: {error}")
     return images, problems
 
@@ -67,10 +67,18 @@ def _teacher(config: RunConfig, folder: str) -> list[str]:
     except ValueError as error: return [f"teacher: {error}"]
 
 
+def _file(teacher: Pretrained) -> list[str]:
+    """What is wrong with a teacher's file; empty if it is there and is the right one."""
+    try: file_of(teacher)
+    except (FileNotFoundError, ValueError) as error: return [f"teacher: {teacher.model}: {error}"]
+    return []
+
+
 def _table_bytes(config: RunConfig, images: data.ImageData) -> dict[Path, int]:
     """The folder of a teacher's logits and the bytes still to be written; empty if the run reads none."""
     loss = losses.build(config.loss, **config.loss_args)
     if config.teacher is None or loss.needs_features or loss.alters_images: return {}
+    if config.dataset in data.LISTS: return {}  # the teacher is run on every batch
     folder = paths.work(name_of(config.teacher))
     views = (2 * images.padding + 1) ** 2 * (2 if images.flip else 1)
     size = len(images.train_labels) * views * (len(images.classes) + 1) * 2
@@ -104,7 +112,7 @@ def needs_of(todo: list[RunConfig], finished: list[RunConfig], folder: str) -> l
         except ValueError as error: problems.append(f"data: {error}")
     teachers = {name_of(config.teacher): config.teacher for config in todo if config.teacher}
     for teacher in teachers.values():
-        if not isinstance(teacher, Pretrained): problems += _teacher(teacher, folder)
+        problems += _file(teacher) if isinstance(teacher, Pretrained) else _teacher(teacher, folder)
     tables: dict[Path, int] = {}
     for config in todo:
         if config.dataset in images: tables |= _table_bytes(config, images[config.dataset])

@@ -8,7 +8,7 @@ __all__ = ['probability_gap', 'relation_maps', 'learning_curves', 'adw_weights',
 
 # %% ../../nbs/experiments/analysis.ipynb #030a7ce7
 from .. import losses
-from .cells import Lines, every_method, on_pair, teacher_config
+from .cells import Lines, every_method, on_pair, teacher_run
 from .methods import SHOWN, method_of
 from .profiles import Profile, ablation_pair
 from .registry import experiment
@@ -19,7 +19,7 @@ from .registry import experiment
 def probability_gap(p: Profile) -> Lines:
     "The teachers."
     for teacher in dict.fromkeys(teacher for teacher, _ in p.pairs):
-        yield {"teacher": teacher, "student": ""}, teacher_config(p, teacher)
+        yield {"teacher": teacher, "student": ""}, teacher_run(p, teacher)
 
 @experiment("relation_maps", "Relations between classes, before and after distillation", "analysis/relation_maps",
             logits=True, table=False)
@@ -60,7 +60,7 @@ def superclasses(p: Profile) -> Lines:
 @experiment("features", "Features of the last layer", "analysis/features", insight=True, table=False)
 def features(p: Profile) -> Lines:
     "The teacher and three students of the ablation pair."
-    yield {"teacher": ablation_pair(p)[0], "student": "", "method": "teacher"}, teacher_config(p, ablation_pair(p)[0])
+    yield {"teacher": ablation_pair(p)[0], "student": "", "method": "teacher"}, teacher_run(p, ablation_pair(p)[0])
     yield from relation_maps(p)
 
 # %% ../../nbs/experiments/analysis.ipynb #f34bb065

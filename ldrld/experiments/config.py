@@ -31,7 +31,8 @@ class Pretrained(BaseModel):
     "A teacher loaded from a file that was trained elsewhere, identified by its SHA-256."
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
     model: str = Field(description="name of a network in `ldrld.models`")
-    sha256: str = Field(pattern="^[0-9a-f]{64}$", description="of the file, 64 hexadecimal digits")
+    sha256: str = Field(
+        pattern="^[0-9a-f]{8,64}$", description="of the file, 64 hexadecimal digits, or the first 8 or more of them")
 
     @model_validator(mode="before")
     @classmethod
@@ -99,9 +100,9 @@ class RunConfig(BaseModel):
     @classmethod
     def _dataset_is_known(cls, name: str) -> str:
         plain, _ = data.name_and_size(name)  # own@32: a folder and its image size
-        if name in data.LOADERS or Path(plain).is_absolute(): return name
+        if name in data.LOADERS or name in data.LISTS or Path(plain).is_absolute(): return name
         if (paths.data_root() / plain).is_dir(): return name
-        if not Path(plain).is_dir(): return known("dataset", name, list(data.LOADERS))
+        if not Path(plain).is_dir(): return known("dataset", name, [*data.LOADERS, *data.LISTS])
         return str(Path(plain).resolve()) + name.removeprefix(plain)
 
     @model_validator(mode="after")
@@ -234,11 +235,13 @@ def file_of(
     teacher: Pretrained,
 ) -> Path:
     "The path of a teacher's file; the error message says what to do if it is missing or has changed."
-    place = paths.work(name_of(teacher)) / "weights"
-    hint = "add the checkpoint again: ldrld teachers FILE --keep (with the run's --out, if any)"
+    # a teacher given by the first digits alone has a shorter name than its file
+    named = sorted(paths.work().glob(f"{name_of(teacher)}*"))
+    place = (named[0] if named else paths.work(name_of(teacher))) / "weights"
+    hint = "add the checkpoint: ldrld teachers FILE --keep (with the run's --out, if any)"
     if not place.exists():
         raise FileNotFoundError(f"teacher.sha256={teacher.sha256!r}: {place} is missing; {hint}")
-    if (found := sha256_of(place)) != teacher.sha256:
+    if not (found := sha256_of(place)).startswith(teacher.sha256):
         raise ValueError(f"{place}: has changed since it was added: its SHA-256 is {found[:10]}…, "
                          f"teacher.sha256 is {teacher.sha256[:10]}…; {hint}")
     return place

@@ -33,6 +33,8 @@ class Profile(BaseModel):
         min_length=1, description="(teacher, student); for the one used in ablations see `ablation_pair`")
     teacher: dict[str, Any] = Field(description="training settings of teachers: recipe, epochs, optionally lr")
     student: dict[str, Any] = Field(description="training settings of students")
+    weights: dict[str, str] = Field(
+        {}, description="SHA-256, or its first digits, of the files of teachers that are not trained here, by network")
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
     depths: tuple[int, ...] = (2, 3, 5, 7, 10, 20, 50)
     temperatures: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0)
@@ -81,7 +83,8 @@ def read_profile(
 def built_in() -> dict[str, Profile]:
     "The profiles that come with the package, the quickest first."
     folder = Path(str(files("ldrld.experiments") / "profiles"))
-    return {name: read_profile(folder / f"{name}.yaml") for name in ("quick", "small", "paper", "paper-60")}
+    names = ("quick", "small", "paper", "paper-60", "tiny-imagenet", "imagenet")
+    return {name: read_profile(folder / f"{name}.yaml") for name in names}
 
 PROFILES = built_in()
 

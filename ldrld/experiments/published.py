@@ -41,7 +41,8 @@ def sources() -> pd.DataFrame:
 # %% ../../nbs/experiments/published.ipynb #390422d8
 _aliases = {
     "ce": "student (vanilla)", "teacher": "teacher (vanilla)", "lskd": "KD+LS", "sdd": "SD-KD",
-    "imagenet": "ImageNet-1K",
+    "imagenet": "ImageNet-1K", "resnet18-imagenet": "ResNet18", "resnet34-imagenet": "ResNet34",
+    "resnet50-imagenet": "ResNet50",
 }  # name in ldrld: name in the files, if they differ by more than punctuation
 
 

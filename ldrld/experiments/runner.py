@@ -26,6 +26,7 @@ from ..data import ImageData
 from ..data.augmentation import Crops
 from .artifacts import keep_besides, keep_from_weights
 from .config import Pretrained, RunConfig, file_of, loss_for, name_of
+from .large_runs import run_large
 from .model_cards import checked_weights, write_card
 from ldrld.experiments.records import (
     KEPT, Divergence, Record, keep_divergence, load_divergence, load_record, record_of, save_record,
@@ -164,6 +165,7 @@ def run_together(
     for config, _ in runs:
         if not isinstance(config, Pretrained): continue
         raise ValueError(f"{name_of(config)} is a teacher's file, trained already; use it as the teacher of a run")
+    if runs[0][0].dataset in data.LISTS: return [run_large(config, profile, keep, report) for config, keep in runs]
     say, device = report or (lambda line: None), default_device()
     finished: dict[str, Record | None] = {}
     teachers = {name_of(config.teacher): config.teacher for config, _ in runs if config.teacher}

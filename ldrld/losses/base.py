@@ -146,7 +146,7 @@ class LossTraits(nn.Module):
     versions: int = 1  # number of versions of each sample that logits may hold; target and mask are for one version
     eager: str = ""  # why a training step cannot be recorded as a CUDA graph, e.g. "draws on the host"; "": it can
     can_be_recorded: bool = False  # set by a loss from outside this package if its steps can, see `training/graphs`
-    pair_settings: dict[tuple[str, str], dict] = {}  # published hyper-parameters by (teacher, student), CIFAR-100
+    pair_settings: dict[tuple[str, str], dict] = {}  # published hyper-parameters by (teacher, student)
     alone: dict[str, Any] = {}  # hyper-parameters with which logits and labels suffice, where the defaults need more
     added: dict[str, Any] = {}  # default of hyper-parameters added later, which are not recorded at that value
     ramp: float = 1.0  # factor of the terms that warm up, set by `at_epoch`

@@ -15,9 +15,12 @@ from typing import Any, TypeVar
 from ldrld.core.validation import unknown_name
 from ldrld.losses.base import LossBase
 
-__all__ = ["register", "available", "build", "loss_class", "needs_teacher", "origin", "published_settings"]
+__all__ = ["IMAGENET_PAIRS", "register", "available", "build", "loss_class", "needs_teacher", "origin", "published_settings"]
 
 GROUP = "ldrld.losses"  # of entry points
+
+# teacher and student of the ImageNet tables, for `pair_settings`
+IMAGENET_PAIRS = (("ResNet34-ImageNet", "ResNet18-ImageNet"), ("ResNet50-ImageNet", "MobileNetV1"))
 
 Loss = TypeVar("Loss", bound=LossBase)
 
@@ -107,7 +110,7 @@ def needs_teacher(name: str) -> bool:
 
 
 def published_settings(name: str, teacher: str, student: str, loss: str | None = None) -> dict[str, Any]:
-    """Published hyper-parameters of the loss `name` for a pair of CIFAR-100 networks; empty if none were found.
+    """Published hyper-parameters of the loss `name` for a pair of networks; empty if none were found.
 
     teacher, student: names in `ldrld.models.available()`. loss: for a wrapper, the name of the wrapped loss with which
     its settings were published; None for the wrapper's default. ValueError for an unknown loss.

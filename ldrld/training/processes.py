@@ -68,14 +68,15 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
         # its backward pass adds up the gradients of all processes
         from torch.distributed.nn.functional import all_reduce
 
-        shape, weight = (1, -1, 1, 1), self.weight.numel()
-        n = all_reduce(x.new_full((1,), x.numel() / weight))
+        shape, given = (1, -1, 1, 1), x.dtype
+        x = x.to(torch.promote_types(given, torch.float32))
+        n = all_reduce(x.new_full((1,), x.numel() / x.shape[1]))
         mean = all_reduce(x.sum((0, 2, 3))) / n
         centred = x - mean.view(shape)
         variance = all_reduce(centred.square().sum((0, 2, 3))) / n
         self.track(mean.detach(), (variance * n / (n - 1)).detach())
         scaled = centred * (variance + self.eps).rsqrt().view(shape)
-        return scaled * self.weight.view(shape) + self.bias.view(shape)
+        return (scaled * self.weight.view(shape) + self.bias.view(shape)).to(given)
 
     def track(self, mean: Tensor, variance: Tensor) -> None:
         "Update the running statistics, if there are any."

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...core import validation
 from ..base import LogitLoss
 from .log_odds import log_odds
-from ..registry import register
+from ..registry import IMAGENET_PAIRS, register
 from ..relations import remaining_kl, two_way_kl, without_shared
 
 # %% ../../../nbs/methods/dkd.ipynb #7b30498c
@@ -27,6 +27,8 @@ class DKD(LogitLoss):
         ("wrn_40_2", "wrn_16_2"): 6.0, ("wrn_40_2", "wrn_40_1"): 6.0, ("vgg13", "vgg8"): 6.0,
         ("resnet32x4", "ShuffleV1"): 8.0, ("resnet32x4", "ShuffleV2"): 8.0, ("wrn_40_2", "ShuffleV1"): 8.0,
         ("vgg13", "MobileNetV2"): 6.0, ("ResNet50", "MobileNetV2"): 8.0}.items()}
+    pair_settings |= {pair: {"temperature": 1.0, "beta": beta, "warmup": 0.0}
+                      for pair, beta in zip(IMAGENET_PAIRS, (0.5, 2.0))}
     needs_target = "'dkd', which treats the true class separately"
 
     def __init__(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...core import validation
 from ..base import LogitLoss
-from ..registry import register
+from ..registry import IMAGENET_PAIRS, register
 from ..relations import dway_kl
 
 # %% ../../../nbs/methods/kd.ipynb #42847719
@@ -21,6 +21,8 @@ class KD(LogitLoss):
     Raises ValueError, naming the argument, for a hyper-parameter out of range.
     Source: Hinton et al. 2015, arXiv 1503.02531; default weights of CRD's CIFAR-100 recipe (HobbitLong/RepDistiller).
     """
+    pair_settings = {pair: {"temperature": 1.0, "ce_weight": 0.5, "kd_weight": 0.5} for pair in IMAGENET_PAIRS}
+
     def __init__(
         self,
         temperature: float = 4.0,  # T > 0

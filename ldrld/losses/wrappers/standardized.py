@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...core import validation
 from ..base import Rows
-from ..registry import register
+from ..registry import IMAGENET_PAIRS, register
 from ..relations import RULED_OUT, centred, finite
 from .base import Wrapper
 
@@ -61,6 +61,8 @@ class Standardized(Wrapper):
     """
     defaults = {"kd": {"temperature": 2.0, "kd_weight": 1.0}, "dkd": {"temperature": 2.0}}
     wrapped_pair_settings = {"kd": released("kd"), "dkd": released("dkd")}  # by wrapped loss
+    wrapped_pair_settings["kd"][IMAGENET_PAIRS[0]] = {
+        "loss": "kd", "loss_args": {"temperature": 2.0}, "distill_weight": 9.0, "ce_weight": 1.0}
     pair_settings = wrapped_pair_settings["kd"]
 
     def __init__(

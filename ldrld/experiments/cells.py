@@ -52,7 +52,7 @@ def method_config(
     method: Method,
     seed: int = 0,
     **settings: Any,  # of `RunConfig`, such as train_share
-) -> RunConfig | None:  # None while a required setting is being searched
+) -> RunConfig | None:  # None while a setting is being searched, or for held-out images under a teacher's file
     "A student of a profile trained with a method, using settings published for the pair, if any."
     if method.searched:
         if (found := chosen(p, pair)) is None: return None
@@ -62,6 +62,7 @@ def method_config(
     teacher = None
     if losses.needs_teacher(method.loss):
         teacher = {"plain": teacher_config, "mcmi": mcmi_config}[method.teacher](p, pair[0])
+    if isinstance(teacher, Pretrained) and settings.get("holdout"): return None  # it may have been trained on them
     return RunConfig(**{
         "dataset": p.dataset, "model": pair[1], "loss": method.loss, "loss_args": {**published, **method.args},
         "teacher": teacher, "seed": seed, **p.student, **settings})

@@ -350,7 +350,7 @@ OWN = """
 data: a small ImageNet
 dataset: imagenet
 pairs: [[ResNet18-ImageNet, MobileNetV1]]
-weights: {ResNet18-ImageNet: %s}
+weights: {ResNet18-ImageNet: "%s"}
 teacher: {recipe: imagenet, epochs: 1}
 student: {recipe: imagenet, epochs: 2, batch_size: 11, lr: 0.01, weight_decay: 1.0e-4}
 methods: [KD, DKD]

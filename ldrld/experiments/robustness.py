@@ -62,7 +62,7 @@ def best_rate_of(
     lines = [(line, config) for line, config in rate_trials(p, method) if config]
     found = [(line["lr"], sound(name_of(config), p.name)) for line, config in lines]
     made = [(lr, record.last_accuracy) for lr, record in found if record]
-    if len(made) < len(found): return None
+    if not found or len(made) < len(found): return None
     return max(made, key=lambda run: run[1])[0]
 
 # %% ../../nbs/experiments/robustness.ipynb #3f73b6d8

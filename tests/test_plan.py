@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from ldrld.experiments import plan
-from ldrld.experiments.catalog import EXPERIMENTS
-from ldrld.experiments.profiles import profile
+from ldrld.experiments.catalog import EXPERIMENTS, batch, selected
+from ldrld.experiments.profiles import PROFILES, profile
 from ldrld.experiments.config import name_of
 from ldrld.experiments.records import load_record
 
@@ -107,3 +107,15 @@ def test_a_changed_digit_is_found(tmp_path, monkeypatch):
     path.write_text(text)
     assert plan.verify("quick"), "a record that is gone is missed"
     assert load_record(run, "quick") is None
+
+
+@pytest.mark.parametrize("name", ("newer_methods", "ldrld_switches"))
+def test_the_newer_methods_run_only_when_asked_with_the_seeds_of_the_plan(name):
+    stages = {stage.experiment: stage for stage in plan.plan_of("quick").stages}
+    asked = EXPERIMENTS[name].plan("quick")
+    assert stages[name].seeds == 5 and asked.groupby("method")["seed"].apply(tuple).eq((0, 1, 2, 3, 4)).all()
+    assert set(asked["name"]) == {name_of(config) for _, config in plan.lines_of(stages[name], profile("quick"))}
+    assert all(name not in selected(p) and len(EXPERIMENTS[name].plan(p)["seed"].unique()) >= 3 for p in PROFILES)
+    usual = {name_of(config) for config, _ in batch("quick")}
+    own = asked[~asked["method"].isin(("CE", "KD", "DKD", "LDRLD", "FitNet", "AT"))]
+    assert not set(own["name"]) & usual

@@ -27,7 +27,8 @@ def to_report(
     "The experiments whose tables and figures are made for a profile."
     p = profile(p)
     always = selected(p)  # first: it imports those declared outside ldrld
-    names = {name: set(e.plan(p)["name"]) for name, e in EXPERIMENTS.items()}
+    alike = p.model_copy(update={"more_seeds": {}})  # further seeds may be runs of the plan
+    names = {name: set(e.plan(alike)["name"]) for name, e in EXPERIMENTS.items()}
     usual = set().union(*(names[name] for name in always if not EXPERIMENTS[name].reads))
     made = {path.stem for path in paths.records(p.name).glob("*.json")}
     shared = usual.union(*(runs for name, runs in names.items() if runs <= made and not EXPERIMENTS[name].reads))

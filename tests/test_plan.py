@@ -113,7 +113,7 @@ def test_a_changed_digit_is_found(tmp_path, monkeypatch):
 def test_the_newer_methods_run_only_when_asked_with_the_seeds_of_the_plan(name):
     stages = {stage.experiment: stage for stage in plan.plan_of("quick").stages}
     asked = EXPERIMENTS[name].plan("quick")
-    assert stages[name].seeds == 5 and asked.groupby("method")["seed"].apply(tuple).eq((0, 1, 2, 3, 4)).all()
+    assert stages[name].seeds == 5 and {tuple(seeds) for _, seeds in asked.groupby("method")["seed"]} == {(*range(5),)}
     assert set(asked["name"]) == {name_of(config) for _, config in plan.lines_of(stages[name], profile("quick"))}
     assert all(name not in selected(p) and len(EXPERIMENTS[name].plan(p)["seed"].unique()) >= 3 for p in PROFILES)
     usual = {name_of(config) for config, _ in batch("quick")}

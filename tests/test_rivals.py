@@ -11,12 +11,13 @@ from ldrld.core.seeds import seeded
 from ldrld.experiments.config import RunConfig, name_of
 from ldrld.losses.features.dhkd import binary_kl_norm
 from ldrld.losses.groups import anchored, log_masses, mass_kl
+from ldrld.losses.ldrld.varied_depth import entropy_depths
 from ldrld.losses.logits.abkd import ab_divergence
 from ldrld.losses.logits.luminet import by_class
 from ldrld.losses.logits.pld import plackett_luce, ranking
 from ldrld.losses.logits.sinkd import sinkhorn_plan, transport_costs
 from ldrld.losses.logits.wkd import class_cka, transport
-from ldrld.losses.relations import dway_kl, remaining_kl
+from ldrld.losses.relations import dway_kl, remaining_kl, top_d
 
 INF, IGNORED = torch.inf, -100
 
@@ -119,21 +120,23 @@ def test_derivatives_of_gdkd(name, options):
 
 def test_the_switches_off_change_nothing():
     z_s, z_t, y = sample(dtype=torch.float32)
-    plain, off = LDRLD(), LDRLD(mass_weight=0.0, anchor=False)
+    plain, off = LDRLD(), LDRLD(mass_weight=0.0, anchor=False, depth_by="fixed")
     assert plain(z_s, z_t, y) == off(z_s, z_t, y) and list(plain.terms(z_s, z_t, y)) == ["ce", "pairs", "llki", "rntk"]
-    assert "mass_weight" not in plain.hyperparameters and "anchor" not in plain.hyperparameters
+    assert not {"mass_weight", "anchor", "depth_by"} & plain.hyperparameters.keys()
+    assert LDRLD(depth_by="entropy").hyperparameters["depth_by"] == "entropy"
     assert LDRLD(mass_weight=2).hyperparameters["mass_weight"] == 2.0 and LDRLD(anchor=True).hyperparameters["anchor"]
 
 
 def test_the_switches_are_named_when_on():
     teacher = RunConfig(dataset="digits", model="resnet14")
     common = dict(dataset="digits", model="resnet8", loss="ldrld", teacher=teacher)
-    plain, same, mass, anchor = (
+    off = {"mass_weight": 0.0, "anchor": False, "depth_by": "fixed"}
+    plain, same, *on = (
         RunConfig(loss_args=args, **common)
-        for args in ({}, {"mass_weight": 0.0, "anchor": False}, {"mass_weight": 1.0}, {"anchor": True})
+        for args in ({}, off, {"mass_weight": 1.0}, {"anchor": True}, {"depth_by": "entropy"})
     )
     assert plain == same and name_of(plain) == name_of(same)
-    assert len({name_of(c) for c in (plain, mass, anchor)}) == 3
+    assert len({name_of(c) for c in (plain, *on)}) == 4
 
 
 @pytest.mark.parametrize("rank_by", ["student", "teacher", "label"])
@@ -167,14 +170,18 @@ def test_an_anchor_replaces_the_last_class_only_where_it_is_missing():
     assert LDRLD(anchor=True)(z_s[~there], z_t[~there], y[~there]) != LDRLD()(z_s[~there], z_t[~there], y[~there])
 
 
-@pytest.mark.parametrize("options", [{"mass_weight": 1.0}, {"anchor": True}, {"mass_weight": 0.5, "anchor": True}])
+BOTH = {"mass_weight": 0.5, "anchor": True}
+VARIED = {"depth_by": "entropy"}
+
+
+@pytest.mark.parametrize("options", [{"mass_weight": 1.0}, {"anchor": True}, BOTH, VARIED, {**BOTH, **VARIED}])
 def test_derivatives_of_the_switches(options):
     z_s, z_t, y = sample(3, 12)
     loss = LDRLD(depth=4, **options)
     assert torch.autograd.gradcheck(lambda z: loss(z, z_t, y), z_s.requires_grad_())
 
 
-@pytest.mark.parametrize("options", [{"mass_weight": 1.0}, {"anchor": True}])
+@pytest.mark.parametrize("options", [{"mass_weight": 1.0}, {"anchor": True}, VARIED, {**BOTH, **VARIED}])
 def test_the_switches_with_ruled_out_classes_and_ignored_rows(options):
     z_s, z_t, y = sample()
     loss = LDRLD(**options)
@@ -188,6 +195,59 @@ def test_the_switches_with_ruled_out_classes_and_ignored_rows(options):
     z_s[1], z_t[4] = torch.nan, torch.nan
     value, gradient = value_and_gradient(loss, z_s, z_t, (y % 15).where(kept, IGNORED))
     torch.testing.assert_close((value, gradient[kept]), wanted)
+
+
+def varied(batch=48, classes=20):
+    """A teacher whose entropy varies from sample to sample, and the depths that follow from it."""
+    z_s, z_t, y = sample(batch, classes)
+    z_t = z_t * torch.linspace(0.1, 8, batch, dtype=z_t.dtype)[:, None]
+    return z_s, z_t, y, entropy_depths(top_d(z_s, z_t, 7)[2])
+
+
+def test_depths_are_numbers_of_classes():
+    equal = torch.zeros(3, 9).masked_fill(torch.arange(9) >= torch.tensor([[3], [1], [9]]), -500.0)
+    assert entropy_depths(equal).tolist() == [3, 2, 9]  # as many as share the probability, and at least a pair
+    assert entropy_depths(equal.half(), 0.5).tolist() == [3, 2, 9]
+    *_, depths = varied()
+    assert depths.min() == 2 and depths.max() == 7 and len(depths.unique()) >= 5
+
+
+@pytest.mark.parametrize("rank_by", ["student", "teacher", "label"])
+@pytest.mark.parametrize("options", [{}, BOTH, {"normalize": False}, {"pairs_weight": 0.0}, {"weighting": "none"}])
+def test_a_batch_of_mixed_depths_is_its_samples_one_by_one(options, rank_by):
+    z_s, z_t, y, _ = varied()
+    depths = entropy_depths(top_d(z_s, z_t, 7, rank_by, y)[2])
+
+    def one_by_one(z_s, z_t, y):
+        fixed = (LDRLD(depth=int(d), rank_by=rank_by, **options) for d in depths)
+        return sum(loss(z_s[k : k + 1], z_t[k : k + 1], y[k : k + 1]) for k, loss in enumerate(fixed)) / len(y)
+
+    assert_same(LDRLD(depth_by="entropy", rank_by=rank_by, **options), one_by_one, z_s, z_t, y)
+
+
+@pytest.mark.parametrize("d", [2, 4, 7])
+def test_equal_entropies_give_a_fixed_depth(d):
+    z_s, z_t, y = sample()
+    pi = z_s.topk(7).indices
+    logits = torch.zeros(16, 7, dtype=z_t.dtype).masked_fill(torch.arange(7) >= d, -300.0)
+    z_t = z_t.scatter(1, pi, logits)
+    assert entropy_depths(z_t.gather(1, pi)).eq(d).all()
+    assert_same(LDRLD(depth_by="entropy", **BOTH), LDRLD(depth=d, **BOTH), z_s, z_t, y)
+
+
+def test_depth_by_entropy_up_to_all_classes():
+    z_s, _, y = sample(classes=7)
+    z_t = torch.zeros_like(z_s)
+    loss, fixed = LDRLD(beta=0.0, depth_by="entropy", mass_weight=1.0), LDRLD(beta=0.0, mass_weight=1.0)
+    assert_same(loss, fixed, z_s, z_t, y)
+    assert value_and_gradient(loss, z_s, 9 * sample(classes=7, seed=1)[1], y)[1].isfinite().all()
+
+
+def test_micro_batches_of_mixed_depths_add_up():
+    z_s, z_t, y, _ = varied()
+    loss = LDRLD(depth_by="entropy")
+    parts = sum(loss(z_s[k : k + 16], z_t[k : k + 16], y[k : k + 16], normalizer=48) for k in (0, 16, 32))
+    torch.testing.assert_close(parts, loss(z_s, z_t, y))
 
 
 # ---- TeKAP ------------------------------------------------------------------------------------------------------
@@ -543,6 +603,7 @@ WRONG = [
     ("gdkd", {"mass_weight": -1.0}, "mass_weight must be a finite number of at least 0"),
     ("ldrld", {"mass_weight": -1.0}, "mass_weight must be a finite number of at least 0"),
     ("ldrld", {"anchor": 1}, "anchor must be True or False"),
+    ("ldrld", {"depth_by": "entrpy"}, "depth_by must be one of"),
 ]
 
 

@@ -77,7 +77,8 @@ RIVALS = {  # of 2024 to 2026; in the tables of a profile that names them
 SWITCHES = {  # of LDRLD, likewise
     "LDRLD, with mass": Method("ldrld", {"mass_weight": 1.0}),
     "LDRLD, anchored": Method("ldrld", {"anchor": True}),
-    "LDRLD, anchored, with mass": Method("ldrld", {"mass_weight": 1.0, "anchor": True})}
+    "LDRLD, anchored, with mass": Method("ldrld", {"mass_weight": 1.0, "anchor": True}),
+    "LDRLD, depth by entropy": Method("ldrld", {"depth_by": "entropy"})}
 
 # %% ../../nbs/experiments/methods.ipynb #58e7ebbb
 SHOWN = ("CE", "KD", "LDRLD")  # methods in figures of single networks

@@ -22,7 +22,7 @@ from ..base import RowLoss, Rows, summed
 from .base import FeatureLoss, shapes_of
 from ..ldrld.analytic import largest
 from ..inner import OuterLoss
-from ..ldrld.loss import RelationLoss, kept_weights, relation_terms
+from ..ldrld.loss import RelationLoss, kept_weights
 from ..registry import available, build, register
 from ...models.parts import Features, conv, he_init
 
@@ -159,8 +159,7 @@ def ranked_by(
     "LDRLD without cross-entropy, on the classes that other logits than the student's rank highest."
     z, z_t = rows.student, rows.theirs
     weights, find = base.weights(kept_weights, z, z_t), lambda _, depth: largest(scores.detach(), depth)
-    terms = relation_terms(z, z_t, weights, base.temperature, find=find, mass=base.mass_weight > 0, anchor=base.anchor)
-    return rows.mean(summed(base.factors[name] * term for name, term in terms.items()))
+    return rows.mean(summed(base.divergences(z, z_t, weights, find=find).values()))
 
 # %% ../../../nbs/methods/blockwise.ipynb #bw000034
 class BlockSettings(SteppingStones):

@@ -119,3 +119,12 @@ def test_the_newer_methods_run_only_when_asked_with_the_seeds_of_the_plan(name):
     usual = {name_of(config) for config, _ in batch("quick")}
     own = asked[~asked["method"].isin(("CE", "KD", "DKD", "LDRLD", "FitNet", "AT"))]
     assert not set(own["name"]) & usual
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_our_prior_for_beta_is_run_where_its_teachers_are(name):
+    p = PROFILES[name]
+    ran = {(t, s) for t, s, m in EXPERIMENTS["rivals"].plan(p)[["teacher", "student", "method"]].itertuples(index=False)
+           if m == "LDRLD, β = 2, our prior"}
+    assert ran == {pair for pair in p.pairs if pair[0] in ("resnet56", "resnet110")}
+    assert bool(ran) == name.startswith("paper")

@@ -10,6 +10,7 @@ from ldrld import LDRLD, data, losses, models
 from ldrld.core.seeds import seeded
 from ldrld.experiments.config import RunConfig, name_of
 from ldrld.losses.features.dhkd import binary_kl_norm
+from ldrld.losses.features.wkdf import gaussian
 from ldrld.losses.groups import anchored, log_masses, mass_kl
 from ldrld.losses.ldrld.varied_depth import entropy_depths
 from ldrld.losses.logits.abkd import ab_divergence
@@ -653,7 +654,7 @@ def test_dhkds_heads_have_one_term_each(hidden):
     loss = losses.build("dhkd", hidden=hidden).prepare(student, teacher, x)
     z, seen = student(x, features=True)
     terms = loss.terms(z, z_t, y, seen)
-    second = loss.second[0].weight if hidden else loss.second.weight
+    second = loss.second.first.weight if hidden else loss.second.last.weight
     parts = student.head.weight, second, student.conv1.weight
     assert reaches(terms["ce"], *parts) == [True, False, True] and reaches(terms["kd"], *parts) == [False, True, True]
     torch.testing.assert_close(terms["ce"], F.cross_entropy(z, y))
@@ -661,6 +662,53 @@ def test_dhkds_heads_have_one_term_each(hidden):
         expected = 4 * binary_kl_norm(loss.second(seen.pooled), z_t, 2.0).mean()
         torch.testing.assert_close(terms["kd"], expected)
     assert loss.deployed(student) is student
+
+
+@pytest.mark.parametrize("kd_weight, conflicts", [(1.0, False), (3.0, True)])
+def test_alignment_is_a_projection_of_all_gradients_together(kd_weight, conflicts):
+    """As in the released optimizer: flattened, over all parameters, the KD gradient loses what opposes the CE's."""
+    student, teacher, x, y, *_ = networks()
+    z_t = (-9.0 if conflicts else 9.0) * torch.eye(10)[y]
+    loss = losses.build("dhkd", align=True, kd_weight=kd_weight).prepare(student, teacher, x)
+    z, seen = student(x, features=True)
+    with torch.no_grad():
+        loss.second.last.load_state_dict(student.head.state_dict())
+    parameters = [*student.parameters(), *loss.parameters()]
+    terms = loss.terms(z, z_t, y, seen)
+    gradient = lambda term: torch.cat(
+        [d.flatten() for d in torch.autograd.grad(term, parameters, retain_graph=True, materialize_grads=True)]
+    )
+    g_ce, g_kd = gradient(terms["ce"]), gradient(terms["kd"])
+    assert (g_ce @ g_kd < 0) == conflicts
+    expected = g_ce + g_kd - min((g_ce @ g_kd).item(), 0.0) / g_ce.norm() ** 2 * g_ce
+    torch.testing.assert_close(gradient(loss(z, z_t, y, seen)), expected, rtol=1e-4, atol=1e-6)
+    assert bool(terms["alignment"]) == conflicts
+    with torch.no_grad():
+        assert loss.terms(z, z_t, y, seen)["alignment"] == 0
+
+
+def test_alignment_and_dropout_are_recorded_only_when_on():
+    plain = losses.build("dhkd")
+    assert not {"align", "dropout"} & plain.hyperparameters.keys() and not plain.why_eager(plain.hyperparameters)
+    assert "backward" in plain.why_eager({"align": True}) and "dropout" in plain.why_eager({"dropout": 0.1})
+    with pytest.raises(ValueError, match="dropout must be a number from 0 to below 1"):
+        losses.build("dhkd", dropout=1.0)
+
+
+def test_dropout_is_a_function_of_seed_epoch_and_call():
+    student, teacher, x, y, z_t, _ = networks()
+    loss = losses.build("dhkd", hidden=50, dropout=0.5).prepare(student, teacher, x)
+    with torch.no_grad():
+        z, seen = student.eval()(x, features=True)
+        values = []
+        for epoch in (1, 2, 1):
+            loss.at_epoch(epoch, 3, seed=7)
+            values.append([loss(z, z_t, y, seen).item() for _ in range(2)])
+    assert values[0] == values[2] and len({*values[0], *values[1]}) == 4
+    first = loss.second.first(seen.pooled)
+    kept = torch.rand(first.shape, generator=seeded(7, 1, 2)) >= 0.5
+    expected = loss.second.last(F.relu(loss.second.norm(2 * first * kept)))
+    torch.testing.assert_close(loss.second(seen.pooled), expected)
 
 
 @pytest.mark.parametrize("base, cut, last_stage", [("fitnet", None, True), ("at", None, False), ("at", 1, True)])
@@ -692,3 +740,44 @@ def test_what_cannot_be_detached():
     student, teacher, x, *_ = networks()
     with pytest.raises(ValueError, match="cut must be at most 3, the student's last stage, got 4"):
         losses.build("detached", cut=4).prepare(student, teacher, x)
+
+
+# ---- WKD-F ------------------------------------------------------------------------------------------------------
+
+
+def test_wkdf_by_hand_and_its_decay():
+    student, teacher, x, y, z_t, theirs = networks()
+    loss = losses.build("wkdf").prepare(student, teacher, x)
+    z, seen = student(x, features=True)
+    ours = loss.regressor(seen.stages[-1]).flatten(2)
+    target = theirs.stages[-1].flatten(2)
+    means = (ours.mean(2) - target.mean(2)).square().sum() / 16
+    deviations = ((ours.var(2) + 1e-5).sqrt() - (target.var(2) + 1e-5).sqrt()).square().sum() / 16
+    terms = loss.terms(z, z_t, y, seen, theirs)
+    torch.testing.assert_close(terms["means"], 0.006 * 4 * means)
+    torch.testing.assert_close(terms["deviations"], 0.006 * deviations)
+    for epoch, share in ((150, 1.0), (195, 0.5), (240, 0.0)):
+        loss.at_epoch(epoch, 240)
+        later = loss.terms(z, z_t, y, seen, theirs)["means"]
+        torch.testing.assert_close(later, share * terms["means"], atol=1e-9, rtol=1e-5)
+
+
+def test_wkdf_sees_a_gaussian_and_nothing_else():
+    g = torch.Generator().manual_seed(0)
+    maps = torch.randn(4, 3, 5, 5, generator=g, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda m: gaussian(m), maps)
+    assert torch.autograd.gradcheck(gaussian, torch.zeros_like(maps).requires_grad_())  # no spread at all
+    moved = maps.flatten(2)[:, :, torch.randperm(25, generator=g)].reshape_as(maps)
+    torch.testing.assert_close(gaussian(moved), gaussian(maps))
+    mu, sigma = gaussian(3 * maps + 2, 0.0)
+    torch.testing.assert_close((mu, sigma), (3 * gaussian(maps, 0.0)[0] + 2, 3 * gaussian(maps, 0.0)[1]))
+
+
+def test_wkdf_refuses_what_does_not_fit():
+    student, teacher, *_ = networks()
+    with pytest.raises(ValueError, match="teacher: its last map has one position"):
+        losses.build("wkdf").prepare(student, teacher, torch.randn(2, 3, 4, 4))
+    with pytest.raises(ValueError, match="decay_from must be a number from 0 to 1"):
+        losses.build("wkdf", decay_from=2)
+    with pytest.raises(ValueError, match="'wkdf' cannot bring the student's map of 2×2 to the teacher's 8×8"):
+        losses.build("wkdf").prepare(models.build("MobileNetV2", 10), models.build("resnet14", 10), torch.randn(2, 3, 32, 32))

@@ -71,9 +71,11 @@ RIVALS = {  # of 2024 to 2026; in the tables of a profile that names them
     "PLD": Method("pld"), "ABKD": Method("abkd"), "CSD, our settings": Method("csd"), "LumiNet": Method("luminet"),
     "EA-KD": Method("entropy-weighted"), "EA-KD, as released": Method("entropy-weighted", {"entropy_scale": "100"}),
     "EA-DKD": Method("entropy-weighted", {"loss": "dkd"}), "WKD-L": Method("wkd"),
-    "WKD-L, constant distance": Method("wkd", {"distance": "constant"}),
+    "WKD-L, constant distance": Method("wkd", {"distance": "constant"}), "WKD-F": Method("wkdf"),
     "LCKA, our settings": Method("lcka"), "SinKD, our settings": Method("sinkd"),
-    "DHKD, without alignment": Method("dhkd"), "FitNet, detached classifier": Method("detached"),
+    "DHKD": Method("dhkd", {"align": True, "hidden": 200, "dropout": 0.1}),
+    "DHKD, linear head": Method("dhkd", {"align": True}), "DHKD, without alignment": Method("dhkd"),
+    "FitNet, detached classifier": Method("detached"),
     "AT, detached classifier": Method("detached", {"loss": "at"})}
 SWITCHES = {  # of LDRLD, likewise
     "LDRLD, with mass": Method("ldrld", {"mass_weight": 1.0}),

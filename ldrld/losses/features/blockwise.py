@@ -206,6 +206,7 @@ class BlockSettings(SteppingStones):
         self.weighting = validation.choice("weighting", weighting, ("halving", "equal"))
         self.connector = validation.choice("connector", connector, CONNECTORS)
         self.teacher_norm = validation.choice("teacher_norm", teacher_norm, ("eval", "batch"))
+        self.schedule = "stepping-stones join one by one" if self.handover else ""
         self._fit_together()
 
     def _fit_together(self) -> None:
@@ -273,6 +274,7 @@ class BlockKD(BlockWise):
     Source: Yu et al., arXiv 2411.01547, as far as readable; no code is released. α, β, γ, the temperature,
     connectors, detachment and the mode of the batch norms are our choice.
     """
+    own_recipe = "unknown"
     def feature_terms(
         self, rows: Rows, student_features: Features, teacher_features: Any, index: Tensor | None,
     ) -> dict[str, Tensor]:
@@ -305,6 +307,7 @@ class BlockLDRLD(BlockKD):
     Raises ValueError, naming the argument, if one is out of range or two exclude each other.
     Source: the wiring of arXiv 2411.01547 with the loss of arXiv 2507.15911; the combination is ours.
     """
+    own_recipe = ""
     usual_distance = "ldrld"
 
 # %% ../../../nbs/methods/blockwise.ipynb #bw000046

@@ -80,6 +80,7 @@ class DHKD(FeatureLoss):
     Source: arXiv 2411.08937 and its official code (penghui-yang/DHKD), whose example is `align=True, hidden=200,
     dropout=0.1`.
     """
+    own_recipe = "teachers of their own"
     added = {"align": False, "dropout": 0.0}
 
     def __init__(
@@ -98,6 +99,7 @@ class DHKD(FeatureLoss):
         self.hidden = validation.integer("hidden", hidden, at_least=0)
         self.align = validation.flag("align", align)
         self.dropout = validation.number("dropout", dropout, at_least=0.0)
+        self.extra_work = "two further backward passes" if self.align else ""
         if self.dropout >= 1: raise ValueError(f"dropout must be a number from 0 to below 1, got {dropout!r}")
 
     @classmethod

@@ -34,6 +34,7 @@ class WKDF(Comparison):
     Raises ValueError for a hyper-parameter out of its range; in `prepare` for maps that do not fit.
     Source: NeurIPS 2024, arXiv 2412.08139; loss and configuration of its code as found in copies (hainn2803/WKD).
     """
+    own_recipe = "mixed precision"
     parts = ("regressor",)
     pair_settings = {("resnet32x4", "resnet8x4"): {"gamma": 0.006, "mean_ratio": 4.0}}
     gamma: float
@@ -49,6 +50,7 @@ class WKDF(Comparison):
         super().__init__(ce_weight, gamma=gamma, mean_ratio=mean_ratio)
         self.decay_from = validation.number("decay_from", decay_from, at_least=0.0)
         if self.decay_from > 1: raise ValueError(f"decay_from must be a number from 0 to 1, got {decay_from!r}")
+        self.schedule = "weight decays" if self.decay_from < 1 else ""
 
     def at_epoch(self, epoch: int, epochs: int = 240, seed: int = 0) -> None:
         "Sets the decay of γ."

@@ -130,6 +130,7 @@ class LDRLD(RelationLoss):
     Raises ValueError, naming the argument, for a hyper-parameter out of range.
     Source: the paper, arXiv 2507.15911; normalisation and the factor T² as in the official code (yema-web/LDRLD).
     """
+    own_recipe = "warm-up of the learning rate, which stays at 0.95 of its base"
     pair_settings = {("resnet32x4", "resnet8x4"): {"alpha": 10.5, "beta": 7.0}}  # the only pair in the official code
     added = {"mass_weight": 0.0, "anchor": False, "depth_by": "fixed"}
 

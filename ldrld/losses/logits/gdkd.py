@@ -46,6 +46,7 @@ class GDKD(LogitLoss):
     Source: GDKD, TNNLS 37(6) 2026, arXiv 2512.04625, and its official code; default weights are those of
     ResNet32x4 → ResNet8x4.
     """
+    own_recipe = "teachers trained with AutoAugment and Cutout, by default"
     pair_settings = {pair: {"top_weight": float(w_1), "rest_weight": float(w_2)}
                      for pair, (w_1, w_2) in GDKD_WEIGHTS.items()}
     least = 1  # smallest k

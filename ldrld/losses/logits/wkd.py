@@ -113,6 +113,7 @@ class WKDL(ClassDistances):
     Source: NeurIPS 2024, arXiv 2412.08139, and its official code; the constant distance is our control, with the mean
     of the released costs of ResNet32x4.
     """
+    own_recipe = "mixed precision"
     needs_target = "'wkd', which treats the true class separately"
     alone = {"distance": "constant"}
     pair_settings = {("resnet32x4", "resnet8x4"): {"gamma": 600.0, "temperature": 8.0},
@@ -141,6 +142,8 @@ class WKDL(ClassDistances):
         self.rounds = validation.integer("rounds", rounds, at_least=1)
         self.decay_from = validation.number("decay_from", decay_from, at_least=0.0)
         if self.decay_from > 1: raise ValueError(f"decay_from must be a number from 0 to 1, got {decay_from!r}")
+        self.schedule = "weight decays" if self.decay_from < 1 else ""
+        self.extra_work = "a pass over the training images" if self.distance == "cka" else ""
         self.target_weight = validation.number("target_weight", target_weight, at_least=0.0)
         self.ce_weight = validation.number("ce_weight", ce_weight, at_least=0.0)
 

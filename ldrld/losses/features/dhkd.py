@@ -77,8 +77,7 @@ class DHKD(FeatureLoss):
     """Two heads: CE at the student's own, w_kd·τ²·Σ ln cosh((z^second − z^t)/(2τ)) at a second one, then discarded.
 
     Raises ValueError, naming the argument, if one is out of range; in `prepare` for networks without a `head`.
-    Source: arXiv 2411.08937 and its official code (penghui-yang/DHKD), whose example is `align=True, hidden=200,
-    dropout=0.1`.
+    Source: arXiv 2411.08937 and its code (penghui-yang/DHKD), whose example has hidden=200, dropout=0.1, align=True.
     """
     own_recipe = "teachers of their own"
     added = {"align": False, "dropout": 0.0}
@@ -105,9 +104,8 @@ class DHKD(FeatureLoss):
     @classmethod
     def why_eager(cls, hyperparameters: dict[str, Any]) -> str:
         "Why a training step with these hyper-parameters cannot be recorded as a CUDA graph; empty if it can."
-        if hyperparameters.get("align"): return "has backward passes of its own"
-        if hyperparameters.get("dropout"): return "draws dropout for every batch on the host"
-        return super().why_eager(hyperparameters)
+        reasons = {"align": "has backward passes of its own", "dropout": "draws dropout for every batch on the host"}
+        return next((why for name, why in reasons.items() if hyperparameters.get(name)), super().why_eager({}))
 
     def prepare(self, student: nn.Module, teacher: nn.Module, example: Tensor, data: Any = None) -> Self:
         "Create the second head. ValueError for networks without a `head`."

@@ -64,6 +64,7 @@ def seen_untrained(
     (gradient,) = torch.autograd.grad(F.cross_entropy(z, y), cast(nn.Linear, network.head).weight)
     return Untrained(features.last.detach(), gradient)
 
+# %% ../../nbs/models/diswot.ipynb #dw00001z
 def diswot_score(
     teacher: Untrained,
     student: Untrained,

@@ -36,6 +36,7 @@ def anchored_at(
     there = ((pi == top) & (place < depths[:, None])).any(-1, keepdim=True)
     return pi.where(there | (place != depths[:, None] - 1), top)
 
+# %% ../../../nbs/methods/varied_depth.ipynb #vd00001z
 def normalized_by(
     depths: Tensor,  # (rows,) of a floating type
     depth: int,  # d, the largest
@@ -53,6 +54,7 @@ def parted(
     group = logits.gather(-1, pi).masked_fill(~inside, UNUSED)
     return group, logits.scatter(-1, pi.where(inside, pi[:, :1]), UNUSED)
 
+# %% ../../../nbs/methods/varied_depth.ipynb #e2a510b1
 def part_terms(
     student: Tensor,  # (rows, classes)
     teacher: Tensor,  # (rows, classes)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from ldrld.experiments import plan
-from ldrld.experiments.catalog import EXPERIMENTS
-from ldrld.experiments.profiles import profile
+from ldrld.experiments.catalog import EXPERIMENTS, batch, selected
+from ldrld.experiments.profiles import PROFILES, profile
 from ldrld.experiments.config import name_of
 from ldrld.experiments.records import load_record
 
@@ -107,3 +107,24 @@ def test_a_changed_digit_is_found(tmp_path, monkeypatch):
     path.write_text(text)
     assert plan.verify("quick"), "a record that is gone is missed"
     assert load_record(run, "quick") is None
+
+
+@pytest.mark.parametrize("name", ("newer_methods", "ldrld_switches"))
+def test_the_newer_methods_run_only_when_asked_with_the_seeds_of_the_plan(name):
+    stages = {stage.experiment: stage for stage in plan.plan_of("quick").stages}
+    asked = EXPERIMENTS[name].plan("quick")
+    assert stages[name].seeds == 5 and {tuple(seeds) for _, seeds in asked.groupby("method")["seed"]} == {(*range(5),)}
+    assert set(asked["name"]) == {name_of(config) for _, config in plan.lines_of(stages[name], profile("quick"))}
+    assert all(name not in selected(p) and len(EXPERIMENTS[name].plan(p)["seed"].unique()) >= 3 for p in PROFILES)
+    usual = {name_of(config) for config, _ in batch("quick")}
+    own = asked[~asked["method"].isin(("CE", "KD", "DKD", "LDRLD", "FitNet", "AT"))]
+    assert not set(own["name"]) & usual
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_our_prior_for_beta_is_run_where_its_teachers_are(name):
+    p = PROFILES[name]
+    ran = {(t, s) for t, s, m in EXPERIMENTS["rivals"].plan(p)[["teacher", "student", "method"]].itertuples(index=False)
+           if m == "LDRLD, β = 2, our prior"}
+    assert ran == {pair for pair in p.pairs if pair[0] in ("resnet56", "resnet110")}
+    assert bool(ran) == name.startswith("paper")

@@ -10,13 +10,15 @@ from ldrld import LDRLD, data, losses, models
 from ldrld.core.seeds import seeded
 from ldrld.experiments.config import RunConfig, name_of
 from ldrld.losses.features.dhkd import binary_kl_norm
+from ldrld.losses.features.wkdf import gaussian
 from ldrld.losses.groups import anchored, log_masses, mass_kl
+from ldrld.losses.ldrld.varied_depth import entropy_depths
 from ldrld.losses.logits.abkd import ab_divergence
 from ldrld.losses.logits.luminet import by_class
 from ldrld.losses.logits.pld import plackett_luce, ranking
 from ldrld.losses.logits.sinkd import sinkhorn_plan, transport_costs
 from ldrld.losses.logits.wkd import class_cka, transport
-from ldrld.losses.relations import dway_kl, remaining_kl
+from ldrld.losses.relations import dway_kl, remaining_kl, top_d
 
 INF, IGNORED = torch.inf, -100
 
@@ -119,21 +121,23 @@ def test_derivatives_of_gdkd(name, options):
 
 def test_the_switches_off_change_nothing():
     z_s, z_t, y = sample(dtype=torch.float32)
-    plain, off = LDRLD(), LDRLD(mass_weight=0.0, anchor=False)
+    plain, off = LDRLD(), LDRLD(mass_weight=0.0, anchor=False, depth_by="fixed")
     assert plain(z_s, z_t, y) == off(z_s, z_t, y) and list(plain.terms(z_s, z_t, y)) == ["ce", "pairs", "llki", "rntk"]
-    assert "mass_weight" not in plain.hyperparameters and "anchor" not in plain.hyperparameters
+    assert not {"mass_weight", "anchor", "depth_by"} & plain.hyperparameters.keys()
+    assert LDRLD(depth_by="entropy").hyperparameters["depth_by"] == "entropy"
     assert LDRLD(mass_weight=2).hyperparameters["mass_weight"] == 2.0 and LDRLD(anchor=True).hyperparameters["anchor"]
 
 
 def test_the_switches_are_named_when_on():
     teacher = RunConfig(dataset="digits", model="resnet14")
     common = dict(dataset="digits", model="resnet8", loss="ldrld", teacher=teacher)
-    plain, same, mass, anchor = (
+    off = {"mass_weight": 0.0, "anchor": False, "depth_by": "fixed"}
+    plain, same, *on = (
         RunConfig(loss_args=args, **common)
-        for args in ({}, {"mass_weight": 0.0, "anchor": False}, {"mass_weight": 1.0}, {"anchor": True})
+        for args in ({}, off, {"mass_weight": 1.0}, {"anchor": True}, {"depth_by": "entropy"})
     )
     assert plain == same and name_of(plain) == name_of(same)
-    assert len({name_of(c) for c in (plain, mass, anchor)}) == 3
+    assert len({name_of(c) for c in (plain, *on)}) == 4
 
 
 @pytest.mark.parametrize("rank_by", ["student", "teacher", "label"])
@@ -167,14 +171,18 @@ def test_an_anchor_replaces_the_last_class_only_where_it_is_missing():
     assert LDRLD(anchor=True)(z_s[~there], z_t[~there], y[~there]) != LDRLD()(z_s[~there], z_t[~there], y[~there])
 
 
-@pytest.mark.parametrize("options", [{"mass_weight": 1.0}, {"anchor": True}, {"mass_weight": 0.5, "anchor": True}])
+BOTH = {"mass_weight": 0.5, "anchor": True}
+VARIED = {"depth_by": "entropy"}
+
+
+@pytest.mark.parametrize("options", [{"mass_weight": 1.0}, {"anchor": True}, BOTH, VARIED, {**BOTH, **VARIED}])
 def test_derivatives_of_the_switches(options):
     z_s, z_t, y = sample(3, 12)
     loss = LDRLD(depth=4, **options)
     assert torch.autograd.gradcheck(lambda z: loss(z, z_t, y), z_s.requires_grad_())
 
 
-@pytest.mark.parametrize("options", [{"mass_weight": 1.0}, {"anchor": True}])
+@pytest.mark.parametrize("options", [{"mass_weight": 1.0}, {"anchor": True}, VARIED, {**BOTH, **VARIED}])
 def test_the_switches_with_ruled_out_classes_and_ignored_rows(options):
     z_s, z_t, y = sample()
     loss = LDRLD(**options)
@@ -188,6 +196,59 @@ def test_the_switches_with_ruled_out_classes_and_ignored_rows(options):
     z_s[1], z_t[4] = torch.nan, torch.nan
     value, gradient = value_and_gradient(loss, z_s, z_t, (y % 15).where(kept, IGNORED))
     torch.testing.assert_close((value, gradient[kept]), wanted)
+
+
+def varied(batch=48, classes=20):
+    """A teacher whose entropy varies from sample to sample, and the depths that follow from it."""
+    z_s, z_t, y = sample(batch, classes)
+    z_t = z_t * torch.linspace(0.1, 8, batch, dtype=z_t.dtype)[:, None]
+    return z_s, z_t, y, entropy_depths(top_d(z_s, z_t, 7)[2])
+
+
+def test_depths_are_numbers_of_classes():
+    equal = torch.zeros(3, 9).masked_fill(torch.arange(9) >= torch.tensor([[3], [1], [9]]), -500.0)
+    assert entropy_depths(equal).tolist() == [3, 2, 9]  # as many as share the probability, and at least a pair
+    assert entropy_depths(equal.half(), 0.5).tolist() == [3, 2, 9]
+    *_, depths = varied()
+    assert depths.min() == 2 and depths.max() == 7 and len(depths.unique()) >= 5
+
+
+@pytest.mark.parametrize("rank_by", ["student", "teacher", "label"])
+@pytest.mark.parametrize("options", [{}, BOTH, {"normalize": False}, {"pairs_weight": 0.0}, {"weighting": "none"}])
+def test_a_batch_of_mixed_depths_is_its_samples_one_by_one(options, rank_by):
+    z_s, z_t, y, _ = varied()
+    depths = entropy_depths(top_d(z_s, z_t, 7, rank_by, y)[2])
+
+    def one_by_one(z_s, z_t, y):
+        fixed = (LDRLD(depth=int(d), rank_by=rank_by, **options) for d in depths)
+        return sum(loss(z_s[k : k + 1], z_t[k : k + 1], y[k : k + 1]) for k, loss in enumerate(fixed)) / len(y)
+
+    assert_same(LDRLD(depth_by="entropy", rank_by=rank_by, **options), one_by_one, z_s, z_t, y)
+
+
+@pytest.mark.parametrize("d", [2, 4, 7])
+def test_equal_entropies_give_a_fixed_depth(d):
+    z_s, z_t, y = sample()
+    pi = z_s.topk(7).indices
+    logits = torch.zeros(16, 7, dtype=z_t.dtype).masked_fill(torch.arange(7) >= d, -300.0)
+    z_t = z_t.scatter(1, pi, logits)
+    assert entropy_depths(z_t.gather(1, pi)).eq(d).all()
+    assert_same(LDRLD(depth_by="entropy", **BOTH), LDRLD(depth=d, **BOTH), z_s, z_t, y)
+
+
+def test_depth_by_entropy_up_to_all_classes():
+    z_s, _, y = sample(classes=7)
+    z_t = torch.zeros_like(z_s)
+    loss, fixed = LDRLD(beta=0.0, depth_by="entropy", mass_weight=1.0), LDRLD(beta=0.0, mass_weight=1.0)
+    assert_same(loss, fixed, z_s, z_t, y)
+    assert value_and_gradient(loss, z_s, 9 * sample(classes=7, seed=1)[1], y)[1].isfinite().all()
+
+
+def test_micro_batches_of_mixed_depths_add_up():
+    z_s, z_t, y, _ = varied()
+    loss = LDRLD(depth_by="entropy")
+    parts = sum(loss(z_s[k : k + 16], z_t[k : k + 16], y[k : k + 16], normalizer=48) for k in (0, 16, 32))
+    torch.testing.assert_close(parts, loss(z_s, z_t, y))
 
 
 # ---- TeKAP ------------------------------------------------------------------------------------------------------
@@ -543,6 +604,7 @@ WRONG = [
     ("gdkd", {"mass_weight": -1.0}, "mass_weight must be a finite number of at least 0"),
     ("ldrld", {"mass_weight": -1.0}, "mass_weight must be a finite number of at least 0"),
     ("ldrld", {"anchor": 1}, "anchor must be True or False"),
+    ("ldrld", {"depth_by": "entrpy"}, "depth_by must be one of"),
 ]
 
 
@@ -592,7 +654,7 @@ def test_dhkds_heads_have_one_term_each(hidden):
     loss = losses.build("dhkd", hidden=hidden).prepare(student, teacher, x)
     z, seen = student(x, features=True)
     terms = loss.terms(z, z_t, y, seen)
-    second = loss.second[0].weight if hidden else loss.second.weight
+    second = loss.second.first.weight if hidden else loss.second.last.weight
     parts = student.head.weight, second, student.conv1.weight
     assert reaches(terms["ce"], *parts) == [True, False, True] and reaches(terms["kd"], *parts) == [False, True, True]
     torch.testing.assert_close(terms["ce"], F.cross_entropy(z, y))
@@ -600,6 +662,53 @@ def test_dhkds_heads_have_one_term_each(hidden):
         expected = 4 * binary_kl_norm(loss.second(seen.pooled), z_t, 2.0).mean()
         torch.testing.assert_close(terms["kd"], expected)
     assert loss.deployed(student) is student
+
+
+@pytest.mark.parametrize("kd_weight, conflicts", [(1.0, False), (3.0, True)])
+def test_alignment_is_a_projection_of_all_gradients_together(kd_weight, conflicts):
+    """As in the released optimizer: flattened, over all parameters, the KD gradient loses what opposes the CE's."""
+    student, teacher, x, y, *_ = networks()
+    z_t = (-9.0 if conflicts else 9.0) * torch.eye(10)[y]
+    loss = losses.build("dhkd", align=True, kd_weight=kd_weight).prepare(student, teacher, x)
+    z, seen = student(x, features=True)
+    with torch.no_grad():
+        loss.second.last.load_state_dict(student.head.state_dict())
+    parameters = [*student.parameters(), *loss.parameters()]
+    terms = loss.terms(z, z_t, y, seen)
+    gradient = lambda term: torch.cat(
+        [d.flatten() for d in torch.autograd.grad(term, parameters, retain_graph=True, materialize_grads=True)]
+    )
+    g_ce, g_kd = gradient(terms["ce"]), gradient(terms["kd"])
+    assert (g_ce @ g_kd < 0) == conflicts
+    expected = g_ce + g_kd - min((g_ce @ g_kd).item(), 0.0) / g_ce.norm() ** 2 * g_ce
+    torch.testing.assert_close(gradient(loss(z, z_t, y, seen)), expected, rtol=1e-4, atol=1e-6)
+    assert bool(terms["alignment"]) == conflicts
+    with torch.no_grad():
+        assert loss.terms(z, z_t, y, seen)["alignment"] == 0
+
+
+def test_alignment_and_dropout_are_recorded_only_when_on():
+    plain = losses.build("dhkd")
+    assert not {"align", "dropout"} & plain.hyperparameters.keys() and not plain.why_eager(plain.hyperparameters)
+    assert not plain.why_eager({"align": True}) and "dropout" in plain.why_eager({"dropout": 0.1})
+    with pytest.raises(ValueError, match="dropout must be a number from 0 to below 1"):
+        losses.build("dhkd", dropout=1.0)
+
+
+def test_dropout_is_a_function_of_seed_epoch_and_call():
+    student, teacher, x, y, z_t, _ = networks()
+    loss = losses.build("dhkd", hidden=50, dropout=0.5).prepare(student, teacher, x)
+    with torch.no_grad():
+        z, seen = student.eval()(x, features=True)
+        values = []
+        for epoch in (1, 2, 1):
+            loss.at_epoch(epoch, 3, seed=7)
+            values.append([loss(z, z_t, y, seen).item() for _ in range(2)])
+    assert values[0] == values[2] and len({*values[0], *values[1]}) == 4
+    first = loss.second.first(seen.pooled)
+    kept = torch.rand(first.shape, generator=seeded(7, 1, 2)) >= 0.5
+    expected = loss.second.last(F.relu(loss.second.norm(2 * first * kept)))
+    torch.testing.assert_close(loss.second(seen.pooled), expected)
 
 
 @pytest.mark.parametrize("base, cut, last_stage", [("fitnet", None, True), ("at", None, False), ("at", 1, True)])
@@ -631,3 +740,44 @@ def test_what_cannot_be_detached():
     student, teacher, x, *_ = networks()
     with pytest.raises(ValueError, match="cut must be at most 3, the student's last stage, got 4"):
         losses.build("detached", cut=4).prepare(student, teacher, x)
+
+
+# ---- WKD-F ------------------------------------------------------------------------------------------------------
+
+
+def test_wkdf_by_hand_and_its_decay():
+    student, teacher, x, y, z_t, theirs = networks()
+    loss = losses.build("wkdf").prepare(student, teacher, x)
+    z, seen = student(x, features=True)
+    ours = loss.regressor(seen.stages[-1]).flatten(2)
+    target = theirs.stages[-1].flatten(2)
+    means = (ours.mean(2) - target.mean(2)).square().sum() / 16
+    deviations = ((ours.var(2) + 1e-5).sqrt() - (target.var(2) + 1e-5).sqrt()).square().sum() / 16
+    terms = loss.terms(z, z_t, y, seen, theirs)
+    torch.testing.assert_close(terms["means"], 0.006 * 4 * means)
+    torch.testing.assert_close(terms["deviations"], 0.006 * deviations)
+    for epoch, share in ((150, 1.0), (195, 0.5), (240, 0.0)):
+        loss.at_epoch(epoch, 240)
+        later = loss.terms(z, z_t, y, seen, theirs)["means"]
+        torch.testing.assert_close(later, share * terms["means"], atol=1e-9, rtol=1e-5)
+
+
+def test_wkdf_sees_a_gaussian_and_nothing_else():
+    g = torch.Generator().manual_seed(0)
+    maps = torch.randn(4, 3, 5, 5, generator=g, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda m: gaussian(m), maps)
+    assert torch.autograd.gradcheck(gaussian, torch.zeros_like(maps).requires_grad_())  # no spread at all
+    moved = maps.flatten(2)[:, :, torch.randperm(25, generator=g)].reshape_as(maps)
+    torch.testing.assert_close(gaussian(moved), gaussian(maps))
+    mu, sigma = gaussian(3 * maps + 2, 0.0)
+    torch.testing.assert_close((mu, sigma), (3 * gaussian(maps, 0.0)[0] + 2, 3 * gaussian(maps, 0.0)[1]))
+
+
+def test_wkdf_refuses_what_does_not_fit():
+    student, teacher, *_ = networks()
+    with pytest.raises(ValueError, match="teacher: its last map has one position"):
+        losses.build("wkdf").prepare(student, teacher, torch.randn(2, 3, 4, 4))
+    with pytest.raises(ValueError, match="decay_from must be a number from 0 to 1"):
+        losses.build("wkdf", decay_from=2)
+    with pytest.raises(ValueError, match="'wkdf' cannot bring the student's map of 2×2 to the teacher's 8×8"):
+        losses.build("wkdf").prepare(models.build("MobileNetV2", 10), models.build("resnet14", 10), torch.randn(2, 3, 32, 32))

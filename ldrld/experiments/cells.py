@@ -123,7 +123,8 @@ def chosen(
 
 # %% ../../nbs/experiments/cells.ipynb #474d7823
 def every_method(p: Profile, pair: tuple[str, str]) -> Lines:
-    "One cell per method of the profile; searched methods only for pairs without published values."
-    for method in p.methods:
-        if not method_of(method).searched or any(trials(p, pair)):
-            yield from on_pair(p, pair, {"method": method}, method)
+    "One cell per method of the profile that is meant for the pair: searched ones only without published values."
+    for name in p.methods:
+        method = method_of(name)
+        if method.searched and not any(trials(p, pair)) or method.teachers and pair[0] not in method.teachers: continue
+        yield from on_pair(p, pair, {"method": name}, method)

@@ -14,7 +14,7 @@ import pandas as pd
 
 from .cells import Lines
 from .config import name_of
-from .profiles import Profile, profile
+from .profiles import Profile, profile_for
 
 # %% ../../nbs/experiments/registry.ipynb #9997f01e
 SHARED = ("comparison", "curve", "grid")  # notebooks that take the experiment as a parameter
@@ -56,7 +56,7 @@ class Experiment:
     ) -> pd.DataFrame:  # one line per run: teacher, student, the columns of `by`, seed, name, config
         "The runs of this experiment; name and configuration are empty while a setting is still being searched."
         lines = [{"seed": c and c.seed, **values, "name": name_of(c) if c else "", "config": c}
-                 for values, c in self.lines(profile(p))]
+                 for values, c in self.lines(profile_for(p, self.name))]
         return pd.DataFrame(lines, columns=[*self.by, "seed", "name", "config"])
 
     @property

@@ -151,6 +151,9 @@ class LossTraits(nn.Module):
     added: dict[str, Any] = {}  # default of hyper-parameters added later, which are not recorded at that value
     ramp: float = 1.0  # factor of the terms that warm up, set by `at_epoch`
     ce_weight: float  # weight of the cross-entropy, for `cross_entropy`
+    schedule: str = ""  # how its terms change over the training, apart from a `warmup`, for tables
+    extra_work: str = ""  # what it does besides one pass of student and teacher, for tables
+    own_recipe: str = ""  # what the method's own published tables have that CRD's recipe has not
 
     @classmethod
     def why_eager(cls, hyperparameters: dict[str, Any]) -> str:  # empty if it can
@@ -158,6 +161,19 @@ class LossTraits(nn.Module):
         if cls.eager or cls.can_be_recorded or cls.__module__.partition(".")[0] == __name__.partition(".")[0]:
             return cls.eager
         return "does not say that it can be recorded"
+
+    @property
+    def differences(self) -> list[str]:
+        "What it uses or does besides one view of the images, the teacher's logits and constant terms."
+        found = {"features": self.needs_features, "warm-up": getattr(self, "warmup", 0.0) > 0,
+                 "two views" if self.versions > 1 else "images of its own": self.alters_images}
+        return [mark for mark, applies in found.items() if applies] + [m for m in (self.schedule, self.extra_work) if m]
+
+    @property
+    def unequal(self) -> list[str]:
+        "What sets its runs apart from those of plain KD with cross-entropy of weight 1, in a few words for tables."
+        weight = getattr(self, "ce_weight", 1.0)
+        return self.differences + ([] if weight == 1 else [f"CE × {weight:g}" if weight else "no separate CE"])
 
 # %% ../../nbs/methods/base.ipynb #e2c5fe45
 class LossBase(LossTraits):

@@ -53,3 +53,10 @@ class OuterLoss(LossBase):
         own, inner = super().why_eager(hyperparameters), hyperparameters.get(cls.inner_argument)
         if own or inner is None: return own
         return loss_class(inner).why_eager(hyperparameters.get(f"{cls.inner_argument}_args") or {})
+
+    @property
+    def differences(self) -> list[str]:
+        "Its own, and those of the inner loss."
+        own = super().differences
+        inner = getattr(self, "base", None)
+        return own + [m for m in inner.differences if m not in own] if isinstance(inner, LossBase) else own

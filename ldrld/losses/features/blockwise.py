@@ -22,7 +22,7 @@ from ..base import RowLoss, Rows, summed
 from .base import FeatureLoss, shapes_of
 from ..ldrld.analytic import largest
 from ..inner import OuterLoss
-from ..ldrld.loss import RelationLoss, kept_weights, relation_terms
+from ..ldrld.loss import RelationLoss, kept_weights
 from ..registry import available, build, register
 from ...models.parts import Features, conv, he_init
 
@@ -159,8 +159,7 @@ def ranked_by(
     "LDRLD without cross-entropy, on the classes that other logits than the student's rank highest."
     z, z_t = rows.student, rows.theirs
     weights, find = base.weights(kept_weights, z, z_t), lambda _, depth: largest(scores.detach(), depth)
-    terms = relation_terms(z, z_t, weights, base.temperature, find=find, mass=base.mass_weight > 0, anchor=base.anchor)
-    return rows.mean(summed(base.factors[name] * term for name, term in terms.items()))
+    return rows.mean(summed(base.divergences(z, z_t, weights, find=find).values()))
 
 # %% ../../../nbs/methods/blockwise.ipynb #bw000034
 class BlockSettings(SteppingStones):
@@ -207,6 +206,7 @@ class BlockSettings(SteppingStones):
         self.weighting = validation.choice("weighting", weighting, ("halving", "equal"))
         self.connector = validation.choice("connector", connector, CONNECTORS)
         self.teacher_norm = validation.choice("teacher_norm", teacher_norm, ("eval", "batch"))
+        self.schedule = "stepping-stones join one by one" if self.handover else ""
         self._fit_together()
 
     def _fit_together(self) -> None:
@@ -274,6 +274,7 @@ class BlockKD(BlockWise):
     Source: Yu et al., arXiv 2411.01547, as far as readable; no code is released. α, β, γ, the temperature,
     connectors, detachment and the mode of the batch norms are our choice.
     """
+    own_recipe = "unknown"
     def feature_terms(
         self, rows: Rows, student_features: Features, teacher_features: Any, index: Tensor | None,
     ) -> dict[str, Tensor]:
@@ -306,6 +307,7 @@ class BlockLDRLD(BlockKD):
     Raises ValueError, naming the argument, if one is out of range or two exclude each other.
     Source: the wiring of arXiv 2411.01547 with the loss of arXiv 2507.15911; the combination is ours.
     """
+    own_recipe = ""
     usual_distance = "ldrld"
 
 # %% ../../../nbs/methods/blockwise.ipynb #bw000046

@@ -26,6 +26,7 @@ class Detached(FeatureLoss):
     student does not have, and for a student without `tail`.
     Source: arXiv 2511.14981 and its official code (Thegolfingocto/KD_wo_CE); the loss and the stage are ours.
     """
+    own_recipe = "AdamW, one cycle, 50 epochs, no augmentation"
     def __init__(
         self,
         loss: str = "fitnet",  # name of a loss on features that leaves the classifier alone

@@ -57,6 +57,7 @@ class DHO(OuterLoss, FeatureLoss):
     Raises ValueError, naming the argument, if one is out of range or the loss is not a loss on logits.
     Source: arXiv 2505.07675 and its released code (erjui/DHO): λ = 0.5, τ = 2; defaults of α and β ours.
     """
+    own_recipe = "few labels, vision–language teachers"
     def __init__(
         self,
         loss: str = "kd",  # of the second head: name of a loss on logits with a teacher

@@ -24,6 +24,7 @@ class FCFD(Hybrids):
     Raises ValueError, naming the argument, if one is out of range.
     Source: Liu et al., ICLR 2023, and its released code (LiuDongyang6/FCFD), but with the teacher in evaluation mode.
     """
+    own_recipe = "Nesterov momentum"
     pair_settings = {
         ("resnet56", "resnet20"): {"feature_weight": 0.02}, ("resnet32x4", "ShuffleV1"): {"temperature": 8.0},
         ("resnet32x4", "ShuffleV2"): {"temperature": 8.0}, ("ResNet50", "MobileNetV2"): {"temperature": 8.0}}

@@ -23,6 +23,7 @@ def regressor(
     student: tuple[int, int, int],  # channels, height, width of the student's map
     teacher: tuple[int, int, int],  # of the teacher's
     rectified: bool = True,  # end with a ReLU?
+    name: str = "fitnet",  # of the loss, for the error message
 ) -> nn.Sequential:
     """From the shape of the student's map to that of the teacher's.
 
@@ -33,8 +34,8 @@ def regressor(
     if h_s == 2 * h_t: convolution = nn.Conv2d(c_s, c_t, 3, stride=2, padding=1, bias=False)
     elif 2 * h_s == h_t: convolution = nn.ConvTranspose2d(c_s, c_t, 4, stride=2, padding=1, bias=False)
     elif h_s >= h_t: convolution = nn.Conv2d(c_s, c_t, 1 + h_s - h_t, bias=False)
-    else: raise ValueError(f"'fitnet' cannot bring the student's map of {h_s}×{h_s} to the teacher's {h_t}×{h_t}: the "
-                           "student's must be as large, larger, or half as large. Choose another `stage`")
+    else: raise ValueError(f"{name!r} cannot bring the student's map of {h_s}×{h_s} to the teacher's {h_t}×{h_t}: the "
+                           "student's must be as large, larger, or half as large. Choose another stage or loss")
     return nn.Sequential(convolution, nn.BatchNorm2d(c_t), *([nn.ReLU()] if rectified else []))
 
 # %% ../../../nbs/methods/fitnet.ipynb #0f4ebc53

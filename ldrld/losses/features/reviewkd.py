@@ -83,6 +83,7 @@ class ReviewKD(Comparison):
     Raises ValueError for a hyper-parameter out of its range; in `prepare` for different numbers of stages.
     Source: Chen et al. 2021, arXiv 2104.09044 (dvlab-research/ReviewKD); default weight of megvii-research/mdistiller.
     """
+    own_recipe = "batches of 128, learning rate 0.1"
     parts = ("fusions",)
     pair_settings = {("resnet56", "resnet20"): {"weight": 0.6}, ("resnet110", "resnet32"): {"weight": 1.0},
                      ("resnet32x4", "resnet8x4"): {"weight": 5.0}, ("wrn_40_2", "wrn_16_2"): {"weight": 5.0},

@@ -57,6 +57,7 @@ class SimKD(FeatureLoss):
     Raises ValueError, naming the argument, if one is out of range.
     Source: Chen et al., CVPR 2022, and its released code (DefangChen/SimKD).
     """
+    own_recipe = "teachers and students trained anew by the authors"
     def __init__(
         self,
         reduction: int = 2,  # ≥ 1, factor by which the projector is narrower than the teacher

@@ -42,6 +42,7 @@ class ABKD(LogitLoss):
     Raises ValueError, naming the argument, for a hyper-parameter out of range or both exponents 0.
     Source: ICML 2025, arXiv 2505.04560, and its official code; values of its script for ResNet56 → ResNet20.
     """
+    own_recipe = "α and β chosen on test accuracy"
     pair_settings = {("resnet56", "resnet20"): {"alpha": 0.8, "beta": 0.3, "ab_weight": 32.0}}
 
     def __init__(

@@ -35,6 +35,7 @@ class CSD(LogitLoss):
     Raises ValueError, naming the argument, for a hyper-parameter out of range.
     Source: ICLR 2026, arXiv 2509.25837, from notes; temperature, weights and settings for images are ours.
     """
+    own_recipe = "language models"
     def __init__(
         self,
         first: str = "student",  # w_1: "student" | "teacher" | "uniform"

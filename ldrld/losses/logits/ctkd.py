@@ -24,6 +24,7 @@ class CTKD(LogitLoss):
     Raises ValueError, naming the argument, for a hyper-parameter out of range.
     Source: Li et al., AAAI 2023, arXiv 2211.16231; the global temperature of the official code (zhengli97/CTKD).
     """
+    schedule = "adversary grows"
     strength = -1.0  # λ, set by `at_epoch`
 
     def __init__(

@@ -43,9 +43,9 @@ class GDKD(LogitLoss):
     """Generalised DKD: w_ce·CE + ramp·τ²·(w_0·KL of the group's mass + w_1·KL within the group + w_2·KL of the rest).
 
     Raises ValueError, naming the argument, for a hyper-parameter out of range or a group of all classes.
-    Source: GDKD, TNNLS 37(6) 2026, arXiv 2512.04625, and its official code; default weights are those of
-    ResNet32x4 → ResNet8x4.
+    Source: GDKD, TNNLS 37(6) 2026, arXiv 2512.04625, and its official code; defaults of ResNet32x4 → ResNet8x4.
     """
+    own_recipe = "teachers trained with AutoAugment and Cutout, by default"
     pair_settings = {pair: {"top_weight": float(w_1), "rest_weight": float(w_2)}
                      for pair, (w_1, w_2) in GDKD_WEIGHTS.items()}
     least = 1  # smallest k

@@ -52,6 +52,7 @@ class LCKA(LogitLoss):
     Raises ValueError, naming the argument, for a hyper-parameter out of range.
     Source: IJCAI 2024, arXiv 2401.11824, and its official code; which options its tables use is unknown.
     """
+    own_recipe = "unknown; the public script has 600 epochs, batches of 128"
     row_wise = False  # the samples of a batch are compared with each other
 
     def __init__(

@@ -41,6 +41,7 @@ class PLD(LogitLoss):
     Raises ValueError, naming the argument, for a hyper-parameter out of range or a missing target.
     Source: NeurIPS 2025, arXiv 2506.12542, with the code in its appendix.
     """
+    own_recipe = "AdamW, 250 epochs, batches of 128"
     needs_target = "'pld', whose ranking starts with the true class"
 
     def __init__(

@@ -45,6 +45,7 @@ class SinKD(LogitLoss):
     Source: COLING 2024, arXiv 2402.17110, and its official code (2018cx/SinKD) for language tasks; the division by B
     and the weights are ours.
     """
+    own_recipe = "language tasks"
     row_wise = False  # the transport is between all samples of the batch
 
     def __init__(

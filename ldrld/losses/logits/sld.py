@@ -36,6 +36,8 @@ class SLD(TwoViews):
     Raises ValueError, naming the argument, for a hyper-parameter out of range or a missing target.
     Source: Limantoro et al., Multimedia Systems 31:264, 2025, arXiv 2504.20108, and the official code.
     """
+    own_recipe = "learning rate 0.025"
+    schedule = "a term joins late"
     needs_target = "'sld', which swaps the true class's logit"
     versions = 2
     late = True  # whether the student is swapped too, set by `at_epoch`

@@ -45,8 +45,8 @@ def shapes_of(
     who: str = "student",  # for the error message
 ) -> Shapes:
     "The shapes of all features of a network; its state is unchanged. ValueError if it returns no features."
-    seen = features_of(network, example, who)
-    if not isinstance(seen, Features):
+    seen: Any = features_of(network, example, who)
+    if not hasattr(seen, "preact"):
         raise ValueError(f"{who}: {type(network).__name__} returns {type(seen).__name__}, not the Features that this "
                          "loss compares; use a loss on logits, or 'ofa'")
     shape = lambda maps: tuple(tuple(m.shape[1:]) for m in maps)

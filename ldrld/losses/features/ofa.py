@@ -65,8 +65,9 @@ def map_branch(
 ) -> nn.Sequential:
     "From a map to logits by convolutions."
     widths = [channels * 2**k for k in range(later)] + [width]
-    blocks = [halving(a, b) for a, b in zip(widths, widths[1:])] or [nn.Conv2d(channels, width, 1)]
-    made = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    made = nn.Sequential(*(halving(a, b) for a, b in zip(widths, widths[1:])))
+    if not later: made.append(nn.Conv2d(channels, width, 1))
+    made.extend([nn.AdaptiveAvgPool2d(1), nn.Flatten()])
     he_init(made)
     return made.append(small_linear(width, classes))
 

@@ -45,7 +45,7 @@ def published_accuracy(
 
 # %% ../../nbs/experiments/model_cards.ipynb #71f30001
 def _loads(state: dict, network: str, classes: int) -> bool:
-    "Whether weights fit a network. One from timm cannot be told from its weights alone, so its names are compared."
+    "Whether weights fit a network; one from timm is built, because `identify` does not know it."
     if models.returns_features(network): return identify(state) == (network, classes)
     own = models.build(network, classes).state_dict()
     return {k: v.shape for k, v in own.items()} == {k: v.shape for k, v in state.items()}

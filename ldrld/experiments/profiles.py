@@ -28,7 +28,6 @@ class Profile(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str
     data: str = Field(description="name of the data in captions")
-    needs: str = Field("", description="what a batch needs beyond the usual; said before it starts")
     dataset: str = Field(description="name of a data set in `ldrld.data`")
     pairs: tuple[tuple[str, str], ...] = Field(
         min_length=1, description="(teacher, student); for the one used in ablations see `ablation_pair`")
@@ -46,6 +45,7 @@ class Profile(BaseModel):
     class_sets: tuple[str, ...] = Field(
         (), description="data sets of the table on the number of classes; the profile's own if empty")
     experiments: tuple[str, ...] | None = Field(None, description="those that are run by default; all if None")
+    needs: str = Field("", description="what a batch needs beyond the usual; said before it starts")
 
     @model_validator(mode="after")
     def _can_be_run(self) -> "Profile":

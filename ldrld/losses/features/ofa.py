@@ -138,7 +138,7 @@ class OFAKD(FeatureLoss):
         kd_weight: float = 1.0,  # w_kd ≥ 0, weight of the final logits' term
         branch_weight: float = 1.0,  # w_b ≥ 0, weight of the sum over the branches
         temperature: float = 1.0,  # τ > 0; no factor τ², as in the official code
-        raised: str = "all",  # "all": γ is the power of all targets, as in the official code | "target": the true class's
+        raised: str = "all",  # "all": γ raises all targets, as in the official code | "target": the true class alone
         ce_weight: float = 1.0,  # ≥ 0, weight of the cross-entropy of the final logits
     ):
         super().__init__()

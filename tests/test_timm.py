@@ -13,6 +13,7 @@ from ldrld.experiments.catalog import EXPERIMENTS, selected
 from ldrld.experiments.config import name_of
 from ldrld.experiments.profiles import OTHERS, PROFILES, profile
 from ldrld.models.timm_networks import canonical_timm, split_name, stages_of
+from ldrld.training.recipes import RECIPES, optimizer_for, schedule
 
 needs_timm = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm not installed")
 NATIVE = "timm:vit_tiny_patch16_224,embed_dim=32,depth=2,num_heads=2,img_size=16,patch_size=8"
@@ -196,3 +197,14 @@ def test_the_guide_s_task_on_soft_targets_and_other_losses():
     task.relations = losses.build("dkd")
     with pytest.raises(ValueError, match="target must be given for 'dkd'"):
         task(x, soft)
+
+
+def test_adamw_is_not_replaced_by_sgd():
+    """A loop that builds its own optimiser must not train `deit` with SGD unnoticed."""
+    weights = [torch.zeros(2, 2, requires_grad=True)]
+    with pytest.raises(ValueError, match="'deit' needs AdamW.*got SGD"):
+        schedule(torch.optim.SGD(weights, 0.1), "deit", 2, 3)
+    for recipe in RECIPES:
+        optimizer = optimizer_for([("w", weights[0])], recipe, 0.1, 0.9, 0.05)
+        schedule(optimizer, recipe, 2, 3)
+        assert type(optimizer).__name__ == ("AdamW" if recipe == "deit" else "SGD")

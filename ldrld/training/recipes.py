@@ -56,7 +56,10 @@ def schedule(
         return MultiStepLR(optimizer, [-(-epochs * e // 100) for e in (30, 60, 90)]), False
     if recipe == "onecycle":
         return OneCycleLR(optimizer, optimizer.param_groups[0]["lr"], epochs * steps, cycle_momentum=False), True
-    if recipe == "deit": return LambdaLR(optimizer, lambda done: deit_factor(done / (epochs * steps))), True
+    if recipe == "deit":
+        if not isinstance(optimizer, AdamW):
+            raise ValueError(f"recipe='deit' needs AdamW, see `optimizer_for`; got {type(optimizer).__name__}")
+        return LambdaLR(optimizer, lambda done: deit_factor(done / (epochs * steps))), True
     raise ValueError(f"recipe={recipe!r}: expected one of {', '.join(RECIPES)}")
 
 # %% ../../nbs/training/recipes.ipynb #a42f59a9

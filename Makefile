@@ -17,7 +17,7 @@ test: $(VENV)/ready  ## what every change must pass
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
 
-test-all: test  ## also every notebook anew, whole batches, and processes that are killed
+test-all: $(VENV)/extras test  ## also every notebook anew, whole batches, and the guides to other libraries
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
 
 lab: $(VENV)/ready  ## read and run the notebooks
@@ -28,11 +28,16 @@ readme: $(VENV)/ready  ## README.md from nbs/index.ipynb
 	sed -i -e "s,](\.\./,](,g" -e "s,](\([0-9a-z_/]*\.ipynb\)),](nbs/\1),g" README.md
 	cat -s README.md > README.md.tmp && mv README.md.tmp README.md  # hidden cells leave blank lines by the dozen
 
-HF := nbs/tutorials/hugging_face.ipynb
+# notebooks about libraries that nothing else needs: each is run where they are installed
+GUIDES := tutorials/hugging_face:transformers,accelerate tutorials/timm:timm tutorials/torchdistill:torchdistill \
+	models/timm_networks:timm
 notebooks: $(VENV)/ready  ## export, run and clean all library notebooks, their outputs kept
 	$(BIN)/nbdev_export
-	$(BIN)/jupyter nbconvert --to notebook --execute --inplace $(filter-out $(HF) nbs/run/%,$(wildcard nbs/*.ipynb nbs/*/*.ipynb nbs/*/*/*.ipynb))
-	if $(BIN)/python -c "import transformers, accelerate"; then $(BIN)/jupyter nbconvert --to notebook --execute --inplace $(HF); fi
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace $(filter-out $(foreach guide,$(GUIDES),nbs/$(firstword $(subst :, ,$(guide))).ipynb) nbs/run/%,$(wildcard nbs/*.ipynb nbs/*/*.ipynb nbs/*/*/*.ipynb))
+	for guide in $(GUIDES); do \
+		$(BIN)/python -c "import ldrld.core.torchvision, $${guide#*:}" || continue; \
+		$(BIN)/jupyter nbconvert --to notebook --execute --inplace nbs/$${guide%:*}.ipynb || exit 1; \
+	done
 	$(BIN)/nbdev_clean
 
 $(VENV)/ready: requirements.txt settings.ini setup.py
@@ -40,6 +45,11 @@ $(VENV)/ready: requirements.txt settings.ini setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+# the versions of requirements.txt stay: an extra that asked for another torch would end here
+$(VENV)/extras: $(VENV)/ready requirements-extras.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-extras.txt -c requirements.txt
 	@touch $@
 
 clean:  ## what was made here: the environment and what `make reproduce` made; never records or data sets

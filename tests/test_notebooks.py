@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -17,7 +18,12 @@ from ldrld.batch.notebooks import with_kernel
 ROOT = Path(__file__).parent.parent
 NBS = ROOT / "nbs"
 NOTEBOOKS = sorted(p for p in NBS.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
-OPTIONAL = {"hugging_face": ("transformers", "accelerate")}  # without these its cells are skipped
+OPTIONAL = {  # without these libraries a notebook's cells are skipped
+    "tutorials/hugging_face": ("transformers", "accelerate"),
+    "tutorials/timm": ("timm",),
+    "tutorials/torchdistill": ("torchdistill",),
+    "models/timm_networks": ("timm",),
+}
 READ_RECORDS = (
     "lesson/02_weights",
     "experiments/catalog",
@@ -54,6 +60,18 @@ def test_agreement_can_fail():
     assert not agree("loss 1.00", "gain 1.00", numbers=False)
 
 
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_without_its_libraries_a_notebook_says_what_to_install(name, monkeypatch, capsys):
+    """The cell that looks for them, in a process where they cannot be found; the cells below are then skipped."""
+    cells = [c for c in json.loads((NBS / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]]
+    sources = ["".join(c["source"]) for c in cells if c["cell_type"] == "code" and "default_exp" not in str(c["source"])]
+    shell = SimpleNamespace(input_transformers_cleanup=[])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda library: None)
+    exec(compile(sources[0], name, "exec"), {"get_ipython": lambda: shell})
+    assert f"pip install {' '.join(OPTIONAL[name])}" in capsys.readouterr().out
+    assert shell.input_transformers_cleanup[0](["every line"]) == []
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
 def test_notebook(path, tmp_path, monkeypatch):
     if path.stem != "index" and path.relative_to(NBS).parts[0] != "pages":
@@ -72,9 +90,10 @@ def test_notebook(path, tmp_path, monkeypatch):
     )
     if path.parent.name == "run":
         return  # its outputs are logs
-    if missing := [name for name in OPTIONAL.get(path.stem, ()) if importlib.util.find_spec(name) is None]:
+    needed = OPTIONAL.get(name_of(path), ())
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         said, *rest = [text for c in fresh.cells for text in texts(c)]
-        assert "pip install transformers accelerate" in said and not rest
+        assert f"pip install {' '.join(needed)}" in said and not rest
         pytest.skip(f"{' and '.join(missing)} not installed")
     by_id = {c["id"]: c for c in fresh.cells}
     for cell in stored["cells"]:

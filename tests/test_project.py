@@ -45,6 +45,18 @@ def test_environment_equals_requirements():
     assert all("==" in pin for pin in pins)
 
 
+def test_extras_are_pinned_and_bring_no_other_torch():
+    listed = (ROOT / "requirements-extras.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in listed if line and not line.startswith("#"))
+    here = {line.split("==")[0] for line in (ROOT / "requirements.txt").read_text().splitlines() if "==" in line}
+    assert not pins.keys() & (here | {"torch", "torchvision"}) and not [name for name in pins if "nvidia" in name]
+    settings = configparser.ConfigParser(delimiters=["="], interpolation=None)
+    settings.read(ROOT / "settings.ini", encoding="utf-8")
+    for extra in ("hf", "timm", "torchdistill"):
+        for requirement in settings["DEFAULT"][f"{extra}_requirements"].split():
+            assert re.split(r"[<>=;]", requirement)[0] in pins, requirement
+
+
 def test_settings_name_only_what_is_pinned():
     settings = configparser.ConfigParser(delimiters=["="], interpolation=None)
     settings.read(ROOT / "settings.ini", encoding="utf-8")
@@ -179,7 +191,7 @@ def test_importing_the_loss_needs_torch_alone():
     code = (
         "import sys, ldrld; ldrld.LDRLD(); bad = "
         "{'pandas', 'torchvision', 'matplotlib', 'pydantic', 'scipy', 'papermill', 'safetensors', 'PIL', 'sklearn', "
-        "'typer', 'transformers'} "
+        "'typer', 'transformers', 'timm', 'torchdistill'} "
         "& set(sys.modules); "
         "assert not bad, bad"
     )

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
-from ldrld import data, losses
+from ldrld import data, losses, models
 from ldrld.core import paths
 from ldrld.experiments.config import Pretrained, RunConfig, file_of, name_of
 from ldrld.experiments.records import KEPT, load_record, read_record
@@ -50,6 +50,12 @@ def _images(names: Iterable[str]) -> tuple[dict, list[str]]:
         try: images[name] = data.load_list(name) if name in data.LISTS else data.load(name)
         except (OSError, ValueError) as error: problems.append(f"data: {name}: {error}")
     return images, problems
+
+
+def _networks(todo: list[RunConfig]) -> list[str]:
+    """Problems with networks whose package is not installed."""
+    names = {network.model for config in todo for network in (config, config.teacher) if network}
+    return [f"networks: {why}" for name in sorted(names) if (why := models.lacking(name))]
 
 
 def _teacher(config: RunConfig, folder: str) -> list[str]:
@@ -106,6 +112,7 @@ def needs_of(todo: list[RunConfig], finished: list[RunConfig], folder: str) -> l
     """
     if not todo: return []
     images, problems = _images({config.dataset for config in todo})
+    problems += _networks(todo)
     for config in finished:
         if config.dataset not in images or config.dataset == "cifar100": continue  # CIFAR-100 is checked when loaded
         try: same_images(read_record(name_of(config), folder), images[config.dataset])

@@ -10,10 +10,9 @@ from ldrld.batch.archives import MIB, Limits
 from ldrld.core import paths
 from ldrld.core.provenance import default_device
 from ldrld.experiments.config import RunConfig, name_of
-from ldrld.experiments.in_flight import Hangar
+from ldrld.experiments.in_flight import Hangar, why_run_eager
 from ldrld.experiments.students import begin_on, start
 from ldrld.models.evaluation import precision_used
-from ldrld.training.graphs import why_eager
 from ldrld.training.in_flight import InFlight
 from ldrld.training.checkpoint import epochs_trained
 from ldrld.training.teacher import TeacherLogits
@@ -39,7 +38,7 @@ class Cost:
 
 def kind_of(config: RunConfig) -> tuple:
     """What determines a run's cost: network, teacher, data, batch size, and the loss if it cannot be captured."""
-    loss = config.loss if why_eager(config.loss, config.loss_args) else ""
+    loss = config.loss if why_run_eager(config) else ""
     return config.model, config.teacher and name_of(config.teacher), config.dataset, config.batch_size, loss
 
 
@@ -143,7 +142,7 @@ def fitting(runs: list[tuple[RunConfig, tuple[str, ...]]], seconds: float, costs
             left -= need
             continue
         home = checkpoint_bytes(config) <= largest
-        if home and left > table + 10 * cost.epoch and not why_eager(config.loss, config.loss_args):
+        if home and left > table + 10 * cost.epoch and not why_run_eager(config):
             chosen.append(run)  # the remaining time goes into a checkpoint
             reasons.append(f"{name}: needs {need:.0f} s, {max(left, 0):.0f} s are left; its checkpoint comes home")
             left = 0.0

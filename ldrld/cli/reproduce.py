@@ -66,7 +66,10 @@ def reproduce(
     budget = seconds(time_budget) if time_budget else math.inf
     chosen = start(profile, only, out)
     from ldrld.batch import scheduler
+    from ldrld.experiments.profiles import profile as profile_of
 
+    if needs := profile_of(profile).needs:
+        print(f"profile {profile_of(profile).name}: {needs}")
     with ready():
         outcomes = scheduler.reproduce(
             profile,

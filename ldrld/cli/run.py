@@ -85,6 +85,7 @@ def run(
     except (
         ValueError,
         FileNotFoundError,
+        ModuleNotFoundError,
     ) as error:  # such as a pair of networks that a loss on feature maps cannot join, or data that are not there
         raise typer.BadParameter(str(error)) from None
     print(

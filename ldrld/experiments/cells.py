@@ -88,7 +88,7 @@ def family(
     network: str,  # in `ldrld.models`
 ) -> str:
     "The architecture family: the name up to the depth. ResNet50 has other blocks than resnet32x4."
-    return re.split(r"[^A-Za-z_]", network, maxsplit=1)[0].rstrip("_")
+    return re.split(r"[^A-Za-z_]", network.removeprefix("timm:"), maxsplit=1)[0].rstrip("_")
 
 # %% ../../nbs/experiments/cells.ipynb #dac1252e
 GRID = {"alpha": (3.5, 10.5, 31.5), "beta": (2.3, 7.0, 21.0)}  # 1/3, 1 and 3 times the published values

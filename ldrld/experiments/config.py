@@ -24,7 +24,7 @@ from ..core.files import sha256_of
 from ..core.validation import known
 from ..losses.base import LossBase
 from ..models.weights import identify, read_weights
-from ..training.recipes import RECIPES, base_lr
+from ..training.recipes import RECIPES, usual_sgd
 
 # %% ../../nbs/experiments/config.ipynb #ea53bf3f
 class Pretrained(BaseModel):
@@ -67,9 +67,9 @@ class RunConfig(BaseModel):
     recipe: Recipe = Field(default="crd", description="learning-rate schedule, see `ldrld.training.loop`")
     epochs: int = Field(default=240, ge=1, le=LARGEST, description="passes over the training set")
     batch_size: int = Field(default=64, ge=1, le=LARGEST, description="images per step")
-    lr: float = Field(default=0.05, gt=0, description="base learning rate; the default depends on the network")
-    momentum: float = Field(default=0.9, ge=0, lt=1, description="of SGD")
-    weight_decay: float = Field(default=5e-4, ge=0, description="of SGD, on every parameter")
+    lr: float = Field(default=0.05, gt=0, description="base learning rate; the default depends on network and recipe")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="of SGD; β₁ of AdamW")
+    weight_decay: float = Field(default=5e-4, ge=0, description="on every parameter; `deit`: on matrices, 0.05")
     precision: Literal["float32", "fast"] = Field(
         default="fast", description="of convolutions, see `ldrld.training.loop`")
     seed: int = Field(default=0, ge=0, le=LARGEST, description="of the initial weights, data order and augmentation")
@@ -90,7 +90,8 @@ class RunConfig(BaseModel):
         if "teacher" in given: given["teacher"] = _teacher_from(given)
         model = given.get("model", fields["model"].default)
         if isinstance(model, str): given["model"] = models.canonical(model)
-        given.setdefault("lr", base_lr(given["model"]) if isinstance(model, str) else 0.05)
+        usual = usual_sgd(given["model"] if isinstance(model, str) else "resnet8", given.get("recipe", "crd"))
+        given = usual | given
         loss, args = given.get("loss", "ce"), given.get("loss_args", {})
         if isinstance(loss, str) and isinstance(args, dict):
             given["loss_args"] = hyperparameters(loss, args)
@@ -109,6 +110,7 @@ class RunConfig(BaseModel):
     def _teacher_fits(self) -> "RunConfig":
         "A teacher is given exactly if the loss needs one, and it has the same data set."
         _check_teacher(self)
+        _check_features(self)
         return self
 
 # %% ../../nbs/experiments/config.ipynb #23df6d3a
@@ -133,6 +135,16 @@ def _check_teacher(student: RunConfig) -> None:
                              "held-out images; use a teacher trained here, or leave holdout out")
     elif student.teacher and student.teacher.dataset != student.dataset:
         raise ValueError(f"teacher.dataset={student.teacher.dataset!r}: expected the student's, {student.dataset!r}")
+
+# %% ../../nbs/experiments/config.ipynb #71c00002
+def _check_features(student: RunConfig) -> None:
+    "`ValueError` for a loss on features between networks that do not return any."
+    loss = loss_for(student)
+    if not loss.needs_features or loss.takes_stage_maps: return
+    for who, config in (("model", student), ("teacher.model", student.teacher)):
+        if config is None or models.returns_features(config.model): continue
+        raise ValueError(f"{who}={config.model!r} returns no features, which the loss {student.loss!r} compares; use a "
+                         "loss on logits, or 'ofa'")
 
 # %% ../../nbs/experiments/config.ipynb #40b07869
 MOST = 5  # errors listed in one message
@@ -191,19 +203,24 @@ def _named(config: RunConfig | Pretrained) -> dict:
     fields = {k: v for k, v in fields.items() if k not in ADDED or v != default[k].default}
     return fields | {"teacher": _named(config.teacher) if config.teacher else None}
 
+# %% ../../nbs/experiments/config.ipynb #71c00003
+def _in_name(network: str) -> str:
+    "A network's name without what a file's name should not hold: `timm:vit,img_size=32` has three such characters."
+    return re.sub(r"[^a-z0-9_]+", "-", network.lower())
+
 # %% ../../nbs/experiments/config.ipynb #3f84e098
 def name_of(
     config: RunConfig | Pretrained,
     schema: int = SCHEMA,  # of the record, if there is one
 ) -> str:  # such as "glyphs-resnet8-ldrld-s0-1a2b3c4d5e"
     "The name of a run or of a teacher's file: it depends only on the settings or the bytes, not on the machine."
-    if isinstance(config, Pretrained): return f"{config.model.lower()}-pretrained-{config.sha256[:10]}"
+    if isinstance(config, Pretrained): return f"{_in_name(config.model)}-pretrained-{config.sha256[:10]}"
     text = json.dumps([schema, _named(config)], sort_keys=True, separators=(",", ":"))
     digest = hashlib.sha256(text.encode()).hexdigest()[:10]
     dataset = re.sub(r"[^a-z0-9]+", "-", Path(config.dataset).name.lower())
     loss = config.loss
     if ":" in loss: loss = re.sub(r"[^a-z0-9-]+", "-", loss.lower())  # package.module:Class
-    return f"{dataset}-{config.model.lower()}-{loss}-s{config.seed}-{digest}"
+    return f"{dataset}-{_in_name(config.model)}-{loss}-s{config.seed}-{digest}"
 
 # %% ../../nbs/experiments/config.ipynb #38efbc92
 def network_in(

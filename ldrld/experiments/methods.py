@@ -76,7 +76,7 @@ RIVALS = {  # of 2024 to 2026; in the tables of a profile that names them
     "DHKD": Method("dhkd", {"align": True, "hidden": 200, "dropout": 0.1}),
     "DHKD, linear head": Method("dhkd", {"align": True}), "DHKD, without alignment": Method("dhkd"),
     "FitNet, detached classifier": Method("detached"),
-    "AT, detached classifier": Method("detached", {"loss": "at"})}
+    "AT, detached classifier": Method("detached", {"loss": "at"}), "OFA-KD": Method("ofa")}
 SWITCHES = {  # of LDRLD, likewise
     "LDRLD, with mass": Method("ldrld", {"mass_weight": 1.0}),
     "LDRLD, anchored": Method("ldrld", {"anchor": True}),

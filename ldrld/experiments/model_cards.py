@@ -43,6 +43,13 @@ def published_accuracy(
     except FileNotFoundError: return None  # not a checkout
     return None if pd.isna(found["value"]) else {"value": float(found["value"]), "source": found["source"]}
 
+# %% ../../nbs/experiments/model_cards.ipynb #71f30001
+def _loads(state: dict, network: str, classes: int) -> bool:
+    "Whether weights fit a network; one from timm is built, because `identify` does not know it."
+    if models.returns_features(network): return identify(state) == (network, classes)
+    own = models.build(network, classes).state_dict()
+    return {k: v.shape for k, v in own.items()} == {k: v.shape for k, v in state.items()}
+
 # %% ../../nbs/experiments/model_cards.ipynb #83b4456e
 def facts(
     record: Record,
@@ -57,7 +64,7 @@ def facts(
     parameters = sum(v.numel() for k, v in state.items() if not k.endswith(statistics))
     return {
         "network": c.model, "classes": record.data["classes"], "parameters": parameters,
-        "loads": identify(state) == (c.model, record.data["classes"]),
+        "loads": _loads(state, c.model, record.data["classes"]),
         "dataset": c.dataset, "data_fingerprint": record.data["fingerprint"],
         "loss": c.loss, "teacher": record.teacher,
         "recipe": c.recipe, "epochs": c.epochs, "learning_rate": c.lr, "batch_size": c.batch_size,

@@ -165,6 +165,9 @@ def run_together(
     for config, _ in runs:
         if not isinstance(config, Pretrained): continue
         raise ValueError(f"{name_of(config)} is a teacher's file, trained already; use it as the teacher of a run")
+    for config, _ in runs:
+        for network in (config, config.teacher):
+            if network and (why := models.lacking(network.model)): raise ModuleNotFoundError(why, name="timm")
     if runs[0][0].dataset in data.LISTS: return [run_large(config, profile, keep, report) for config, keep in runs]
     say, device = report or (lambda line: None), default_device()
     finished: dict[str, Record | None] = {}

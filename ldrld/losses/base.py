@@ -139,6 +139,7 @@ class LossTraits(nn.Module):
     "What a loss needs, and what can be done with it: the attributes of every loss."
     needs_teacher: bool = True  # whether it needs a teacher
     needs_features: bool = False  # whether it needs intermediate features of the networks, see `methods/features`
+    takes_stage_maps: bool = False  # whether the maps after each stage suffice, see `StageMaps` in `timm_networks`
     alters_images: bool = False  # whether it generates its own training images, with `images`
     row_wise: bool = True  # whether every row has its own value, so that parts of a batch can be evaluated separately
     needs_target: str = ""  # which loss needs a target and why, e.g. "'dkd', which treats the true class separately"

@@ -7,11 +7,12 @@ from typing import TypeVar
 
 from torch import nn
 
-__all__ = ["import_all", "networks", "rates", "register"]
+__all__ = ["import_all", "networks", "optional", "rates", "register"]
 
 Maker = TypeVar("Maker", bound=Callable[..., nn.Module])
 
 networks: dict[str, Callable[..., nn.Module]] = {}  # name -> function of `num_classes`
+optional: dict[str, Callable[..., nn.Module]] = {}  # likewise, for networks that need a package and lack features
 rates: dict[str, float] = {}  # name -> base learning rate, for networks that need another than 0.05
 
 
@@ -20,17 +21,18 @@ def called(network: Callable) -> str:
     return getattr(network, "func", network).__qualname__
 
 
-def register(name: str, lr: float | None = None) -> Callable[[Maker], Maker]:
+def register(name: str, lr: float | None = None, needs: str = "") -> Callable[[Maker], Maker]:
     """Decorator that registers a network, a class or a function of `num_classes`, as `name`.
 
     lr: base learning rate of the common CIFAR recipe at batch size 64; None: the usual 0.05.
+    needs: package without which it cannot be built; such a network is optional: `available()` does not list it.
     ValueError if the name is taken by another network.
     """
     def add(network: Maker) -> Maker:
-        taken = networks.get(name)
+        taken = networks.get(name) or optional.get(name)
         if taken is not None and called(taken) != called(network):
             raise ValueError(f"name {name!r} is taken by {called(taken)}; choose another for {called(network)}")
-        networks[name] = network
+        (optional if needs else networks)[name] = network
         if lr is not None: rates[name] = lr
         return network
     return add

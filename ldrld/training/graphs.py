@@ -14,11 +14,12 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # read when CUDA sta
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.optim import SGD
 
 from ..core.validation import may_look, values_unseen
 from ..data.augmentation import Crops
@@ -216,7 +217,7 @@ class Prepared(Steps):
         else: narrow = {id(p): name for name, p in self.student.model.named_parameters() if id(p) not in wide}
         first = [p for p in self.trained if id(p) in narrow]
         others = [p for p in self.trained if id(p) not in narrow]
-        self.flat = Flat(self.student.optimizer, first + others, len(first), self.task.dtype)
+        self.flat = Flat(cast(SGD, self.student.optimizer), first + others, len(first), self.task.dtype)
         self.narrow_leaves = {narrow[id(p)]: leaf for p, leaf in zip(first, self.flat.leaves)}
 
 # %% ../../nbs/training/graphs.ipynb #1c76556f

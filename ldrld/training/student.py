@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD
 
 from ..data.augmentation import Crops
 from ..losses.base import LossBase
@@ -24,7 +23,7 @@ from ..models.parts import Features
 from .checkpoint import resume, save
 from .divergence import Diverged, NotFinite, wrong_logits, wrong_loss, wrong_test_logits
 from .queries import Batch
-from .recipes import schedule
+from .recipes import optimizer_for, schedule
 
 # %% ../../nbs/training/student.ipynb #5cc7350e
 class Outputs(NamedTuple):
@@ -109,7 +108,7 @@ class Learner:
         model: nn.Module,  # trained in place
         loss: LossBase,  # from `ldrld.losses`
         recipe: str = "crd",  # one of `RECIPES`
-        lr: float = 0.05, momentum: float = 0.9, weight_decay: float = 5e-4,  # of SGD; `lr` is the base rate
+        lr: float = 0.05, momentum: float = 0.9, weight_decay: float = 5e-4,  # of the optimiser; `lr`: base rate
         checkpoint: str | os.PathLike | None = None,  # file to resume from and to write after each epoch
         note: dict[str, Any] | None = None,  # must be equal when resuming, such as the fingerprint of the data
         compiled: bool = False,  # use torch.compile, on a GPU with CUDA graphs
@@ -121,8 +120,9 @@ class Learner:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks memory_format
         graphs = "reduce-overhead" if self.device.type == "cuda" else "default"
         self.network: Network = torch.compile(model, mode=graphs, dynamic=False) if compiled else model
-        parts = [p for p in loss.parameters() if p.requires_grad]
-        self.optimizer = SGD([*model.parameters(), *parts], lr, momentum=momentum, weight_decay=weight_decay)
+        parts = [(f"loss.{name}", p) for name, p in loss.named_parameters() if p.requires_grad]
+        trained = [*model.named_parameters(), *parts]
+        self.optimizer = optimizer_for(trained, recipe, lr, momentum, weight_decay)
         self.settings: dict[str, Any] = {"recipe": recipe, "lr": lr, "momentum": momentum}
         self.settings |= {"weight_decay": weight_decay, "loss": described(loss)}
 

@@ -82,7 +82,7 @@ def names():
 
 @pytest.fixture(scope="module")
 def home(packed, tmp_path_factory):
-    """What came home from a batch that was carried out completely."""
+    """The returned files of a completed batch."""
     there = Path(shutil.copytree(packed, tmp_path_factory.mktemp("complete") / "there"))
     process = carry_out(there)
     said, _ = process.communicate(timeout=300)

@@ -281,7 +281,7 @@ def test_a_name_belongs_to_one_search(out):
     declare(tiny_search(epochs=1, name="shorter"))
     file = studies("tiny-tune") / f"{tiny_search().name}.json"
     file.write_text(file.read_text()[:50])
-    with pytest.raises(ValueError, match="does not declare a search"):
+    with pytest.raises(ValueError, match="is not a declaration of a search"):
         declare(tiny_search())
 
 
@@ -390,7 +390,10 @@ def test_the_command_line(out, monkeypatch):
     assert more.exit_code == 0 and "2 of 3 trials are finished; call again to resume" in more.output
     none = ldrld(*words, "--name", "another", "--time-budget", "0s")
     assert none.exit_code == 0 and "no trial is finished yet" in none.output
-    for wrong, says in (("alpha=0..1:log", "begins above 0"), ("alpha=1..5", "give this search another name")):
+    for wrong, says in (
+        ("alpha=0..1:log", "logarithmic range above 0"),
+        ("alpha=1..5", "give this search another name"),
+    ):
         refused = ldrld(*words[:-2], wrong, "depth=2..10")
         assert refused.exit_code == 2 and says in " ".join(re.sub("[│╭╮╰╯─]", " ", refused.output).split())
 

@@ -222,7 +222,7 @@ def test_nothing_stored_with_the_weights_is_created(source, tmp_path, monkeypatc
 
 
 def test_prefixes_that_are_the_model_s_own_stay(tmp_path):
-    """A network of somebody's own with parts called `model` and `net`, as its own state dict names them."""
+    """A custom network with parts called `model` and `net`, as its own state dict names them."""
 
     class Own(torch.nn.Module):
         def __init__(self):

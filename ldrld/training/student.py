@@ -47,7 +47,7 @@ def loss_precision(
 
 # %% ../../nbs/training/student.ipynb #e033f43e
 def forward(
-    loss: LossBase,  # its attributes tell what it needs
+    loss: LossBase,  # its attributes describe its inputs
     network: Network,  # the student
     batch: Batch,
     dtype: torch.dtype,  # of the convolutions

@@ -4,6 +4,7 @@ import configparser
 import json
 import os
 import re
+import statistics
 import shutil
 import subprocess
 import sys
@@ -79,6 +80,17 @@ def test_notebooks_are_readable(notebook):
     ]
     if len(shown) > 3:
         assert any(c["outputs"] for c in shown), "a reader on the web sees nothing"
+
+
+def test_exported_cells_are_a_dozen_lines():
+    """Half of them at least; a cell holds one definition where it would be longer."""
+    sizes = [
+        len([line for line in "".join(c["source"]).strip().splitlines() if not line.startswith("#|")])
+        for notebook in NOTEBOOKS
+        for c in cells(notebook)
+        if re.search(r"^#\|\s*export", "".join(c["source"]), re.M)
+    ]
+    assert statistics.median(sizes) <= 12
 
 
 def links_in(text):

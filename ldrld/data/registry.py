@@ -4,13 +4,16 @@ from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
 
+from ldrld.data.image_list import ImageList
 from ldrld.data.images import ImageData
 
-__all__ = ["LOADERS", "CLASSES", "Loader", "import_all", "register"]
+__all__ = ["LOADERS", "CLASSES", "LISTS", "Loader", "import_all", "register", "register_list"]
 
 Loader = Callable[[Path, bool], ImageData]  # (folder of the data sets, whether to download) -> the data
+ListLoader = Callable[[Path], ImageList]  # folder of the data sets -> the files
 
 LOADERS: dict[str, Loader] = {}
+LISTS: dict[str, ListLoader] = {}  # data sets that stay in files
 CLASSES: dict[str, int] = {}  # number of classes of each, known without loading the images
 
 
@@ -25,6 +28,17 @@ def register(name: str, classes: int) -> Callable[[Loader], Loader]:
         if taken is not None and taken.__qualname__ != load.__qualname__:
             raise ValueError(f"name {name!r} is taken by {taken.__qualname__}; choose another for {load.__qualname__}")
         LOADERS[name], CLASSES[name] = load, classes
+        return load
+    return add
+
+
+def register_list(name: str, classes: int) -> Callable[[ListLoader], ListLoader]:
+    """Decorator that registers a function (root) -> ImageList as the data set `name`, whose images stay in files.
+
+    classes: their number, as in `register`.
+    """
+    def add(load: ListLoader) -> ListLoader:
+        LISTS[name], CLASSES[name] = load, classes
         return load
     return add
 

@@ -105,11 +105,18 @@ class Staged(nn.Module):
     """A network of stem, stages and head. Subclasses define `stem(x)`, `rows` and `onward(x, rows, features)`."""
     rectified = True  # whether the maps that `tail` takes follow a ReLU; False: they may have negative values
     pools_next = False  # whether the stage after such a map pools it first; if so, `tail` does
+    cut_before_relu = False  # whether `fcfd` bridges the maps before the ReLU that ends a stage, as its code does
+    last_cut_before_relu = False  # the same for the last stage alone
 
     @property
     def takes(self) -> str:
         """What `tail` takes, in words: rectified or raw, before pooling or not."""
         return ("rectified" if self.rectified else "raw") + (", before pooling" if self.pools_next else "")
+
+    @property
+    def last_norms(self) -> list[nn.BatchNorm2d]:
+        """The batch norm right before the activation that ends each stage; none if the network is built otherwise."""
+        return []
 
     def stem(self, x: Tensor) -> Tensor:
         """The map after the stem, of `(batch, 3, side, side)` images."""

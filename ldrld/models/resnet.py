@@ -62,6 +62,11 @@ class ResNet(Staged):
         """The stages after the stem."""
         return self.layer1, self.layer2, self.layer3
 
+    @property
+    def last_norms(self) -> list[nn.BatchNorm2d]:
+        """The last batch norm of each stage's main branch; the shortcut is added after it."""
+        return [stage[-1].bn2 for stage in self.rows]
+
     def stem(self, x: Tensor) -> Tensor: return F.relu(self.bn1(self.conv1(x)))
 
     def onward(self, x: Tensor, rows: tuple, features: bool = False) -> Output:
@@ -119,6 +124,11 @@ class ResNet50(Staged):
     def rows(self) -> tuple:
         """The stages after the stem."""
         return self.layer1, self.layer2, self.layer3, self.layer4
+
+    @property
+    def last_norms(self) -> list[nn.BatchNorm2d]:
+        """The last batch norm of each stage's main branch; the shortcut is added after it."""
+        return [stage[-1].bn3 for stage in self.rows]
 
     def stem(self, x: Tensor) -> Tensor: return F.relu(self.bn1(self.conv1(x)))
 

@@ -48,6 +48,8 @@ class GroupUnit(nn.Module):
 @register("ShuffleV1", lr=0.01)
 class ShuffleNetV1(Staged):
     """ShuffleNet V1 with 3 groups (Zhang et al. 2018) with the keys of RepDistiller's `models/ShuffleNetv1.py`."""
+    cut_before_relu = last_cut_before_relu = True
+
     def __init__(
         self,
         num_classes: int = 100,  # number of logits

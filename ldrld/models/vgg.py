@@ -38,6 +38,7 @@ vgg_widths = {
 # %% ../../nbs/models/vgg.ipynb #f1d1d24f
 class VGG(Staged):
     """VGG with batch norm and one linear layer, with the keys of RepDistiller's `models/vgg.py`."""
+    cut_before_relu = last_cut_before_relu = True
     pools_next = True  # blocks 1 to 3, and block 4 for images of 64 pixels, pool their input
     block0: nn.Sequential
     block1: nn.Sequential
@@ -70,6 +71,11 @@ class VGG(Staged):
     def rows(self) -> tuple:
         """The stages after the stem."""
         return self.block1, self.block2, self.block3, self.block4
+
+    @property
+    def last_norms(self) -> list[nn.BatchNorm2d]:
+        """The last layer of each block."""
+        return [block[-1] for block in self.rows]
 
     def stem(self, x: Tensor) -> Tensor: return F.relu(self.block0(x))
 

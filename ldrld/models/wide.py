@@ -39,6 +39,7 @@ class WideBlock(nn.Module):
 class WideResNet(Staged):
     """WRN-depth-k (Zagoruyko and Komodakis 2016), no dropout, with the keys of RepDistiller's `models/wrn.py`."""
     rectified = False  # every block begins with batch norm and ReLU
+    last_cut_before_relu = True
 
     def __init__(
         self,
@@ -66,6 +67,12 @@ class WideResNet(Staged):
     def rows(self) -> tuple:
         """The stages after the stem."""
         return tuple(stage["layer"] for stage in (self.block1, self.block2, self.block3))
+
+    @property
+    def last_norms(self) -> list[nn.BatchNorm2d]:
+        """The first batch norm of stages 2 and 3, and the one after the last stage."""
+        _, second, third = self.rows
+        return [second[0].bn1, third[0].bn1, self.bn1]
 
     def stem(self, x: Tensor) -> Tensor: return self.conv1(x)
 

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, MultiStepLR, OneCycl
 from ..models import canonical, registry
 
 # %% ../../nbs/training/recipes.ipynb #292ceb39
-RECIPES = ("crd", "crd-warmup", "ldrld-released", "onecycle")
+RECIPES = ("crd", "crd-warmup", "ldrld-released", "onecycle", "imagenet")
 
 def warmup_factor(
     epoch: int,  # counted from 1
@@ -32,12 +32,14 @@ def schedule(
     epochs: int,  # length of the training
     steps: int,  # batches per epoch
 ) -> tuple[LRScheduler, bool]:  # scheduler, and whether it steps after every batch (else after every epoch)
-    "The learning-rate schedule of a recipe; milestones scale with `epochs` and are exact at 240."
+    "The learning-rate schedule of a recipe; milestones scale with `epochs`, exact at 240 (imagenet: 100)."
     if recipe == "crd":
         return MultiStepLR(optimizer, [-(-epochs * e // 240) for e in (150, 180, 210)]), False
     if recipe in ("crd-warmup", "ldrld-released"):
         plateau = 1.0 if recipe == "crd-warmup" else 0.95
         return LambdaLR(optimizer, lambda done: warmup_factor(done + 1, epochs, plateau)), False
+    if recipe == "imagenet":
+        return MultiStepLR(optimizer, [-(-epochs * e // 100) for e in (30, 60, 90)]), False
     if recipe == "onecycle":
         return OneCycleLR(optimizer, optimizer.param_groups[0]["lr"], epochs * steps, cycle_momentum=False), True
     raise ValueError(f"recipe={recipe!r}: expected one of {', '.join(RECIPES)}")

@@ -18,9 +18,6 @@ from ..base import summed
 from .comparison import Comparison, both_shapes, same_stages
 from ..registry import register
 from ...models.parts import Features
-from ...models.resnet import ResNet, ResNet50
-from ...models.vgg import VGG
-from ...models.wide import WideResNet
 
 # %% ../../../nbs/methods/ofd.ipynb #e03b00e6
 def partial_square(
@@ -49,13 +46,8 @@ def norms_before_activation(
     teacher: nn.Module,  # resnet…, wrn…, vgg… or ResNet50
 ) -> list[nn.BatchNorm2d]:  # one for each entry of `Features.preact`
     "The batch norms right before the final activations of the stages. ValueError for other networks."
-    if isinstance(teacher, (ResNet, ResNet50)):
-        ends = [getattr(teacher, f"layer{i}")[-1] for i in range(1, 5) if hasattr(teacher, f"layer{i}")]
-        return [end.bn3 if hasattr(end, "bn3") else end.bn2 for end in ends]
-    if isinstance(teacher, WideResNet):
-        _, second, third = teacher.rows
-        return [second[0].bn1, third[0].bn1, teacher.bn1]
-    if isinstance(teacher, VGG): return [getattr(teacher, f"block{i}")[-1] for i in range(1, 5)]
+    norms = getattr(teacher, "last_norms", [])
+    if norms: return norms
     raise ValueError(f"teacher {type(teacher).__name__} has no known batch norm right before the activations that end "
                      "its stages, from which 'ofd' takes its margins; resnet…, wrn…, vgg… and ResNet50 have. As a "
                      "student any network will do")

@@ -7,17 +7,17 @@ export OMP_NUM_THREADS := 1
 
 .PHONY: reproduce test test-all lab readme notebooks clean
 
-reproduce: $(VENV)/ready  ## every table and figure of the quick profile, from nothing, into reproduced/
+reproduce: $(VENV)/ready  ## every table and figure of the quick profile, from scratch, in reproduced/
 	$(BIN)/ldrld reproduce --profile quick --jobs 2 --out reproduced
 	$(BIN)/ldrld verify --profile quick --out reproduced
 
-test: $(VENV)/ready  ## what every change must pass
+test: $(VENV)/ready  ## the checks that every change must pass
 	$(BIN)/ruff check ldrld tests setup.py
 	$(BIN)/lint-imports --no-cache --no-logo
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
 
-test-all: $(VENV)/extras test  ## also every notebook anew, whole batches, and the guides to other libraries
+test-all: $(VENV)/extras test  ## also every notebook, complete batches, killed processes, and the guides to other libraries
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
 
 lab: $(VENV)/ready  ## read and run the notebooks
@@ -26,7 +26,7 @@ lab: $(VENV)/ready  ## read and run the notebooks
 readme: $(VENV)/ready  ## README.md from nbs/index.ipynb
 	$(BIN)/jupyter nbconvert --log-level=ERROR --to markdown --no-input --output-dir . --output README nbs/index.ipynb
 	sed -i -e "s,](\.\./,](,g" -e "s,](\([0-9a-z_/]*\.ipynb\)),](nbs/\1),g" README.md
-	cat -s README.md > README.md.tmp && mv README.md.tmp README.md  # hidden cells leave blank lines by the dozen
+	cat -s README.md > README.md.tmp && mv README.md.tmp README.md  # hidden cells leave many blank lines
 
 # notebooks about libraries that nothing else needs: each is run where they are installed
 GUIDES := tutorials/hugging_face:transformers,accelerate tutorials/timm:timm tutorials/torchdistill:torchdistill \

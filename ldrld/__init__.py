@@ -1,4 +1,4 @@
-"""Local Dense Logit Relations for knowledge distillation. The losses need torch and nothing else."""
+"""Local Dense Logit Relations for knowledge distillation. The losses require only torch."""
 __version__ = "0.1.0"
 
 from importlib import import_module
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LDRLD", "adw_weights", "losses", "models", "data", "RunConfig", "Record", "run"]
 
-# Imported on first use: the losses need torch alone, and `ldrld --help` not even that.
+# Imported on first use: the losses require only torch, and `ldrld --help` not even that.
 _HOMES = {
     "LDRLD": "ldrld.losses.ldrld.loss",
     "adw_weights": "ldrld.losses.ldrld.weights",
@@ -34,7 +34,7 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("ldrld"): raise
         raise ModuleNotFoundError(f"ldrld.{name} needs {error.name}, which is not installed; "
-                                  'pip install "ldrld[run]" brings everything that training and reports use',
+                                  'pip install "ldrld[run]" installs everything for training and reports',
                                   name=error.name) from error
     return module if module.__name__.endswith(f".{name}") and not hasattr(module, name) else getattr(module, name)
 

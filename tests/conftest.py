@@ -13,7 +13,7 @@ SLOW = {  # file: its tests, or all of them
     "test_queue": None,
     "test_evidence": {"test_tables_and_figures_are_made_again", "test_open_questions_without_any_record"},
     "test_bench": {
-        "test_a_measurement_is_kept_until_asked_for_again",
+        "test_a_measurement_is_kept_until_repeated",
         "test_tables_and_figures_follow_from_the_measurements",
         "test_small_benchmarks_leave_files_tables_and_figures",
     },
@@ -24,7 +24,7 @@ SLOW = {  # file: its tests, or all of them
     "test_kernels": {"test_compiles_for_nvidia_without_spilling"},
     "test_preflight": {"test_terminals_without_our_letters"},
     "test_outcomes": {"test_tables_say_diverged"},
-    "test_records": {"test_the_commands_name_the_odd_one_and_go_on"},
+    "test_records": {"test_the_commands_name_the_odd_one_and_continue"},
     "test_methods": {"test_a_method_trains_and_resumes"},
     "test_extension": {
         "test_it_trains_resumes_and_is_tabulated_through_papermill",
@@ -76,5 +76,5 @@ def teacher(digits):
     crops = Crops(digits.train_images, digits.mean, digits.std, digits.padding, digits.flip)
     table = TeacherLogits(network, crops, 10, resident=True)
     for epoch in range(1, 4):
-        table.ahead(*draw(0, epoch, crops.n, crops.views))
+        table.ahead(*draw(0, epoch, crops.n, crops.per_image))
     return table

@@ -43,7 +43,7 @@ def sample(rows, classes, dtype=F32, seed=0, scale=1.0, device="cpu"):
     return student, teacher, torch.randint(classes, (rows,), generator=g).to(device)
 
 
-def shares(rows, device):
+def equal_weights(rows, device):
     return torch.full((rows,), 1 / rows, device=device)
 
 
@@ -63,7 +63,7 @@ def selected(student, teacher, d, temperature, rank_by):
     return pi
 
 
-def reference(student, teacher, target, share, weights, temperature, factors=FACTORS, rank_by="student", pi=None):
+def reference(student, teacher, target, row_weights, weights, temperature, factors=FACTORS, rank_by="student", pi=None):
     """Terms and gradient in float64 by automatic differentiation; of the selection `pi`, if it is given."""
     z_s, z_t, weights = student.detach().double().requires_grad_(), teacher.double(), weights.double()
     if pi is None:
@@ -76,7 +76,7 @@ def reference(student, teacher, target, share, weights, temperature, factors=FAC
             "rntk": remaining_kl(z_s, z_t, pi, temperature),
         }
     terms["ce"] = z_s.sum(1) * 0 if target is None else F.cross_entropy(z_s, target, reduction="none")
-    terms = torch.stack([factors[name] * terms[name] for name in TERMS], 1) * share.double()[:, None]
+    terms = torch.stack([factors[name] * terms[name] for name in TERMS], 1) * row_weights.double()[:, None]
     return terms.detach(), torch.autograd.grad(terms.sum(), z_s)[0]
 
 
@@ -86,10 +86,10 @@ def agree(got, right, dtype=F32, rtol=1e-5, factors=FACTORS):
     probabilities."""
     (terms, grad), (right_terms, right_grad) = got, right
     assert terms.dtype == F32 and grad.dtype == held_type(dtype) and grad.isfinite().all()
-    share = 1 / len(terms)
+    row_weights = 1 / len(terms)
     for i, name in enumerate(TERMS):
         torch.testing.assert_close(
-            terms[:, i].double(), right_terms[:, i], rtol=rtol, atol=2e-6 * share * factors[name]
+            terms[:, i].double(), right_terms[:, i], rtol=rtol, atol=2e-6 * row_weights * factors[name]
         )
     allowed = max(STORED[dtype], rtol) * right_grad.abs() + 2e-6 * right_grad.abs().amax(1, keepdim=True)
     worst = ((grad.double() - right_grad).abs() - allowed).max().item()
@@ -123,11 +123,11 @@ def agree(got, right, dtype=F32, rtol=1e-5, factors=FACTORS):
 def test_agrees_with_autograd(classes, d, T, dtype, device):
     rows = 2
     student, teacher, target = sample(rows, classes, dtype, device=device)
-    share, weights = shares(rows, device), adw_weights(d, device=device)
+    row_weights, weights = equal_weights(rows, device), adw_weights(d, device=device)
     pi = selected(student, teacher, d, T, "student")  # rounding to 16 bits makes ties
     agree(
-        fused(student, teacher, target, share, weights, T, FACTORS),
-        reference(student, teacher, target, share, weights, T, pi=pi),
+        fused(student, teacher, target, row_weights, weights, T, FACTORS),
+        reference(student, teacher, target, row_weights, weights, T, pi=pi),
         dtype,
     )
 
@@ -145,11 +145,11 @@ def test_any_division_into_lanes_and_blocks(lanes, stack, classes, device, monke
     given = kernel_launch.options
     monkeypatch.setattr(triton_kernel, "options", options)
     student, teacher, target = sample(2, classes, device=device, seed=classes)
-    share, weights = shares(2, device), adw_weights(7, device=device)
+    row_weights, weights = equal_weights(2, device), adw_weights(7, device=device)
     for rank_by in ("student", "teacher"):
         agree(
-            fused(student, teacher, target, share, weights, 4.0, FACTORS, rank_by),
-            reference(student, teacher, target, share, weights, 4.0, rank_by=rank_by),
+            fused(student, teacher, target, row_weights, weights, 4.0, FACTORS, rank_by),
+            reference(student, teacher, target, row_weights, weights, 4.0, rank_by=rank_by),
         )
 
 
@@ -158,12 +158,12 @@ def test_any_division_into_lanes_and_blocks(lanes, stack, classes, device, monke
 @pytest.mark.parametrize("classes, d", [(100, 7), (2500, 12), (7, 7)])
 def test_switches(rank_by, with_target, classes, d, device):
     student, teacher, target = sample(4, classes, device=device)
-    share, weights = torch.tensor([0.25, 0.5, 0.125, 0.125], device=device), adw_weights(d, device=device)
+    row_weights, weights = torch.tensor([0.25, 0.5, 0.125, 0.125], device=device), adw_weights(d, device=device)
     target = target if with_target else None
-    got = fused(student, teacher, target, share, weights, 4.0, FACTORS, rank_by)
-    agree(got, reference(student, teacher, target, share, weights, 4.0, rank_by=rank_by))
+    got = fused(student, teacher, target, row_weights, weights, 4.0, FACTORS, rank_by)
+    agree(got, reference(student, teacher, target, row_weights, weights, 4.0, rank_by=rank_by))
     assert got[0][:, 0].any() == with_target
-    terms, grad = fused(student, teacher, target, share, weights, 4.0, FACTORS, rank_by, with_grad=False)
+    terms, grad = fused(student, teacher, target, row_weights, weights, 4.0, FACTORS, rank_by, with_grad=False)
     assert grad is None and terms.equal(got[0])
 
 
@@ -171,15 +171,15 @@ def test_switches(rank_by, with_target, classes, d, device):
 def test_each_term_alone(name, device):
     factors = dict.fromkeys(TERMS, 0.0) | {name: 3.0}
     student, teacher, target = sample(4, 300, device=device)
-    share, weights = shares(4, device), adw_weights(9, device=device)
-    got = fused(student, teacher, target, share, weights, 4.0, factors)
-    agree(got, reference(student, teacher, target, share, weights, 4.0, factors), factors=factors)
+    row_weights, weights = equal_weights(4, device), adw_weights(9, device=device)
+    got = fused(student, teacher, target, row_weights, weights, 4.0, factors)
+    agree(got, reference(student, teacher, target, row_weights, weights, 4.0, factors), factors=factors)
     assert [bool(x) for x in got[0].any(0)] == [n == name for n in TERMS]
 
 
 def test_only_the_upper_triangle_of_the_weights_counts(device):
     student, teacher, target = sample(2, 50, device=device)
-    args = student, teacher, target, shares(2, device)
+    args = student, teacher, target, equal_weights(2, device)
     weights = adw_weights(5, device=device)
     full = weights + weights.T + torch.eye(5, device=device)
     for a, b in zip(fused(*args, weights, 4.0, FACTORS), fused(*args, full, 4.0, FACTORS)):
@@ -190,11 +190,11 @@ def test_only_the_upper_triangle_of_the_weights_counts(device):
 def test_student_and_teacher_of_different_types(student_type, teacher_type, device):
     student, teacher, target = sample(2, 200, device=device)
     student, teacher = student.to(student_type), teacher.to(teacher_type)
-    share, weights = shares(2, device), adw_weights(4, device=device)
+    row_weights, weights = equal_weights(2, device), adw_weights(4, device=device)
     pi = selected(student, teacher, 4, 4.0, "student")
     agree(
-        fused(student, teacher, target, share, weights, 4.0, FACTORS),
-        reference(student, teacher, target, share, weights, 4.0, pi=pi),
+        fused(student, teacher, target, row_weights, weights, 4.0, FACTORS),
+        reference(student, teacher, target, row_weights, weights, 4.0, pi=pi),
         student_type,
     )
 
@@ -208,12 +208,12 @@ def test_many_equal_logits(classes, d, dtype, device):
     """Logits rounded to whole numbers: every selection has ties within it and at its end. `selected` checks that it
     is one of the right ones, each class once."""
     student, teacher, target = sample(4, classes, device=device)
-    student, share, weights = student.round().to(dtype), shares(4, device), adw_weights(d, device=device)
+    student, row_weights, weights = student.round().to(dtype), equal_weights(4, device), adw_weights(d, device=device)
     teacher = teacher.to(dtype)
     pi = selected(student, teacher, d, 4.0, "student")
     agree(
-        fused(student, teacher, target, share, weights, 4.0, FACTORS),
-        reference(student, teacher, target, share, weights, 4.0, pi=pi),
+        fused(student, teacher, target, row_weights, weights, 4.0, FACTORS),
+        reference(student, teacher, target, row_weights, weights, 4.0, pi=pi),
         dtype,
     )
 
@@ -221,12 +221,13 @@ def test_many_equal_logits(classes, d, dtype, device):
 @pytest.mark.parametrize("value", [0.0, -0.0, -7.5, 1e4])
 def test_all_logits_equal(value, device):
     _, teacher, target = sample(2, 700, device=device)
-    student, share, weights = torch.full_like(teacher, value), shares(2, device), adw_weights(7, device=device)
+    student = torch.full_like(teacher, value)
+    row_weights, weights = equal_weights(2, device), adw_weights(7, device=device)
     pi = selected(student, teacher, 7, 4.0, "student")
     assert pi.tolist() == [list(range(7))] * 2  # the first lanes, and the lowest class of each
     agree(
-        fused(student, teacher, target, share, weights, 4.0, FACTORS),
-        reference(student, teacher, target, share, weights, 4.0, pi=pi),
+        fused(student, teacher, target, row_weights, weights, 4.0, FACTORS),
+        reference(student, teacher, target, row_weights, weights, 4.0, pi=pi),
     )
 
 
@@ -243,10 +244,10 @@ def test_ties_below_the_selection_leave_it_unique(device):
     student.scatter_(1, torch.randint(1200, (3, 400), generator=torch.Generator().manual_seed(1)).to(device), -2.0)
     for rank, c in enumerate((3, 259, 515, 1027, 770)):
         student[:, c] = 5.0 - rank / 2  # four of them in one lane
-    share, weights = shares(3, device), adw_weights(5, device=device)
+    row_weights, weights = equal_weights(3, device), adw_weights(5, device=device)
     agree(
-        fused(student, teacher, target, share, weights, 4.0, FACTORS),
-        reference(student, teacher, target, share, weights, 4.0),
+        fused(student, teacher, target, row_weights, weights, 4.0, FACTORS),
+        reference(student, teacher, target, row_weights, weights, 4.0),
     )
 
 
@@ -262,10 +263,11 @@ def test_logits_of_ten_thousand(dtype, classes, device):
     student, teacher = ((1e4 * (2 * torch.rand(4, classes, generator=g) - 1)).to(device, dtype) for _ in range(2))
     pi = torch.rand(4, classes, generator=g).topk(7).indices.to(device)
     student = (student / 2).scatter(1, pi, (9984 - 512 * torch.arange(7.0, device=device).expand(4, 7)).to(dtype))
-    target, share, weights = torch.arange(4, device=device), shares(4, device), adw_weights(7, device=device)
+    target = torch.arange(4, device=device)
+    row_weights, weights = equal_weights(4, device), adw_weights(7, device=device)
     agree(
-        fused(student, teacher, target, share, weights, 4.0, FACTORS),
-        reference(student, teacher, target, share, weights, 4.0, pi=pi),
+        fused(student, teacher, target, row_weights, weights, 4.0, FACTORS),
+        reference(student, teacher, target, row_weights, weights, 4.0, pi=pi),
         dtype,
         rtol=2e-5,
     )
@@ -277,12 +279,12 @@ def test_the_rest_beside_a_dominating_class(lead, device):
     1e-4."""
     student, teacher, _ = sample(4, 2000, device=device)
     student[:, 1234], teacher[:, 321] = lead, lead / 2
-    share, weights = shares(4, device), adw_weights(2, device=device)
+    row_weights, weights = equal_weights(4, device), adw_weights(2, device=device)
     factors = dict.fromkeys(TERMS, 0.0) | {"rntk": 1.0}
     for rank_by in ("student", "teacher"):
         teacher[:, 321] = -3.0 if rank_by == "student" else lead
         (terms, grad), (right, right_grad) = (
-            f(student, teacher, None, share, weights, 4.0, factors, rank_by) for f in (fused, reference)
+            f(student, teacher, None, row_weights, weights, 4.0, factors, rank_by) for f in (fused, reference)
         )
         torch.testing.assert_close(terms[:, 3].double(), right[:, 3], rtol=2e-5, atol=0)
         torch.testing.assert_close(grad.double(), right_grad, rtol=1e-4, atol=1e-6 * right_grad.abs().max().item())
@@ -293,11 +295,11 @@ def test_masked_classes_at_the_lowest_number_of_the_type(device):
     for dtype in (F32, BF16, F16):
         student, teacher, target = sample(2, 400, dtype, device=device)
         student[:, 300:], teacher[:, 300:], target = torch.finfo(dtype).min, torch.finfo(dtype).min, target % 300
-        share, weights = shares(2, device), adw_weights(7, device=device)
-        terms, grad = fused(student, teacher, target, share, weights, 4.0, FACTORS)
+        row_weights, weights = equal_weights(2, device), adw_weights(7, device=device)
+        terms, grad = fused(student, teacher, target, row_weights, weights, 4.0, FACTORS)
         few = [x[:, :300].contiguous() for x in (student, teacher)]
         pi = selected(*few, 7, 4.0, "student")
-        right, right_grad = reference(*few, target, share, weights, 4.0, pi=pi)
+        right, right_grad = reference(*few, target, row_weights, weights, 4.0, pi=pi)
         agree((terms, grad[:, :300]), (right, right_grad), dtype)
         assert not grad[:, 300:].any()
 
@@ -308,11 +310,11 @@ def test_an_offset_of_all_logits_changes_little(offset, T, device):
     """Both networks' logits are multiples of 1/64, so that the offset itself is exact in float32."""
     student, teacher, target = sample(3, 2000, device=device)
     student, teacher = (student * 64).round() / 64, (teacher * 64).round() / 64
-    share, weights = shares(3, device), adw_weights(7, device=device)
+    row_weights, weights = equal_weights(3, device), adw_weights(7, device=device)
     pi = selected(student, teacher, 7, T, "student")
-    right = reference(student, teacher, target, share, weights, T, pi=pi)
-    agree(fused(student + offset, teacher, target, share, weights, T, FACTORS), right)
-    agree(fused(student, teacher + offset, target, share, weights, T, FACTORS), right)
+    right = reference(student, teacher, target, row_weights, weights, T, pi=pi)
+    agree(fused(student + offset, teacher, target, row_weights, weights, T, FACTORS), right)
+    agree(fused(student, teacher + offset, target, row_weights, weights, T, FACTORS), right)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=lambda d: str(d)[6:])
@@ -326,11 +328,11 @@ def test_classes_that_are_ruled_out(low, dtype, rank_by, device):
     out = torch.zeros(400, dtype=torch.bool, device=device)
     out[300:], out[0] = True, True
     student[:, out], teacher[:, out], target = low, low, target % 299
-    share, weights = shares(3, device), adw_weights(7, device=device)
+    row_weights, weights = equal_weights(3, device), adw_weights(7, device=device)
     few = [x[:, ~out].contiguous() for x in (student, teacher)]
     pi = selected(*few, 7, 4.0, rank_by)
-    terms, grad = fused(student, teacher, target + 1, share, weights, 4.0, FACTORS, rank_by)
-    right, right_grad = reference(*few, target, share, weights, 4.0, rank_by=rank_by, pi=pi)
+    terms, grad = fused(student, teacher, target + 1, row_weights, weights, 4.0, FACTORS, rank_by)
+    right, right_grad = reference(*few, target, row_weights, weights, 4.0, rank_by=rank_by, pi=pi)
     agree((terms, grad[:, ~out]), (right, right_grad), dtype)
     assert not grad[:, out].any()
 
@@ -371,23 +373,23 @@ def test_a_loss_scale_finds_the_gradient_of_float16(rows, classes, device):
 
 def test_a_student_that_equals_its_teacher(device):
     student, _, target = sample(3, 900, scale=10.0, device=device)
-    terms, grad = fused(student, student, None, shares(3, device), adw_weights(7, device=device), 4.0, FACTORS)
+    terms, grad = fused(student, student, None, equal_weights(3, device), adw_weights(7, device=device), 4.0, FACTORS)
     assert terms.abs().max() == 0 and grad.abs().max() == 0
 
 
 def test_one_class_remains(device):
     student, teacher, target = sample(3, 8, device=device)
-    share, weights = shares(3, device), adw_weights(7, device=device)
+    row_weights, weights = equal_weights(3, device), adw_weights(7, device=device)
     agree(
-        fused(student, teacher, target, share, weights, 4.0, FACTORS),
-        reference(student, teacher, target, share, weights, 4.0),
+        fused(student, teacher, target, row_weights, weights, 4.0, FACTORS),
+        reference(student, teacher, target, row_weights, weights, 4.0),
     )
 
 
 def test_nan_in_a_row_that_counts_is_seen(device):
     student, teacher, target = sample(2, 300, device=device)
     student[0, 5] = torch.nan
-    terms, _ = fused(student, teacher, target, shares(2, device), adw_weights(7, device=device), 4.0, FACTORS)
+    terms, _ = fused(student, teacher, target, equal_weights(2, device), adw_weights(7, device=device), 4.0, FACTORS)
     assert terms[0].sum().isnan() and terms[1].isfinite().all()
 
 
@@ -409,8 +411,8 @@ def test_a_row_of_share_0_may_hold_anything(classes, dtype, device):
         FACTORS,
     )
     student[1], student[3], teacher[1], target[1], target[3] = torch.nan, torch.inf, torch.nan, -100, 10**9
-    share = torch.tensor([1 / 3, 0, 1 / 3, 0, 1 / 3], device=device)
-    terms, grad = fused(student, teacher, target, share, weights, 4.0, FACTORS)
+    row_weights = torch.tensor([1 / 3, 0, 1 / 3, 0, 1 / 3], device=device)
+    terms, grad = fused(student, teacher, target, row_weights, weights, 4.0, FACTORS)
     assert not terms[[1, 3]].any() and not grad[[1, 3]].any()
     assert terms[[0, 2, 4]].equal(whole[0]) and grad[[0, 2, 4]].equal(whole[1])
 
@@ -418,14 +420,14 @@ def test_a_row_of_share_0_may_hold_anything(classes, dtype, device):
 def test_a_target_that_is_no_class_is_not_silent(device):
     student, teacher, target = sample(2, 50, device=device)
     target[0] = -100
-    terms, _ = fused(student, teacher, target, shares(2, device), adw_weights(7, device=device), 4.0, FACTORS)
+    terms, _ = fused(student, teacher, target, equal_weights(2, device), adw_weights(7, device=device), 4.0, FACTORS)
     assert terms[0, 0].isnan() and terms[:, 1:].isfinite().all() and terms[1].isfinite().all()
 
 
 @pytest.mark.parametrize("classes", [100, 128, 3000])
 def test_rows_that_lie_apart_in_memory(classes, device):
     student, teacher, target = sample(2, classes, device=device)
-    args = target, shares(2, device), adw_weights(7, device=device), 4.0, FACTORS
+    args = target, equal_weights(2, device), adw_weights(7, device=device), 4.0, FACTORS
     right = fused(student, teacher, *args)
     apart, turned = torch.full((4, classes + 13), torch.nan, device=device), teacher.T.contiguous().T
     apart[::2, 13:] = student
@@ -442,7 +444,7 @@ def test_inputs_that_need_gradients_stay_as_they_are(device):
     before = student.clone(), teacher.clone()
     weights = adw_weights(7, device=device)
     terms, grad = fused(
-        student.requires_grad_(), teacher.requires_grad_(), target, shares(2, device), weights, 4.0, FACTORS
+        student.requires_grad_(), teacher.requires_grad_(), target, equal_weights(2, device), weights, 4.0, FACTORS
     )
     assert not terms.requires_grad and not grad.requires_grad and student.grad is None
     assert student.detach().equal(before[0]) and teacher.detach().equal(before[1])
@@ -477,7 +479,7 @@ def wrong(**changes):
             "student": student,
             "teacher": teacher,
             "target": target,
-            "share": shares(3, device),
+            "row_weights": equal_weights(3, device),
             "weights": adw_weights(4, device=device),
             "temperature": 4.0,
             "factors": FACTORS,
@@ -504,8 +506,8 @@ def wrong(**changes):
             ),
             "d from 2 to 64",
         ),
-        (wrong(share=lambda x: x[:2]), r"share must be float32 of shape \(3,\)"),
-        (wrong(share=lambda x: x.double()), "share must be float32"),
+        (wrong(row_weights=lambda x: x[:2]), r"row_weights must be float32 of shape \(3,\)"),
+        (wrong(row_weights=lambda x: x.double()), "row_weights must be float32"),
         (wrong(target=lambda x: x.int()), "target must be int64"),
         (wrong(target=lambda x: x[:2]), "target must be int64"),
         (wrong(temperature=lambda x: 0.0), "temperature must be a finite number above 0"),

@@ -43,7 +43,7 @@ def usage(kernel, types, constants, aligned, warps, capability):
 def loss(dtype, classes, depth, capability=90, temperature=4.0, rank_by="student", target=True, grad=True):
     options = triton_kernel.options(classes, depth, temperature, rank_by, target, grad)
     warps = options.pop("num_warps")
-    pointers = dict.fromkeys(("share", "weights", "terms"), "*fp32") | dict.fromkeys(
+    pointers = dict.fromkeys(("row_weights", "weights", "terms"), "*fp32") | dict.fromkeys(
         ("student", "teacher", "grad"), f"*{NAMES[dtype]}"
     )
     aligned = ("stride_s", "stride_t", "classes") if classes % 16 == 0 else ()

@@ -1,4 +1,4 @@
-"""The command line and the batch: what a person sees, with failures, budgets and slips."""
+"""The command line and the batch: their output, with failures, budgets and invalid input."""
 
 import json
 import os
@@ -70,7 +70,7 @@ def test_verify_finds_a_changed_digit(made, tmp_path):
     others = {p.stem for p in (out / "data/tables/tiny").glob("*.csv")}
     assert others == {"same_architecture"}
     good = ldrld(*words)
-    assert good.returncode == 0 and "1 tables checked, 0 things wrong" in good.stdout, good.stdout + good.stderr
+    assert good.returncode == 0 and "1 tables checked, 0 problems" in good.stdout, good.stdout + good.stderr
     assert not [line for line in good.stdout.splitlines() if "same_architecture" in line]
     csv = out / "data/tables/tiny/same_architecture.csv"
     table = pd.read_csv(csv)
@@ -80,7 +80,7 @@ def test_verify_finds_a_changed_digit(made, tmp_path):
     assert bad.returncode == 1 and "KD: sd is" in bad.stdout
 
 
-def test_a_failing_run_is_told_and_the_rest_goes_on(tmp_path):
+def test_a_failing_run_is_reported_and_the_rest_continues(tmp_path):
     """A folder lies where one run keeps its checkpoint, so that run must fail."""
     from ldrld.experiments.catalog import EXPERIMENTS
 
@@ -118,7 +118,7 @@ def test_a_kernel_whose_port_was_taken_is_started_anew(tmp_path, monkeypatch):
         assert outcome.status == "failed" and "Kernel died" in outcome.detail and len(told) == 25
 
 
-def test_a_time_budget_pauses_and_goes_on(tmp_path):
+def test_a_time_budget_pauses_and_continues(tmp_path):
     words = (
         "reproduce",
         "--profile",
@@ -164,7 +164,7 @@ def test_a_time_budget_pauses_and_goes_on(tmp_path):
         (("run", "model=resnet8", "--keep", "wieghts"), "Did you mean 'weights'"),
     ],
 )
-def test_a_slip_is_told_before_anything_runs(words, says, tmp_path):
+def test_a_mistake_is_reported_before_anything_runs(words, says, tmp_path):
     got = ldrld(*words, LDRLD_OUT=str(tmp_path))
     assert got.returncode == 2 and says in got.stderr and "Traceback" not in got.stderr, got.stderr
     assert not list(tmp_path.rglob("*.json"))
@@ -215,7 +215,7 @@ def test_data_says_what_it_is_or_how_to_get_it(tmp_path):
         ("cohort", ("-y", "{runs: [digits]}"), "expected a dict of settings"),
     ],
 )
-def test_papermill_by_hand_refuses_a_slip_in_one_line(notebook, parameters, says, tmp_path):
+def test_papermill_by_hand_refuses_a_mistake_in_one_line(notebook, parameters, says, tmp_path):
     got = subprocess.run(
         [
             Path(sys.executable).parent / "papermill",

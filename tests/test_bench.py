@@ -52,7 +52,7 @@ def test_small_benchmarks_leave_files_tables_and_figures(made):
     assert "profiler_start" not in got.stderr
 
 
-def test_a_measurement_is_kept_until_asked_for_again(made):
+def test_a_measurement_is_kept_until_repeated(made):
     out, _ = made
     (file,) = (out / "data" / "bench-small").glob("*/loss-memory.json")
     before = file.read_bytes()
@@ -69,7 +69,7 @@ def test_a_measurement_is_kept_until_asked_for_again(made):
 @pytest.mark.parametrize(
     ("words", "says"), [(("loss-dept",), "Did you mean 'loss-depth'"), (("--small", "--full"), "exclude each other")]
 )
-def test_a_slip_is_told(words, says, tmp_path):
+def test_a_mistake_is_reported(words, says, tmp_path):
     got = ldrld("bench", *words, "--out", tmp_path)
     assert (
         got.returncode == 2
@@ -174,35 +174,35 @@ def setting():
     )
 
 
-def test_a_table_in_memory_answers_like_one_in_a_file(setting, tmp_path):
-    """What training on a GPU reads: made before the slices, nothing asked or written in them."""
+def test_a_table_in_memory_equals_one_in_a_file(setting, tmp_path):
+    """What training on a GPU reads: made before the slices, nothing queried or written in them."""
     s, (_, teacher) = setting, setting.networks()
     images = training.shortened(s.images, s.steps * s.batch_size)
     crops = Crops(images.train_images, images.mean, images.std, images.padding, images.flip)
     held, filed = (
-        training.answers(s, teacher, crops, torch.float32, str(tmp_path), resident) for resident in (True, False)
+        training.teacher_table(s, teacher, crops, torch.float32, str(tmp_path), resident) for resident in (True, False)
     )
     for table in (held, filed):
-        training.ask_ahead(table, 2, s.batch_size)
-    asked = held.computed
-    assert held.rows is None and filed.held is None and asked > 0
-    index, view = training.draw(0, 2, crops.n, crops.views)
-    torch.testing.assert_close(held(index, view), filed(index, view), rtol=1e-3, atol=1e-3)
-    assert held.computed == asked
+        training.compute_ahead(table, 2, s.batch_size)
+    queried = held.computed
+    assert held.rows is None and filed.held is None and queried > 0
+    index, crop = training.draw(0, 2, crops.n, crops.per_image)
+    torch.testing.assert_close(held(index, crop), filed(index, crop), rtol=1e-3, atol=1e-3)
+    assert held.computed == queried
 
 
 def test_ours_measures_training_with_a_table_in_memory(setting, monkeypatch):
-    """As on a GPU: the slices of `ours` neither compute answers nor touch a file."""
-    tables, answers = [], training.answers
+    """As on a GPU: the slices of `ours` neither compute logits nor touch a file."""
+    tables, teacher_table = [], training.teacher_table
 
     def resident(*arguments, resident):
-        tables.append(answers(*arguments, resident=True))
+        tables.append(teacher_table(*arguments, resident=True))
         return tables[-1]
 
-    monkeypatch.setattr(training, "answers", resident)
+    monkeypatch.setattr(training, "teacher_table", resident)
     measure = training.ours(setting, "a folder that is not there")
-    asked = tables[0].computed
-    assert measure() > 0 and tables[0].computed == asked
+    queried = tables[0].computed
+    assert measure() > 0 and tables[0].computed == queried
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
@@ -271,7 +271,7 @@ def test_the_work_of_a_step_is_of_the_network_alone(setting):
 
 
 def test_runs_per_hour():
-    assert graphs.runs_an_hour(3600 / 187_680) == pytest.approx(1)
+    assert graphs.runs_per_hour(3600 / 187_680) == pytest.approx(1)
     lines = {
         ("usual loop", 1): (4.0, 8.0),
         ("in flight", 2): (1.0, 1.0),

@@ -1,5 +1,5 @@
-"""Block-wise logit distillation: stepping-stones that are the teacher where they must be, whom their gradients reach,
-a teacher that does not move, every pair of the tables, resuming, each switch, refusals."""
+"""Block-wise logit distillation: stepping-stones that equal the teacher where they must, the parameters that their
+gradients reach, a teacher that does not change, every pair of the tables, resuming, each option, error messages."""
 
 import copy
 import json
@@ -248,7 +248,7 @@ def test_block_ldrld_is_blockkd_with_another_distance():
     assert a.hyperparameters == b.hyperparameters and torch.equal(a(*given), b(*given))
 
 
-def test_who_ranks():
+def test_the_ranking_of_branches():
     """Ranked by the student, LDRLD of a branch compares the student's classes; the student's own term is the same."""
     student, teacher, x, y = small()
     z_s, z_t, y, f_s, f_t = given = seen(student, teacher, x, y)
@@ -456,7 +456,7 @@ def test_cost_is_counted():
 
 
 @pytest.mark.parametrize("name", PROFILES)
-def test_the_experiment_runs_only_when_asked(name):
+def test_the_experiment_runs_only_by_name(name):
     p = PROFILES[name]
     named = {name_of(config) for config, _ in batch(p, ("blockwise",)) if config.loss in NAMES}
     assert "blockwise" not in selected(p) and len(named) == len(p.seeds) * len(BLOCKWISE)

@@ -1,4 +1,4 @@
-"""Teachers' cards, what is said of files that are not as they should be, and teachers that are files."""
+"""Teachers' model cards, messages for files that do not match them, and teachers from files."""
 
 import re
 import shlex
@@ -153,7 +153,7 @@ def test_a_card_without_the_images_says_not_measured(teacher, monkeypatch):
     assert not wrong(check=True) and model_cards.listed("t", check=True)["measured, %"].isna().all()
 
 
-def test_a_card_that_is_there_is_left_alone(teacher):
+def test_a_card_that_is_there_is_unchanged(teacher):
     place = model_cards.card_path(teacher.name, "t")
     place.write_text(place.read_text(encoding="utf-8") + "\na remark of mine\n", encoding="utf-8")
     assert (
@@ -171,7 +171,7 @@ def test_weights_made_again_get_their_card_again(teacher):
     assert place.read_bytes() == before
 
 
-def test_what_is_wrong_is_told(teacher):
+def test_what_is_wrong_is_reported(teacher):
     place, weights = model_cards.card_path(teacher.name, "t"), KEPT["weights"](teacher.name, "t")
     text, good = place.read_text(encoding="utf-8"), weights.read_bytes()
     place.write_text(
@@ -264,14 +264,14 @@ def test_no_student_learns_from_other_weights_than_the_cards(damage, teacher, ou
     assert runner.run(STUDENT, "t", report=None).teacher == teacher.name and not model_cards.wrong_teachers("t")
 
 
-def test_what_the_refusal_says_to_do_helps(teacher):
+def test_the_advice_of_the_error_works(teacher):
     flip_a_bit(teacher)
     for path in (KEPT["weights"](teacher.name, "t"), model_cards.card_path(teacher.name, "t")):
         path.unlink()
     assert runner.run(STUDENT, "t", report=None).teacher == teacher.name and not wrong(check=True)
 
 
-def test_weights_without_a_card_are_measured_before_they_teach(teacher):
+def test_weights_without_a_card_are_measured_before_use(teacher):
     """From before there were cards, or after somebody has deleted one."""
     place = model_cards.card_path(teacher.name, "t")
     text = place.read_text(encoding="utf-8")
@@ -287,7 +287,7 @@ def test_weights_without_a_card_are_measured_before_they_teach(teacher):
     assert not place.exists()
 
 
-def test_weights_that_nobody_can_vouch_for_are_refused(teacher, monkeypatch):
+def test_weights_of_unknown_origin_are_rejected(teacher, monkeypatch):
     weights, place = KEPT["weights"](teacher.name, "t"), model_cards.card_path(teacher.name, "t")
     with pytest.raises(FileNotFoundError, match="no such file; run glyphs-x again"):
         model_cards.checked_weights("glyphs-x", "t")
@@ -333,7 +333,7 @@ def test_a_run_whose_file_is_no_network_of_ours_leaves_a_card_too(out):
     assert (
         not card["loads"]
         and card["accuracy_stored_file"] is None
-        and "knows no network that these weights fit" in place.read_text(encoding="utf-8")
+        and "No network of `ldrld.models.build` fits these weights" in place.read_text(encoding="utf-8")
     )
     assert card["parameters"] == record.measures["used_parameters"] and not wrong(check=True)
 
@@ -383,7 +383,7 @@ def test_published_numbers_stand_on_cards_of_the_paper_profile_only(teacher):
 # ---- teachers that are files --------------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_beside_what_is_published(tmp_path):
+def test_a_checkpoint_compared_with_published_accuracies(tmp_path):
     file = checkpoint_at(tmp_path / "ckpt.pth")
     found = model_cards.checkpoint(file, "digits")
     assert (found["network"], found["classes"], found["sha256"]) == ("resnet8", 10, sha256_of(file)) and not found[
@@ -442,7 +442,7 @@ def test_a_file_teaches_what_the_same_weights_teach_as_a_trained_teacher(teacher
     assert scores[0] == scores[1] and students[0].name != students[1].name
 
 
-def test_a_missing_or_exchanged_file_is_told_and_nothing_is_trained(out, tmp_path):
+def test_a_missing_or_exchanged_file_is_reported_and_nothing_is_trained(out, tmp_path):
     given = pretrained(checkpoint_at(tmp_path / "ckpt.pth"))
     config, place = RunConfig(model="resnet8", loss="kd", teacher=given, **SHORT), file_of(given)
     checkpoint_at(place, seed=1)
@@ -489,7 +489,7 @@ def test_the_command_lists_and_checks(teacher, out):
     assert (
         ldrld("teachers", "--check", out=out) == (0, (said := ldrld("teachers", "--check", out=out)[1]))
         and "same bytes" in said
-        and "0 things wrong" in said
+        and "0 problems" in said
     )
     KEPT["weights"](teacher.name, "t").write_bytes(b"\0" * 100)
     code, said = ldrld("teachers", "--profile", "t", "--check", out=out)
@@ -525,7 +525,7 @@ def test_the_command_on_files(out, tmp_path):
 
 
 @pytest.mark.parametrize("reached, code", [(72.40, 0), (71.0, 1)])
-def test_a_checkpoint_that_is_not_the_published_one_is_told(reached, code, tmp_path, monkeypatch, capsys):
+def test_a_checkpoint_that_is_not_the_published_one_is_reported(reached, code, tmp_path, monkeypatch, capsys):
     from ldrld.cli.teachers import compare_files
 
     monkeypatch.setattr(
@@ -575,7 +575,7 @@ def test_a_teacher_s_file_may_have_any_name(name, out, tmp_path):
     other."""
     file = checkpoint_at(tmp_path / name)
     code, said = ldrld("teachers", file, "--data", "digits", out=out)
-    suggested = shlex.split(said.split("a student learns from it with: ldrld ")[1].splitlines()[0])
+    suggested = shlex.split(said.split("to train a student of it: ldrld ")[1].splitlines()[0])
     assert code == 0 and suggested[-1] == f"teacher={file}"
     code, said = ldrld(*suggested, "loss_args.depth=10", "recipe=onecycle", "lr=0.1", "epochs=1", out=out)
     assert code == 0 and records.records("try")[0].config.teacher.sha256 == sha256_of(file), said
@@ -608,7 +608,7 @@ def test_what_is_meant_by_a_teacher(tmp_path, monkeypatch):
         ("{tmp}/other.ckpt", "a network that ldrld does not know .1 tensors: features"),
     ],
 )
-def test_a_teacher_that_is_none_is_told_in_a_line(given, why, out, tmp_path):
+def test_a_teacher_that_is_none_is_reported_in_a_line(given, why, out, tmp_path):
     checkpoint_at(tmp_path / "a.pth")
     torch.save({"state_dict": {"features.0.weight": torch.zeros(4, 3, 7, 7)}}, tmp_path / "other.ckpt")
     code, said = ldrld(

@@ -55,7 +55,7 @@ def front_page(folder):
     return "\n".join(shown)
 
 
-def test_a_claim_can_fail_and_a_published_number_stands_beside_it(some_paper_records):
+def test_a_claim_can_fail_and_a_published_number_is_listed_next_to_it(some_paper_records):
     table = claims.judged("paper").set_index(["claim", "teacher", "theirs"])
     kd, dkd = table.loc[("kd", "resnet32x4", "KD")], table.loc[("rivals", "resnet32x4", "DKD")]
     assert (kd["verdict"], dkd["verdict"], kd["n"]) == ("refuted", "supported", 3)

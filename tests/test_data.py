@@ -398,7 +398,7 @@ def test_a_file_that_might_be_an_image_is_never_dropped_without_a_word(name, ima
         folder(images)
 
 
-def test_images_beside_the_folders_of_the_classes_are_named(images):
+def test_images_next_to_the_folders_of_the_classes_are_named(images):
     Image.new("RGB", (24, 16)).save(images / "train" / "stray.png")
     with pytest.raises(ValueError, match="train/stray.png is next to the class folders; move it"):
         folder(images)
@@ -425,7 +425,7 @@ def test_images_beside_the_folders_of_the_classes_are_named(images):
         ("jpg", "PNG"),
     ],
 )
-def test_images_are_told_by_their_content(suffix, format, images):
+def test_images_are_recognised_by_their_content(suffix, format, images):
     """Beside png, where they were dropped, or alone, where there were none."""
     before, more = folder(images), {"lossless": True} if format == "WEBP" else {}
     mode = {"pgm": "L", "pbm": "1"}.get(suffix, "RGB")
@@ -572,7 +572,7 @@ def test_a_size_that_makes_no_sense_is_refused(size, images):
 
 def test_a_size_is_for_folders_and_given_once(images):
     for call in (lambda: load("digits", size=32), lambda: load("digits@32")):
-        with pytest.raises(ValueError, match="'digits' is a built-in data set, used as it is; sizes are for folders"):
+        with pytest.raises(ValueError, match="'digits' is a built-in data set of fixed size; sizes are for folders"):
             call()
     with pytest.raises(ValueError, match="already contains a size"):
         load(f"{images}@8", size=8)

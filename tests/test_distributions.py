@@ -80,7 +80,7 @@ def test_ctkd_climbs_and_the_curriculum_scales_its_gradient():
         torch.testing.assert_close(value, kd(T))
         torch.testing.assert_close(torch.autograd.grad(value, loss.theta)[0], strength * slope, rtol=1e-5, atol=1e-9)
     loss.at_epoch(1, 24)
-    assert loss.strength == -1.0  # the same share of a training ten times shorter
+    assert loss.strength == -1.0  # the same fraction of a training ten times shorter
 
 
 def test_ctkd_is_trained_saved_and_resumed():

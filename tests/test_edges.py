@@ -155,7 +155,7 @@ class OldSquares(LogitLoss):
         return {"mse": F.mse_loss(student_logits, teacher_logits)}
 
 
-def test_a_loss_of_ones_own_gets_everything_right():
+def test_a_custom_loss_gets_everything_right():
     z_s, z_t, target = sample(dtype=torch.float16)
     target[3], mask = IGNORED, torch.arange(12) != 5
     kept = mask & (target != IGNORED)
@@ -273,7 +273,7 @@ def test_few_classes_are_left(allowed, rank_by, backend):
 
 
 @pytest.mark.parametrize("name", ["ldrld", "dkd", "nkd", "rld"])
-def test_a_teacher_cut_down_to_its_first_tokens_beside_a_padded_vocabulary(name):
+def test_a_teacher_cut_down_to_its_first_tokens_with_a_padded_vocabulary(name):
     """Nothing is asked of the padding, whatever group of classes the teacher allows nothing of."""
     z_s, z_t, _ = sample(classes=40)
     z_t = z_t.masked_fill(z_t < z_t.topk(2).values[:, -1:], -INF)
@@ -309,7 +309,7 @@ def test_a_student_that_cannot_what_the_teacher_wants(name, given):
         loss(z_s, z_t, target)
 
 
-def test_the_row_of_a_mistake_is_told_also_in_a_large_batch():
+def test_the_row_of_a_mistake_is_reported_also_in_a_large_batch():
     z_s, z_t, _ = sample(600, 1000)
     z_s[555, 17] = -INF
     with pytest.raises(ValueError, match="class 17 in row 555"):

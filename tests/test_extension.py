@@ -232,7 +232,8 @@ def called(folder, command, *words):
     """One of the environment's commands, in the copy."""
     env = {**os.environ, "PYTHONPATH": str(folder), "LDRLD_ROOT": str(folder)}
     program = [sys.executable, "-m", command]
-    if command in ("lint-imports", "nbdev_export"): program = [Path(sys.executable).parent / command]
+    if command in ("lint-imports", "nbdev_export"):
+        program = [Path(sys.executable).parent / command]
     call = [*map(str, program), *map(str, words)]
     return subprocess.run(call, capture_output=True, text=True, cwd=folder, env=env)
 
@@ -262,7 +263,7 @@ def test_the_other_checks_still_pass(copy):
     assert got.returncode == 0, got.stdout[-3000:]
 
 
-TABLES = '''
+TABLES = """
 from ldrld.experiments.cells import on_pair
 from ldrld.experiments.profiles import ablation_pair
 from ldrld.experiments.registry import experiment
@@ -273,7 +274,7 @@ def ce_weight(p):
     "LDRLD with less and less cross-entropy."
     for w in (1.0, 0.5):
         yield from on_pair(p, ablation_pair(p), {"weight": w}, "LDRLD", ce_weight=w, depth=10)
-'''
+"""
 
 
 @pytest.fixture
@@ -344,7 +345,7 @@ def test_a_table_is_a_line_in_a_profile(their_tables):
         call = [sys.executable, "-m", "ldrld", *words, "--profile", str(their_tables), "--out", str(out)]
         got = subprocess.run(call, capture_output=True, text=True, cwd=ROOT, env=env)
         assert got.returncode == 0, got.stdout + got.stderr
-    assert "tables checked, 0 things wrong" in got.stdout and "not made yet" not in got.stdout
+    assert "tables checked, 0 problems" in got.stdout and "not made yet" not in got.stdout
     table = pd.read_csv(out / "data" / "tables" / "theirs" / "ce_weight.csv")
     assert list(table["weight"]) == [1.0, 0.5] and (table["n"] == 1).all()
     assert (out / "figures" / "theirs" / "ce_weight.svg").exists()

@@ -148,7 +148,7 @@ def test_backward_may_be_called_twice():
     torch.testing.assert_close(z.grad, first)
 
 
-def test_inputs_are_left_alone_and_no_gradient_is_made_without_need():
+def test_inputs_are_unchanged_and_no_gradient_is_made_without_need():
     z_s, z_t, target = sample()
     before = z_s.clone(), z_t.clone(), target.clone()
     value = LDRLD()(z_s, z_t, target)
@@ -170,7 +170,7 @@ def test_weights_first_made_in_inference_mode_serve_training():
     )
 
 
-def test_a_teacher_asked_in_inference_mode():
+def test_a_teacher_queried_in_inference_mode():
     z_s, z_t, target = sample(rows=3, classes=9)
     with torch.inference_mode():
         z_i = z_t.clone()
@@ -272,13 +272,13 @@ def test_a_mask_without_targets():
 
 def test_all_shares_are_one_over_the_rows_that_count():
     _, z_s, z_t, target = text()
-    s, t, y, share = rows_of(z_s, z_t, target)[:4]
+    s, t, y, row_weights = rows_of(z_s, z_t, target)[:4]
     assert (
         s.shape == t.shape == (12, 40)
-        and (share[y == -100] == 0).all()
-        and torch.allclose(share[y != -100], torch.tensor(1 / 9, dtype=torch.float64))
+        and (row_weights[y == -100] == 0).all()
+        and torch.allclose(row_weights[y != -100], torch.tensor(1 / 9, dtype=torch.float64))
     )
-    assert rows_of(z_s, z_t, target.clamp(min=0)).share is None
+    assert rows_of(z_s, z_t, target.clamp(min=0)).row_weights is None
 
 
 @pytest.mark.parametrize(

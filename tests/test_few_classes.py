@@ -58,7 +58,7 @@ def test_no_warning_where_nothing_is_lost(options, classes):
     assert said(LDRLD(**options), classes) == []
 
 
-def test_another_number_of_classes_is_told_again():
+def test_another_number_of_classes_is_reported_again():
     loss = LDRLD()
     assert len(said(loss, 10)) == len(said(loss, 12)) == 1 and said(loss, 10) == said(loss, 12) == []
 

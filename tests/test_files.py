@@ -20,7 +20,7 @@ from PIL import Image
 from ldrld import LDRLD, data, losses, models
 from ldrld.data.image_list import class_folders, files_by_class, image_list
 from ldrld.data.imagenet import imagenet
-from ldrld.data.loader import decoded, file_batches, order_of, shares
+from ldrld.data.loader import decoded, file_batches, order_of, parts_of
 from ldrld.training import files
 from ldrld.training.divergence import Diverged
 from ldrld.training.files import FileStudent, Settings, all_tested, logits_of_part, train_on_files
@@ -146,7 +146,7 @@ def test_a_damaged_file_is_left_out_and_named(folder):
 
 
 def test_an_error_of_ours_is_no_damaged_file(folder, monkeypatch):
-    monkeypatch.setattr("ldrld.data.loader.Views.train", lambda *_: 1 / 0)
+    monkeypatch.setattr("ldrld.data.loader.FileCrops.train", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         next(file_batches(small(folder), True, [torch.arange(3)]))
 
@@ -154,11 +154,11 @@ def test_an_error_of_ours_is_no_damaged_file(folder, monkeypatch):
 @pytest.mark.parametrize("processes, accumulate", [(1, 1), (2, 1), (3, 1), (1, 3), (2, 2)])
 def test_every_image_is_seen_once(processes, accumulate):
     order = order_of(33, seed=0, epoch=4)
-    parts = [shares(order, 12, rank, processes, accumulate) for rank in range(processes)]
+    parts = [parts_of(order, 12, rank, processes, accumulate) for rank in range(processes)]
     for k, step in enumerate(order.split(12)):
         assert sorted(i for part in parts for micro in part[k] for i in micro.tolist()) == sorted(step.tolist())
     assert len(parts[0]) == 3
-    late = shares(order, 12, 0, processes, accumulate, start=2)
+    late = parts_of(order, 12, 0, processes, accumulate, start=2)
     assert len(late) == 1 and all(a.equal(b) for a, b in zip(late[0], parts[0][2]))
 
 
@@ -171,7 +171,7 @@ def test_every_image_is_seen_once(processes, accumulate):
 )
 def test_steps_that_would_leave_a_process_without_images(arguments, told):
     with pytest.raises(ValueError, match=told):
-        shares(order_of(33, 0, 1), *arguments)
+        parts_of(order_of(33, 0, 1), *arguments)
 
 
 # ---- training

@@ -51,7 +51,7 @@ def test_a_cohort_learns(compiled):
                 compiled=compiled,
             )
         )
-    teacher = lambda index, view, x: 8 * torch.nn.functional.one_hot(digits.train_labels.cuda()[index], 10).float()
+    teacher = lambda index, crop, x: 8 * torch.nn.functional.one_hot(digits.train_labels.cuda()[index], 10).float()
     *_, last = train_together(students, digits, teacher, epochs=6, dtype=torch.bfloat16)
     assert all(row["test_accuracy"] > 80 for row in last)
 
@@ -63,10 +63,10 @@ def test_a_table_that_is_held(tmp_path):
         models.build("resnet8", 10).cuda(),
     )
     table = TeacherLogits(network, crops, 10, tmp_path / "t.bin", batch_size=4096, resident=True)
-    index, view = torch.arange(100, device="cuda"), torch.arange(100, device="cuda") % crops.views
-    table.ahead(index, view)
+    index, crop = torch.arange(100, device="cuda"), torch.arange(100, device="cuda") % crops.per_image
+    table.ahead(index, crop)
     assert table.held.is_cuda
-    torch.testing.assert_close(table(index, view), TeacherLogits(network, crops, 10)(index, view), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(table(index, crop), TeacherLogits(network, crops, 10)(index, crop), rtol=1e-2, atol=1e-2)
 
 
 def test_a_run(tmp_path, monkeypatch):

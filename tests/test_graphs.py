@@ -155,7 +155,7 @@ def test_draws_of_a_loss_are_made_anew_in_every_replay(recorder, digits, teacher
     assert torch.equal(usual.loss.generator.get_state(), student.loss.generator.get_state())
 
 
-def test_students_side_by_side(digits, teacher):
+def test_students_in_parallel(digits, teacher):
     flights, alone = [], []
     for lr in (0.05, 0.1):
         flights.append(InFlight(student_of(ALL["KD"], digits, teacher, lr=lr), task_of(digits, teacher), called))
@@ -201,7 +201,7 @@ def test_the_check_of_a_gpu_in_imitation(check, monkeypatch):
     assert check("cpu")
 
 
-def test_a_check_that_fails_is_told(monkeypatch):
+def test_a_check_that_fails_is_reported(monkeypatch):
     """Recordings that forget a step must not pass."""
     said = []
     monkeypatch.setattr(selfcheck, "IMAGES", 80)

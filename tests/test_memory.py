@@ -369,7 +369,7 @@ def test_review_levels_and_warmup():
         loss.at_epoch(epoch, 240)
         assert value() == pytest.approx(share * full, rel=1e-4)
     losses.build("reviewkd", student_preact=True).prepare(student, teacher, x)
-    with pytest.raises(ValueError, match="warmup must be a share of the training, at most 1, got 20"):
+    with pytest.raises(ValueError, match="warmup must be a fraction of the training, at most 1, got 20"):
         losses.build("reviewkd", warmup=20)
 
 

@@ -72,7 +72,7 @@ def test_some_methods_keep_a_part_and_most_do_not(out):
     assert simkd["used_parameters"] > simkd["parameters"] == fitnet["used_parameters"] == plain["used_parameters"]
 
 
-def test_a_pair_that_does_not_fit_is_told_on_the_command_line(out):
+def test_a_pair_that_does_not_fit_is_reported_on_the_command_line(out):
     from typer.testing import CliRunner
 
     from ldrld.cli import app

@@ -60,7 +60,7 @@ def test_a_diverged_run_on_the_command_line(out):
     assert odd_records("try") == {}
 
 
-def test_the_others_of_a_cohort_go_on(out):
+def test_the_others_of_a_cohort_continue(out):
     config = GOOD.model_copy(update={"epochs": 1})
     with pytest.raises(Diverged, match=name_of(BAD)):
         runner.run_together([(BAD, ()), (config, ())], "t", report=None)

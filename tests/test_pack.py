@@ -1,4 +1,4 @@
-"""Portable batches: packed, carried out elsewhere, killed, brought home, and what is damaged or foreign refused."""
+"""Portable batches: packed, carried out elsewhere, killed, and merged; damaged or foreign files are rejected."""
 
 import json
 import os
@@ -82,7 +82,7 @@ def names():
 
 @pytest.fixture(scope="module")
 def home(packed, tmp_path_factory):
-    """What came home from a batch that was carried out completely."""
+    """The returned files of a completed batch."""
     there = Path(shutil.copytree(packed, tmp_path_factory.mktemp("complete") / "there"))
     process = carry_out(there)
     said, _ = process.communicate(timeout=300)
@@ -286,7 +286,7 @@ def test_deliveries(packed):
     assert len(pieces) == 4 and lzma.decompress(b"".join(pieces)) == content
 
 
-def test_a_folder_that_is_not_empty_is_left_alone(packed):
+def test_a_folder_that_is_not_empty_is_unchanged(packed):
     with pytest.raises(ValueError, match="is not empty"):
         pack(packed, BATCH, "t")
 
@@ -304,10 +304,10 @@ def test_nothing_is_begun_that_cannot_be_ended_or_brought_home():
     chosen, reasons = fitting(batch, 60.0, costs, {}, largest=MIB)
     assert [c.epochs for c, _ in chosen] == [2, 2, 2, 1000] and chosen[3][
         0
-    ].loss == "kd"  # the last one's checkpoint comes home
-    assert "its checkpoint comes home" in reasons[0] and "0 s are left" in reasons[1]
+    ].loss == "kd"  # the last one's checkpoint is collected
+    assert "its checkpoint is collected" in reasons[0] and "0 s are left" in reasons[1]
     chosen, _ = fitting(batch, 60.0, costs, {}, largest=1000)
-    assert len(chosen) == 3  # a checkpoint that cannot be brought home is not begun
+    assert len(chosen) == 3  # a run whose checkpoint cannot be collected is not begun
     chosen, reasons = fitting(batch, 3.0, costs, {}, largest=1000)
     assert not chosen and "its teacher will not be finished" in reasons[1]
     chosen, _ = fitting(batch, 60.0, costs, {name_of(batch[3][0]): 990}, largest=1000)

@@ -49,7 +49,7 @@ def ldrld(*words, **more):
 
 @pytest.fixture
 def mine(tmp_path, monkeypatch):
-    """A profile of one's own, and a place for its results."""
+    """A custom profile, and a folder for its results."""
     (tmp_path / "mine.yaml").write_text(YAML)
     monkeypatch.setenv("LDRLD_OUT", str(tmp_path))
     return str(tmp_path / "mine.yaml")
@@ -112,7 +112,7 @@ def test_outside_of_a_checkout_training_works_without_notebooks(tmp_path, mine):
     )
     assert (
         got.returncode == 0
-        and "no tables and figures: their notebooks are not here" in got.stdout
+        and "no tables and figures: their notebooks are missing" in got.stdout
         and "1 done" in got.stdout
     ), got.stdout + got.stderr
 
@@ -151,7 +151,7 @@ def test_the_room_for_a_teachers_logits_is_counted_once(mine):
     config = RunConfig(dataset="digits", model="resnet8", loss="kd", teacher=teacher, epochs=1)
     ((folder, size),) = preflight._table_bytes(config, images).items()
     crops = Crops(images.train_images, images.mean, images.std, images.padding, images.flip)
-    assert size == crops.n * crops.views * 11 * 2 and folder == paths.work(name_of(teacher))
+    assert size == crops.n * crops.per_image * 11 * 2 and folder == paths.work(name_of(teacher))
     assert (
         preflight._table_bytes(teacher, images) == {}
         and preflight._table_bytes(config.model_copy(update={"loss": "at", "loss_args": {}}), images) == {}
@@ -162,7 +162,7 @@ def test_the_room_for_a_teachers_logits_is_counted_once(mine):
     assert preflight._table_bytes(config, images) == {}
 
 
-def test_other_images_and_an_odd_teacher_are_told(mine, tmp_path):
+def test_other_images_and_an_odd_teacher_are_reported(mine, tmp_path):
     names = pretend(mine)
     teacher, student = names[0], next(n for n in names if "-kd-" in n)
     (paths.records("mine") / f"{student}.json").unlink()
@@ -202,7 +202,7 @@ def test_one_number_for_what_is_finished(mine):
     n = len(names)
     assert f"{n - 2} of the {n} runs of profile `mine` are finished" in what_waits(mine)
     status = ldrld("status", "--profile", mine)
-    assert f"{n - 2} of the {n} runs that are run always are finished, 2 are missing" in status.stdout, (
+    assert f"{n - 2} of the {n} runs of the default experiments are finished, 2 are missing" in status.stdout, (
         status.stdout + status.stderr
     )
     lacks = [
@@ -211,10 +211,10 @@ def test_one_number_for_what_is_finished(mine):
         if not KEPT["logits"](name, "mine").exists()
         and any(name_of(c) == name and "logits" in k for c, k in runs_of(mine))
     ]
-    assert lacks and all(name in status.stdout.split("taken up again: logits of ")[1] for name in lacks)
+    assert lacks and all(name in status.stdout.split("completed: logits of ")[1] for name in lacks)
 
 
-def test_a_fresh_clone_runs_nothing_again_for_weights_that_nobody_needs(mine):
+def test_a_fresh_clone_runs_nothing_again_for_weights_that_are_not_needed(mine):
     names = pretend(mine, without=("weights",))
     assert pending.missing(mine) == []
     student = next(n for n in names if "-kd-" in n)
@@ -340,7 +340,7 @@ def test_terminals_without_our_letters(env, words):
     assert got.returncode == 0 or words[0] in ("run", "tune", "data")
 
 
-def test_a_broken_kernelspec_of_ones_own_does_not_matter(tmp_path, monkeypatch):
+def test_a_broken_user_kernelspec_does_not_matter(tmp_path, monkeypatch):
     spec = tmp_path / "jupyter" / "kernels" / "python3" / "kernel.json"
     spec.parent.mkdir(parents=True)
     spec.write_text(
@@ -416,7 +416,7 @@ def test_another_drive_has_no_relative_path(tmp_path, monkeypatch):
         ("resnet8", 1, False),
     ],
 )
-def test_a_last_batch_of_one_image_is_told_before_training(model, batch_size, refused):
+def test_a_last_batch_of_one_image_is_reported_before_training(model, batch_size, refused):
     digits = data.load("digits")
     images = 641  # ten batches of 64, and one image
     one_left = data.ImageData(
@@ -436,7 +436,7 @@ def test_a_last_batch_of_one_image_is_told_before_training(model, batch_size, re
     students.start(config.model_copy(update={"batch_size": fits}), one_left, "cpu")
 
 
-def test_the_look_at_one_image_changes_nothing():
+def test_the_check_on_one_image_changes_nothing():
     digits = data.load("digits")
     config = RunConfig(dataset="digits", model="resnet8", epochs=1, batch_size=1)
     student = students.start(config, digits, "cpu")

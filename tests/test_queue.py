@@ -212,7 +212,7 @@ def test_no_process_outlives_its_batch(tmp_path, number):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
-def test_a_stopped_batch_says_that_it_can_go_on(searching, number, code):
+def test_a_stopped_batch_says_that_it_can_continue(searching, number, code):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
     words = ("reproduce", "--profile", str(searching), "--no-notebooks", "--jobs", "1")
     stopped = subprocess.Popen(
@@ -227,7 +227,7 @@ def test_a_stopped_batch_says_that_it_can_go_on(searching, number, code):
     assert until(lambda: list(paths.work().glob("*/checkpoint.pt")) or list(paths.records("searching").glob("*.json")))
     stopped.send_signal(number)
     out, err = stopped.communicate(timeout=300)
-    assert stopped.returncode == code and "call again to go on" in err and "Traceback" not in err, err
+    assert stopped.returncode == code and "call again to resume" in err and "Traceback" not in err, err
 
 
 # ---- a search, and what follows from it -------------------------------------------------------------------------
@@ -302,7 +302,7 @@ def test_training_needs_neither_papermill_nor_jupyter(searching, tmp_path):
     )
 
 
-def test_work_goes_on_on_another_machine(searching, tmp_path, monkeypatch):
+def test_work_continues_on_another_machine(searching, tmp_path, monkeypatch):
     """Stopped by its budget, taken along with its folder, it ends as if nothing had happened."""
     config = runs_of(str(searching), ("same_architecture",))[0][0]
     whole = run(config, "searching", report=None)

@@ -121,7 +121,7 @@ EDITS = {
 
 
 @pytest.mark.parametrize("edit", EDITS)
-def test_an_edited_record_is_named_and_the_rest_goes_on(made, edit):
+def test_an_edited_record_is_named_and_the_rest_continues(made, edit):
     name = made[3]  # KD, seed 0
     path = change(name, EDITS[edit])
     with pytest.raises(ValueError, match="move it away and run again") as error:
@@ -200,7 +200,7 @@ def test_a_copy_under_another_seeds_name_is_found(made):
     assert "edited or renamed" in odd_records("toy")[name_of(config.model_copy(update={"seed": 2}))]
 
 
-def test_a_record_of_a_later_schema_asks_for_an_update(made):
+def test_a_record_of_a_later_schema_requires_an_update(made):
     change(made[0], at("schema_version", value=99))
     with pytest.raises(ValueError, match="a newer ldrld wrote; update ldrld"):
         load_record(made[0], "toy")
@@ -212,7 +212,7 @@ def test_committed_records_are_sound():
     assert sum(len(records(p.name)) for p in (ROOT / "data" / "runs").iterdir() if p.is_dir()) >= 456
 
 
-def test_the_commands_name_the_odd_one_and_go_on(made, tmp_path):
+def test_the_commands_name_the_odd_one_and_continue(made, tmp_path):
     (tmp_path / "toy.yaml").write_text(YAML)
     for name, edit in ((made[0], "config"), (made[4], "no test_accuracy")):
         change(name, EDITS[edit])
@@ -358,7 +358,7 @@ def test_one_arm_missing(tmp_path, monkeypatch):
     )
     assert verification.verify_table("same_architecture", TOY) == []
     assert (
-        tables.said(table.loc["LDRLD"], "LDRLD", "KD") == "LDRLD against KD: not both run."
+        tables.said(table.loc["LDRLD"], "LDRLD", "KD") == "LDRLD vs. KD: not both run."
         and claims.judged(TOY)["verdict"].eq("not run").all()
     )
     two_pairs = TOY.model_copy(update={"pairs": (("resnet14", "resnet8"), ("resnet20", "resnet8"))})
@@ -377,7 +377,7 @@ def test_lost_or_damaged_logits_are_named(tmp_path, monkeypatch):
     content = kept.read_bytes()
     kept.unlink()
     wrong = claims_verification.verify("quick")
-    assert len(wrong) == 1 and kept.stem in wrong[0] and "are not here" in wrong[0]
+    assert len(wrong) == 1 and kept.stem in wrong[0] and "are missing" in wrong[0]
     kept.write_bytes(content[:5000])
     with pytest.raises(ValueError, match=f"{kept.name} is damaged"):
         claims_verification.verify("quick")

@@ -735,7 +735,7 @@ def test_without_a_feature_loss_the_backbone_does_not_move():
 
 def test_what_cannot_be_detached():
     for base in ("simkd", "dho", "uskd", "kd"):
-        with pytest.raises(ValueError, match=f"leaves the classifier alone.*{base}"):
+        with pytest.raises(ValueError, match=f"does not train the classifier.*{base}"):
             losses.build("detached", loss=base)
     student, teacher, x, *_ = networks()
     with pytest.raises(ValueError, match="cut must be at most 3, the student's last stage, got 4"):

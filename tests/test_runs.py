@@ -133,7 +133,7 @@ def test_measures_say_more_than_accuracy(out):
 
 @pytest.mark.parametrize("settings", [{"train_share": 0.3}, {"label_noise": 0.3}, {"holdout": 0.3}])
 def test_a_run_on_altered_data(out, settings):
-    """One table of the teacher's answers cannot serve two selections of images."""
+    """Two selections of images need two tables of the teacher's logits."""
     altered = RunConfig(
         model="resnet8",
         loss="kd",
@@ -275,7 +275,7 @@ def test_one_that_is_finished_and_one_that_is_ahead_join_those_that_begin(out, m
     assert records[0].together == 1 and any("finished before" in line for line in said)
 
 
-def test_a_cohort_that_was_paused_goes_on(out, monkeypatch):
+def test_a_cohort_that_was_paused_continues(out, monkeypatch):
     cohort = [(CE, ()), (STUDENT, ())]
     whole = runner.run_together(cohort, "whole", report=None)
     runner.run(TEACHER, "t", keep=("weights",), report=None)

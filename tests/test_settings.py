@@ -1,4 +1,4 @@
-"""What people write by hand: YAML files, `name=value` words, and settings from Python. Every slip is one line that
+"""What people write by hand: YAML files, `name=value` words, and settings from Python. Every error is one line that
 helps."""
 
 import time
@@ -86,7 +86,7 @@ def test_scalars_are_those_of_yaml_1_2(text, value):
         ("<<: 3", "expected"),
     ],
 )
-def test_a_slip_in_yaml_says_where(text, says):
+def test_a_mistake_in_yaml_says_where(text, says):
     with pytest.raises(ValueError) as error:
         read(text, "mine.yaml", "the fields data, dataset")
     said = told(error)
@@ -125,7 +125,7 @@ def test_a_profile_may_write_numbers_as_people_do(tmp_path):
         ("temperatures: [0]", "temperature must be"),
         ("temperatures: [.inf]", "temperature must be"),
         ("dataset: digits", "given twice"),
-        ("name: mine", "leave `name` out"),
+        ("name: mine", "omit `name`"),
         ("1: 2", "1 is not a field name"),
         ("sedes: [1]", "sedes"),
         ("methods: [LDRD]", "LDRD"),
@@ -134,7 +134,7 @@ def test_a_profile_may_write_numbers_as_people_do(tmp_path):
         ("methods: *x", "undefined alias"),
     ],
 )
-def test_a_slip_in_a_profile_names_the_file(tmp_path, change, says):
+def test_a_mistake_in_a_profile_names_the_file(tmp_path, change, says):
     file = tmp_path / "mine.yaml"
     file.write_text(GOOD + change + "\n")
     with pytest.raises(ValueError) as error:
@@ -217,7 +217,7 @@ def test_words_add_up():
         (["a={b: 1, b: 2}"], "'b' is given twice"),
     ],
 )
-def test_a_slip_in_a_word_names_it(words, says):
+def test_a_mistake_in_a_word_names_it(words, says):
     with pytest.raises(ValueError) as error:
         assigned(words)
     assert says in told(error)
@@ -258,14 +258,14 @@ def test_a_slip_in_a_word_names_it(words, says):
         ({"loss_args": {"x" * 10**6: 1}}, "unknown hyper-parameter"),
     ],
 )
-def test_a_wrong_setting_is_told_in_one_line(settings, says):
+def test_a_wrong_setting_is_reported_in_one_line(settings, says):
     with pytest.raises(ValidationError) as error:
         RunConfig(**settings)
     said = explain(error.value)
     assert says in said and "\n" not in said and len(said) < 1200, said
 
 
-def test_of_many_slips_the_first_few_are_told():
+def test_of_many_mistakes_the_first_few_are_reported():
     with pytest.raises(ValidationError) as error:
         RunConfig(epochs=0, batch_size=0, lr=0.0, momentum=2.0, weight_decay=-1.0, seed=-1, holdout=2.0)
     assert explain(error.value).endswith("; and 2 more")

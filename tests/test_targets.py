@@ -140,7 +140,7 @@ def test_warm_up(name):
 
 
 @pytest.mark.parametrize("name", ["dkd", "nkd", "wsld", "rld", "sld"])
-def test_labels_are_asked_for(name):
+def test_labels_are_required(name):
     z_s, z_t, _ = sample()
     with pytest.raises(ValueError, match=f"target must be given for '{name}'.* got None"):
         losses.build(name)(z_s, z_t)

@@ -77,13 +77,13 @@ def out(tmp_path, monkeypatch):
         ("weighting=adw,most", "'erd'"),
         ("normalize=true,maybe", "True or False"),
         ("alpha=[", "Expected"),
-        ("alpha", "expected name=what to try"),
-        ("alpha=", "expected name=what to try"),
+        ("alpha", "expected name=candidates"),
+        ("alpha=", "expected name=candidates"),
         ("alpha=1..2 alpha=1..3", "given twice"),
         ("depth=2..20", "at most the number of classes, 10"),
     ],
 )
-def test_a_slip_in_a_space_says_what_would_work(word, says):
+def test_a_mistake_in_a_space_says_what_would_work(word, says):
     with pytest.raises(ValueError, match=re.escape(says)):
         space_of("ldrld", 10, space_from([word]))
 
@@ -111,7 +111,7 @@ def test_every_space_that_comes_with_a_loss_fits_it():
     for loss in set(SPACES) & set(losses.available()):
         for classes in (10, 100):
             assert space_of(loss, classes)
-    with pytest.raises(ValueError, match="has no space of its own.*ce_weight=1.0"):
+    with pytest.raises(ValueError, match="has no default space.*ce_weight=1.0"):
         space_of("ce", 10)
     assert search_for(TINY, "ce", space={"ce_weight": "0.5..2"}).base.teacher is None
 
@@ -119,7 +119,7 @@ def test_every_space_that_comes_with_a_loss_fits_it():
 # ---- what is held out -------------------------------------------------------------------------------------------
 
 
-def test_the_test_set_is_never_looked_at(out, monkeypatch):
+def test_the_test_set_is_never_used(out, monkeypatch):
     """Every run of a search, the teacher's included, is given other images."""
     digits, given, train_together = data.load("digits"), [], runner.train_together
     monkeypatch.setattr(
@@ -138,11 +138,11 @@ def test_the_test_set_is_never_looked_at(out, monkeypatch):
 
 
 def test_a_search_without_held_out_images_is_refused():
-    with pytest.raises(ValidationError, match="judged on the test set"):
+    with pytest.raises(ValidationError, match="compared on the test set"):
         tiny_search(holdout=0.0)
     good = tiny_search()
     knows = good.base.model_copy(update={"teacher": good.base.teacher.model_copy(update={"holdout": 0.0})})
-    with pytest.raises(ValidationError, match="it learns from the held-out images"):
+    with pytest.raises(ValidationError, match="it would be trained on the held-out images"):
         Search(**{**dict(good), "base": knows})
     values = {"alpha": 3.0, "depth": 4}
     config = good.config(values, 2)
@@ -241,7 +241,7 @@ def test_killed_lost_or_undisturbed_the_trials_are_the_same(tmp_path, monkeypatc
     monkeypatch.setenv("LDRLD_OUT", str(tmp_path / "killed"))
     assert [t.state.name for t in study_of(search).trials] == ["COMPLETE", "RUNNING"]
     pd.testing.assert_frame_equal(tune(search, 3, said.append), whole)
-    assert any(line.startswith("trial 1 ") and "goes on after epoch 1/2" in line for line in said) and not any(
+    assert any(line.startswith("trial 1 ") and "resumes after epoch 1/2" in line for line in said) and not any(
         line.startswith("trial 0") for line in said
     )
 
@@ -281,11 +281,11 @@ def test_a_name_belongs_to_one_search(out):
     declare(tiny_search(epochs=1, name="shorter"))
     file = studies("tiny-tune") / f"{tiny_search().name}.json"
     file.write_text(file.read_text()[:50])
-    with pytest.raises(ValueError, match="does not declare a search"):
+    with pytest.raises(ValueError, match="is not a declaration of a search"):
         declare(tiny_search())
 
 
-def test_a_damaged_study_says_how_to_go_on(out):
+def test_a_damaged_study_says_how_to_continue(out):
     search = tiny_search()
     study_of(search)
     (studies(search.folder) / f"{search.name}.journal").write_text("{\n{\n")
@@ -371,7 +371,7 @@ def test_the_command_line(out, monkeypatch):
     assert got.exit_code == 0, got.output
     assert (
         "training images held out" in got.output
-        and "test set was not looked at" in got.output
+        and "test set was not used" in got.output
         and "  test " not in got.output
         and got.output.count("ldrld run model=resnet8 loss=ldrld") == 1
     )
@@ -387,10 +387,13 @@ def test_the_command_line(out, monkeypatch):
         and "commit" in declared["made"]
     )
     more = ldrld(*words, "--trials", 3, "--time-budget", "0s")
-    assert more.exit_code == 0 and "2 of 3 trials are finished; call again to go on" in more.output
+    assert more.exit_code == 0 and "2 of 3 trials are finished; call again to resume" in more.output
     none = ldrld(*words, "--name", "another", "--time-budget", "0s")
     assert none.exit_code == 0 and "no trial is finished yet" in none.output
-    for wrong, says in (("alpha=0..1:log", "begins above 0"), ("alpha=1..5", "give this search a name of its own")):
+    for wrong, says in (
+        ("alpha=0..1:log", "logarithmic range above 0"),
+        ("alpha=1..5", "give this search another name"),
+    ):
         refused = ldrld(*words[:-2], wrong, "depth=2..10")
         assert refused.exit_code == 2 and says in " ".join(re.sub("[│╭╮╰╯─]", " ", refused.output).split())
 

@@ -133,7 +133,7 @@ def test_images_in_any_memory_format_and_of_any_number():
     assert torch.equal(one, reference(x[:1], torch.Generator().manual_seed(0)))
 
 
-def test_the_images_are_left_alone_and_inference_does_no_harm():
+def test_the_images_are_unchanged_and_inference_does_no_harm():
     x = images_of("noise", 8, 24, 24)
     before = x.clone()
     fixed.cache_clear()

@@ -31,7 +31,7 @@ def test_another_error_passes_through(tmp_path):
     assert "something else is wrong" in got.stderr
 
 
-def test_a_matching_torchvision_is_left_alone(tmp_path):
+def test_a_matching_torchvision_is_unchanged(tmp_path):
     (tmp_path / "torchvision.py").write_text("__version__ = 'stand-in'")
     got = python(
         "import ldrld.core.torchvision as v; assert v.torchvision.__version__ == 'stand-in' and v._schemas is None",

@@ -207,7 +207,7 @@ def test_settings_of_packages_that_need_not_be_here(package, source, tmp_path, m
     assert same(models.load_weights(models.build("resnet8"), tmp_path / "a.ckpt").state_dict(), source.state_dict())
 
 
-def test_nothing_that_lies_beside_the_weights_is_made(source, tmp_path, monkeypatch):
+def test_nothing_stored_with_the_weights_is_created(source, tmp_path, monkeypatch):
     """Not even the harmless: NumPy and pathlib are never called."""
     torch.save(
         {"model": source.state_dict(), "acc": np.float64(1), "path": pathlib.PosixPath("a"), "log": defaultdict(list)},
@@ -222,7 +222,7 @@ def test_nothing_that_lies_beside_the_weights_is_made(source, tmp_path, monkeypa
 
 
 def test_prefixes_that_are_the_model_s_own_stay(tmp_path):
-    """A network of somebody's own with parts called `model` and `net`, as its own state dict names them."""
+    """A custom network with parts called `model` and `net`, as its own state dict names them."""
 
     class Own(torch.nn.Module):
         def __init__(self):
@@ -475,7 +475,7 @@ refused = {  # how the file is made, and what its refusal says
 
 
 @pytest.mark.parametrize("case", refused)
-def test_refused_and_left_alone(case, source, tmp_path):
+def test_refused_and_unchanged(case, source, tmp_path):
     make, says = refused[case]
     path = tmp_path / "file.pth"
     make(path, source)
@@ -510,7 +510,7 @@ def test_missing_file_and_folder(tmp_path):
         models.load_weights(models.build("resnet8"), folder)
 
 
-def test_a_model_of_ones_own(tmp_path):
+def test_a_custom_model(tmp_path):
     torch.manual_seed(1)
     model, other = (torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3)) for _ in range(2))
     models.save_weights(model, tmp_path / "own.safetensors")

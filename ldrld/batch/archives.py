@@ -1,4 +1,4 @@
-"""Results on their way home: a few archives within limits, each file with its hash."""
+"""Results of a packed batch, collected for transfer: a few archives within size limits, each file with its hash."""
 
 import gzip
 import hashlib
@@ -19,10 +19,10 @@ RECORDS, MANIFEST, LOG = "records.tar.gz", "summary.json", "log.txt"
 
 @dataclass(frozen=True)
 class Limits:
-    """How much can be carried at a time.
+    """Limits of a transfer.
 
-    delivery: bytes of one delivery to the machine, at least 8 MiB.  files: that come back, at least 4.  file: bytes
-    of each.
+    delivery: bytes of one delivery to the machine, at least 8 MiB.  files: number of files returned, at least 4.
+    file: bytes of each.
     """
 
     delivery: int = 64 * MIB
@@ -36,7 +36,7 @@ def hash_of(content: bytes) -> str:
 
 
 def tar_of(files: dict[str, Path]) -> bytes:
-    """An uncompressed tar archive of some files, by the names they get in it."""
+    """An uncompressed tar archive of some files, by their names in the archive."""
     room = io.BytesIO()
     with tarfile.open(fileobj=room, mode="w") as tar:
         for name, path in sorted(files.items()):
@@ -45,14 +45,13 @@ def tar_of(files: dict[str, Path]) -> bytes:
 
 
 def collect(out: Path, profile: str, home: Path, limits: Limits, names: list[str], log: str = "") -> list[str]:
-    """Write what is there so far where it will be fetched from: at most `limits.files` files, each whole and within
-    `limits.file`.
+    """Write the results so far to the folder that will be fetched: at most `limits.files` files, each complete and
+    within `limits.file`.
 
-    out: where runs leave their results.  profile: folder of records.  home: folder that is brought home.
-    names: of the runs of this batch.  log: what was said so far.
-    Records come first, then weights, then checkpoints, those that are furthest ahead first. What does not fit is
-    named in
-    `summary.json`. Returns what was left out.
+    out: where runs save their results.  profile: folder of records.  home: folder to be fetched.
+    names: of the runs of this batch.  log: the log so far.
+    Records come first, then weights, then checkpoints, the most advanced first. Files that do not fit are listed in
+    `summary.json`. Returns their names.
     """
     home.mkdir(parents=True, exist_ok=True)
     records = out / "data" / "runs" / profile
@@ -101,7 +100,7 @@ def collect(out: Path, profile: str, home: Path, limits: Limits, names: list[str
 
 
 def _replace(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, unless it holds this already."""
+    """Write a file atomically, unless it has this content already."""
     if path.exists() and path.read_bytes() == content:
         return
     part = path.with_name(f"{path.name}.tmp")
@@ -114,14 +113,14 @@ def _compressed(content: bytes) -> bytes:
 
 
 def _parts(files: list[tuple[str, Path]], size: int, count: int, left: list[str]) -> list[bytes]:
-    """Files in at most `count` archives of at most `size` bytes; one too large for an archive is cut. `left`: gets
-    the others."""
+    """Files in at most `count` archives of at most `size` bytes; a file too large for an archive is split. The names
+    of the others are added to `left`."""
     groups: list[dict[str, Path]] = []
     room: list[int] = []
     contents: list[bytes] = []
     for name, path in files:
         need = path.stat().st_size + 2048  # header and padding
-        if need + 10240 > size:  # such as vgg13's weights: in pieces of its own
+        if need + 10240 > size:  # such as vgg13's weights: in separate pieces
             pieces = math.ceil(path.stat().st_size / (size - 20480))
             if len(groups) + len(contents) + pieces > count:
                 left.append(f"{name}: {path.stat().st_size / MIB:.1f} MiB")
@@ -142,7 +141,7 @@ def _parts(files: list[tuple[str, Path]], size: int, count: int, left: list[str]
 
 
 def _cut(name: str, content: bytes, pieces: int) -> list[bytes]:
-    """Archives that hold a file's bytes one after the other, as NAME.0-of-2, NAME.1-of-2."""
+    """Archives that hold consecutive parts of a file, as NAME.0-of-2, NAME.1-of-2."""
     step, made = math.ceil(len(content) / pieces), []
     for k in range(pieces):
         room, part = io.BytesIO(), content[k * step : (k + 1) * step]
@@ -155,7 +154,7 @@ def _cut(name: str, content: bytes, pieces: int) -> list[bytes]:
 
 
 def members(content: bytes, where: str) -> dict[str, bytes]:
-    """The files of an archive; ValueError for anything else in it, such as a link or a path that leads out of it."""
+    """The files of an archive; ValueError for anything else in it, such as a link or a path outside the archive."""
     found = {}
     try:
         with tarfile.open(fileobj=io.BytesIO(content), mode="r:*") as tar:
@@ -171,7 +170,7 @@ def members(content: bytes, where: str) -> dict[str, bytes]:
 
 
 def joined(found: dict[str, bytes]) -> dict[str, bytes]:
-    """The files of all archives, those that were cut put together."""
+    """The files of all archives, with split files joined."""
     whole = {name: content for name, content in found.items() if not re.search(r"\.\d+-of-\d+$", name)}
     cut: dict[str, dict[int, bytes]] = {}
     for name, content in found.items():

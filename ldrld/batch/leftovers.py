@@ -1,4 +1,4 @@
-"""What killed processes left on the disk."""
+"""Files left on the disk by killed processes."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""The way home for the results of a portable batch: checked, and refused by name where damaged or foreign."""
+"""Merges the results of a portable batch: every file is checked, and damaged or foreign ones are rejected by name."""
 
 import json
 from collections.abc import Callable
@@ -19,24 +19,23 @@ __all__ = ["Merged", "merge"]
 
 @dataclass
 class Merged:
-    """What became of results that were brought home; each a list of names."""
+    """The outcome of a merge; each field is a list of names."""
 
     added: list[str] = field(default_factory=list)  # records that are new here
-    same: list[str] = field(default_factory=list)  # that were here already
+    same: list[str] = field(default_factory=list)  # records that were here already
     diverged: list[str] = field(default_factory=list)
     weights: list[str] = field(default_factory=list)  # that were added, with their cards
-    checkpoints: list[str] = field(default_factory=list)  # of unfinished runs, which go on here or there
-    refused: list[str] = field(default_factory=list)  # what and why
-    left_out: list[str] = field(default_factory=list)  # what the machine did not bring home, by name
+    checkpoints: list[str] = field(default_factory=list)  # of unfinished runs, which can be resumed here or there
+    refused: list[str] = field(default_factory=list)  # rejected files, with reasons
+    left_out: list[str] = field(default_factory=list)  # files that the machine did not return
 
 
 def merge(home: str | Path, packed: str | Path, say: Callable[[str], object] = print) -> Merged:
-    """Take results home: every file is checked, what is here already stays, what is damaged or foreign is refused
-    by name.
+    """Merge results: every file is checked, existing files are kept, damaged or foreign ones are rejected by name.
 
-    home: folder with the files that came back.  packed: the folder that was packed, or its `packed.json`.
+    home: folder with the returned files.  packed: the folder that was packed, or its `packed.json`.
     say: called with each line.
-    Returns what became of everything. Raises ValueError where nothing can be read at all.
+    Returns the outcome of every file. Raises ValueError if nothing can be read at all.
     """
     home, packed = Path(home), Path(packed)
     told = json.loads((packed / PACKED if packed.is_dir() else packed).read_text(encoding="utf-8"))
@@ -72,7 +71,7 @@ def merge(home: str | Path, packed: str | Path, say: Callable[[str], object] = p
 
 
 def _take_all(found: dict[str, bytes], expected: dict[str, dict], told: dict, merged: Merged) -> None:
-    """Put every file of the results in its place, records first."""
+    """Merge every file of the results, records first."""
     profile = told["profile"]
     for name, content in sorted(found.items(), key=lambda item: not item[0].startswith("records/")):
         kind, file = name.split("/")
@@ -92,7 +91,7 @@ def _take_all(found: dict[str, bytes], expected: dict[str, dict], told: dict, me
 
 
 def _take_record(kind: str, run: str, content: bytes, expected: dict, told: dict, merged: Merged) -> None:
-    """Add a record, or the outcome of a run that diverged, if it is whole, of this batch, and new."""
+    """Add a record, or the outcome of a run that diverged, if it is valid, of this batch, and new."""
     try:
         record = (Record if kind == "records" else Divergence).model_validate_json(content, strict=False)
     except ValueError as error:
@@ -130,7 +129,7 @@ def _loads(run: str, profile: str) -> bool:
 
 
 def _write_new(path: Path, content: bytes) -> None:
-    """Write a file that is not there yet, whole or not at all."""
+    """Write a new file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.tmp")
     part.write_bytes(content)
@@ -144,7 +143,7 @@ def _take_kept(path: Path, content: bytes) -> None:
 
 
 def _take_weights(run: str, content: bytes, card: bytes | None, profile: str, merged: Merged) -> None:
-    """Add a teacher's weights with their card, if the card says that they are whole."""
+    """Add a teacher's weights with their model card, if the bytes match the card."""
     path = KEPT["weights"](run, profile)
     if path.exists():
         return
@@ -162,12 +161,12 @@ def _take_weights(run: str, content: bytes, card: bytes | None, profile: str, me
 
 
 def _write_card(record: Record, profile: str, there: dict) -> None:
-    """A model card with what is known here, such as published numbers, and with what was measured there."""
+    """A model card with facts known here, such as published numbers, and with the measurements made there."""
     write_whole(card_path(record.name, profile), page(there | facts(record, profile)))
 
 
 def _take_checkpoint(run: str, content: bytes, profile: str, merged: Merged) -> None:
-    """Keep the checkpoint of an unfinished run, unless the one here is at least as far."""
+    """Keep the checkpoint of an unfinished run, unless the one here is at least as advanced."""
     if load_record(run, profile):
         return
     path = paths.work(run) / "checkpoint.pt"

@@ -1,4 +1,4 @@
-"""What remains to be run of a profile, and which of these runs can share a pass over the data."""
+"""The missing runs of a profile, and which of them can share a pass over the data."""
 
 import math
 
@@ -84,4 +84,4 @@ def taken_up_again(todo: list[tuple[RunConfig, tuple[str, ...]]], folder: str) -
     if not of: return ""
     some = lambda names: ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     lacking = "; ".join(f"{kind} of {some(names)}" for kind, names in of.items())
-    return f"finished, but what is needed of them is not here, so they are taken up again: {lacking}"
+    return f"finished, but required files are missing, so they are completed: {lacking}"

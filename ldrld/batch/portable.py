@@ -62,7 +62,7 @@ def budget(text: str) -> float:
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Train the packed runs, as far as the time allows.")
+    parser = argparse.ArgumentParser(description="Train the packed runs within the available time.")
     parser.add_argument("--seconds", type=budget, default=float("inf"),
                         help="total time, including checks; results are collected 20 seconds before its end")
     parser.add_argument("--home", type=Path, default=HERE / "home",

@@ -86,8 +86,8 @@ def _table_bytes(config: RunConfig, images: data.ImageData) -> dict[Path, int]:
     if config.teacher is None or loss.needs_features or loss.alters_images: return {}
     if config.dataset in data.LISTS: return {}  # the teacher is run on every batch
     folder = paths.work(name_of(config.teacher))
-    views = (2 * images.padding + 1) ** 2 * (2 if images.flip else 1)
-    size = len(images.train_labels) * views * (len(images.classes) + 1) * 2
+    per_image = (2 * images.padding + 1) ** 2 * (2 if images.flip else 1)
+    size = len(images.train_labels) * per_image * (len(images.classes) + 1) * 2
     there = any(path.stat().st_size >= 0.5 * size for path in folder.glob("logits-*.bin"))
     return {} if there else {folder: size}
 

@@ -10,7 +10,7 @@ from ldrld.batch.archives import MIB, Limits
 from ldrld.core import paths
 from ldrld.core.provenance import default_device
 from ldrld.experiments.config import RunConfig, name_of
-from ldrld.experiments.in_flight import Hangar, why_run_eager
+from ldrld.experiments.in_flight import SharedInputs, why_run_eager
 from ldrld.experiments.students import begin_on, start
 from ldrld.models.evaluation import precision_used
 from ldrld.training.in_flight import InFlight
@@ -53,24 +53,24 @@ def measured_costs(runs: list[tuple[RunConfig, tuple[str, ...]]], profile: str, 
     costs: dict[tuple, Cost] = {}
     tables: dict[str, float] = {}
     begin_on(device)
-    hangar = Hangar(profile, device)
+    inputs = SharedInputs(profile, device)
     kinds: dict[tuple, RunConfig] = {}
     for config, _ in runs: kinds.setdefault((config.model, config.dataset, config.batch_size), config)
     for key, config in kinds.items():
-        costs[key] = _measured(config, hangar, at_once if device == "cuda" else 1, seconds / len(kinds))
+        costs[key] = _measured(config, inputs, at_once if device == "cuda" else 1, seconds / len(kinds))
     for config, _ in runs:
         if not config.teacher or name_of(config.teacher) in tables: continue
-        tables[name_of(config.teacher)] = _table_seconds(config, hangar)
+        tables[name_of(config.teacher)] = _table_seconds(config, inputs)
     of = lambda c: costs[c.model, c.dataset, c.batch_size]
     table = lambda c: tables[name_of(c.teacher)] if c.teacher else 0.0
     return {kind_of(c): Cost(of(c).begin, of(c).epoch, table(c)) for c, _ in runs}
 
 
-def _measured(config: RunConfig, hangar: Hangar, at_once: int, seconds: float) -> Cost:
+def _measured(config: RunConfig, inputs: SharedInputs, at_once: int, seconds: float) -> Cost:
     """The cost of one network's runs, from some steps of concurrent students."""
-    device, began = hangar.device, time.perf_counter()
+    device, began = inputs.device, time.perf_counter()
     alone = RunConfig(**{**config.model_dump(), "loss": "ce", "loss_args": {}, "teacher": None})
-    task, images, _ = hangar.task_for(alone)
+    task, images, _ = inputs.task_for(alone)
     flights = []
     for _ in range(at_once):
         student = start(alone, images, device)
@@ -88,21 +88,21 @@ def _measured(config: RunConfig, hangar: Hangar, at_once: int, seconds: float) -
     return Cost(begin / at_once, step * flights[0].steps)
 
 
-def _table_seconds(config: RunConfig, hangar: Hangar) -> float:
+def _table_seconds(config: RunConfig, inputs: SharedInputs) -> float:
     """Estimated seconds for a teacher's logits of every crop; 0 if they are computed lazily."""
-    if hangar.device != "cuda" or config.teacher is None: return 0.0
+    if inputs.device != "cuda" or config.teacher is None: return 0.0
     alone = RunConfig(**{**config.model_dump(), "loss": "ce", "loss_args": {}, "teacher": None})
-    task, images, _ = hangar.task_for(alone)
-    network = models.build(config.teacher.model, len(images.classes)).to(hangar.device)
-    dtype = precision_used(config.precision, hangar.device)
+    task, images, _ = inputs.task_for(alone)
+    network = models.build(config.teacher.model, len(images.classes)).to(inputs.device)
+    dtype = precision_used(config.precision, inputs.device)
     table = TeacherLogits(network, task.crops, len(images.classes), None, dtype, 4096)
-    index = torch.arange(16384, device=hangar.device) % task.crops.n
+    index = torch.arange(16384, device=inputs.device) % task.crops.n
     table.compute(index[:4096], torch.zeros_like(index[:4096]))  # warm-up
-    _settle(hangar.device)
+    _settle(inputs.device)
     started = time.perf_counter()
     table.compute(index, torch.zeros_like(index))
-    _settle(hangar.device)
-    return (time.perf_counter() - started) / len(index) * task.crops.n * task.crops.views
+    _settle(inputs.device)
+    return (time.perf_counter() - started) / len(index) * task.crops.n * task.crops.per_image
 
 
 def _settle(device: str) -> None:
@@ -144,11 +144,11 @@ def fitting(runs: list[tuple[RunConfig, tuple[str, ...]]], seconds: float, costs
         home = checkpoint_bytes(config) <= largest
         if home and left > table + 10 * cost.epoch and not why_run_eager(config):
             chosen.append(run)  # the remaining time goes into a checkpoint
-            reasons.append(f"{name}: needs {need:.0f} s, {max(left, 0):.0f} s are left; its checkpoint comes home")
+            reasons.append(f"{name}: needs {need:.0f} s, {max(left, 0):.0f} s are left; its checkpoint is collected")
             left = 0.0
         else:
             size = checkpoint_bytes(config) / MIB
-            why = "" if home else f", and its checkpoint, {size:.0f} MiB, is too large to be brought home"
+            why = "" if home else f", and its checkpoint, {size:.0f} MiB, is too large to be collected"
             reasons.append(f"{name}: needs {need:.0f} s, {max(left, 0):.0f} s are left{why}")
     return chosen, reasons
 

@@ -1,6 +1,6 @@
-"""Runs a whole profile in several processes, the most valuable runs first, then the notebooks with tables and figures.
+"""Runs a whole profile in several processes, by priority, and then the notebooks with tables and figures.
 
-Plain code rather than a notebook: it starts processes and teaches nothing about distillation.
+Plain code rather than a notebook, because it starts processes and has nothing to do with distillation itself.
 """
 
 import json
@@ -35,7 +35,7 @@ def execute_runs(runs: list[tuple[dict, tuple[str, ...]]], profile_name: str, no
     names = [name_of(RunConfig(**config)) for config, _ in runs]
     if time.time() > float(os.environ.get("LDRLD_DEADLINE", "inf")):
         return [Outcome(name, "paused", "the time budget is spent") for name in names]
-    taken = [Outcome(name, "paused", "another process is at it") for name in names if not free(name)]
+    taken = [Outcome(name, "paused", "another process runs it") for name in names if not free(name)]
     busy = {outcome.name for outcome in taken}
     runs = [run for run, name in zip(runs, names) if name not in busy]
     names = [name for name in names if name not in busy]
@@ -59,7 +59,7 @@ def execute_runs(runs: list[tuple[dict, tuple[str, ...]]], profile_name: str, no
 
 def in_flight(runs: list[tuple[RunConfig, tuple[str, ...]]], folder: str, seconds: float,
               at_once: int) -> list[Outcome]:
-    """Train runs side by side in this process, see `ldrld.experiments.in_flight.run_in_flight`; one outcome per run."""
+    """Train runs in parallel in this process, see `ldrld.experiments.in_flight.run_in_flight`; one outcome per run."""
     run_in_flight(runs, folder, at_once, seconds, tqdm.write)
     outcomes = []
     for name in (name_of(config) for config, _ in runs):
@@ -136,8 +136,8 @@ def reproduce(p: str = "quick", only: tuple[str, ...] = (), jobs: int = 2, secon
         try: return outcomes + report(p, only, jobs)
         except NotReady:
             if notebooks: raise
-        why = "their notebooks are not here, since this is no checkout of ldrld"
-    print(f"no tables and figures: {why}; `ldrld report --profile {p}` makes them where it is")
+        why = "their notebooks are missing, since this is no checkout of ldrld"
+    print(f"no tables and figures: {why}; use `ldrld report --profile {p}` where it is")
     return outcomes
 
 

@@ -1,6 +1,6 @@
 """Tasks in several processes: a process that is killed costs only its own task.
 
-Plain code rather than a notebook: it starts processes and teaches nothing about distillation.
+Plain code rather than a notebook, because it starts processes and has nothing to do with distillation itself.
 """
 
 import multiprocessing

@@ -71,8 +71,8 @@ def teach(s: Setting, weights: Path | None, epochs: int, seeds: int) -> list[Poi
 # %% ../../nbs/bench/accuracy.ipynb #da245935
 @benchmark("training-accuracy", "Accuracy of the usual loop and of ours", "cost/training")
 def training_accuracy(scale: str, device: str) -> list[Case]:
-    """10,000 images of CIFAR-100, two epochs, three seeds, one thread; the `small` profile's resnet20 teaches a
-    resnet8.
+    """10,000 images of CIFAR-100, two epochs, three seeds, one thread; the teacher is the `small` profile's
+    resnet20, the student a resnet8.
     """
     if scale == "small":
         images = replace(shortened(data.load("digits"), 320))

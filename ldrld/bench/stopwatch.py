@@ -31,7 +31,7 @@ class Stopwatch:
         self.device = device
 
     def lap(self, part: str) -> None:
-        "All time since the last lap went into `part`."
+        "Add the time since the last lap to `part`."
         if self.last is None:
             return
         if torch.device(self.device).type == "cuda":
@@ -59,7 +59,7 @@ class Stopwatch:
 
     @contextmanager
     def running(self) -> Iterator["Stopwatch"]:
-        "Time what happens inside; `seconds` and `steps` tell it afterwards."
+        "Context that is timed; the results are in `seconds` and `steps`."
 
         def step_done(*_: Any) -> None:
             self.lap("optimiser")

@@ -25,8 +25,8 @@ Value = TypeVar("Value")
 def alternate(
     implementations: Mapping[Key, Callable[[], Value]],  # each call measures once
     rounds: int = 15,  # measurements of each
-) -> dict[Key, list[Value]]:  # the values, one a round
-    "Measure all implementations once a round, every round beginning with another one."
+) -> dict[Key, list[Value]]:  # the values, one per round
+    "Measure all implementations once per round, starting each round with a different one."
     names = list(implementations)
     values: dict[Key, list[Value]] = {name: [] for name in names}
     for r in range(rounds):
@@ -48,19 +48,19 @@ def spread(
 
 # %% ../../nbs/bench/timing.ipynb #5b16a420
 def ratio(
-    values: Numbers,  # one a round
-    of: Numbers,  # the same rounds of what they are compared with
+    values: Numbers,  # one per round
+    of: Numbers,  # of the baseline, in the same rounds
 ) -> dict[str, float]:  # median, q1, q3, n
-    "How many times `of` the values are, round by round."
+    "The values divided by `of`, round by round."
     return spread(np.asarray(values, float) / np.asarray(of, float))
 
 # %% ../../nbs/bench/timing.ipynb #93c26d0a
 def clock(
     function: Callable[[], Any],  # called without arguments
     threads: int = 1,  # of PyTorch's operators
-    seconds: float = 0.05,  # that one measurement should last
-    number: int | None = None,  # calls of a measurement, instead of `seconds`
-) -> Callable[[], float]:  # each call measures once: seconds a call of `function`
+    seconds: float = 0.05,  # length of one measurement
+    number: int | None = None,  # calls per measurement, instead of `seconds`
+) -> Callable[[], float]:  # each call measures once: seconds per call of `function`
     "A measurement of a function's time, for `alternate`."
 
     def once(number: int) -> float:
@@ -74,7 +74,7 @@ def clock(
 # %% ../../nbs/bench/timing.ipynb #63e4801b
 @contextmanager
 def silent() -> Iterator[None]:
-    "Keep standard error away from the screen: the profiler writes there, below Python."
+    "Suppress standard error, to which the profiler writes from outside Python."
     kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 2)
     try:
@@ -86,12 +86,10 @@ def silent() -> Iterator[None]:
 
 # %% ../../nbs/bench/timing.ipynb #5b80a849
 def peak_bytes(
-    function: Callable[[], Any],  # called without arguments; what it returns is held until the end
+    function: Callable[[], Any],  # called without arguments; its result is kept until the end
     device: str = "cpu",
 ) -> int:
-    """The most bytes of tensors that a call holds at one time, beyond what was there before; the loss's workspace
-    counts.
-    """
+    "Peak bytes of tensors during a call, in addition to those that existed before; the loss's workspace counts."
     analytic.workspace.held.clear()
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()

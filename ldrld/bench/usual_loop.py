@@ -37,7 +37,7 @@ class UsualImages(Dataset):
 def usual_transform(
     images: ImageData,
 ) -> Callable:  # image -> (3, H, W) float32
-    "Padded random crop, coin-flip mirror, tensor, normalised."
+    "Padded random crop, random horizontal flip, conversion to a normalised tensor."
     t, size = torchvision.transforms, tuple(images.train_images.shape[1:3])
     flip = [t.RandomHorizontalFlip()] if images.flip else []
     return t.Compose(
@@ -56,9 +56,9 @@ def usual_loop(
     lr: float = 0.05,
     momentum: float = 0.9,
     weight_decay: float = 5e-4,  # of SGD
-    epochs: int | None = None,  # under a one-cycle schedule; None: without end, at a constant rate
+    epochs: int | None = None,  # with a one-cycle schedule; None: unlimited, at a constant rate
 ) -> Iterator[torch.Tensor]:  # the loss after each step
-    "Distillation as it is usually written."
+    "A typical distillation loop."
     loader = DataLoader(
         UsualImages(images, usual_transform(images)),
         batch_size,

@@ -1,4 +1,4 @@
-"""The command line: `ldrld --help`. Each command has a file of its own."""
+"""The command line: `ldrld --help`. Each command has its own file."""
 
 import codecs
 import sys
@@ -28,7 +28,7 @@ ASCII = {
 
 
 def in_ascii(error: UnicodeError) -> tuple[str, int]:
-    """What a terminal shows of a character that it does not have."""
+    """ASCII replacement for a character that the terminal cannot encode."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     return "".join(ASCII.get(c, "?") for c in error.object[error.start : error.end]), error.end
@@ -40,5 +40,5 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="ldrld")
-    warnings.filterwarnings("ignore", message="left out: ")  # odd records, which the commands list themselves
+    warnings.filterwarnings("ignore", message="left out: ")  # invalid records, which the commands list themselves
     app()

@@ -1,4 +1,4 @@
-"""What the commands share: the application, its options, and how a batch begins and ends."""
+"""Common parts of the commands: the application, its options, and the beginning and end of a batch."""
 
 import os
 import re
@@ -12,21 +12,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 try:
     import typer
 except ModuleNotFoundError:
-    sys.exit('the ldrld command needs more than the loss does: pip install "ldrld[run]"')
+    sys.exit('the ldrld command needs more packages than the loss: pip install "ldrld[run]"')
 
 if TYPE_CHECKING:
     from ldrld.batch.workers import Outcome
 
 
 class Commands(typer.core.TyperGroup):
-    """The commands; one that is interrupted, by Ctrl-C or SIGTERM, says what that means."""
+    """The commands; if one is interrupted by Ctrl-C or SIGTERM, it prints how to resume."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as stop:
             print(
-                "\nstopped; what is finished is kept, and the epochs trained of what is not: call again to go on",
+                "\nstopped; finished runs and the epochs trained so far are kept: call again to resume",
                 file=sys.stderr,
             )
             ctx.exit(143 if type(stop).__name__ == "Terminated" else 130)
@@ -59,23 +59,23 @@ def common(
     """Reproduce LDRLD: run experiments, make tables and figures, check every number."""
 
 
-Profile = Annotated[str, typer.Option(help="quick, small, paper, or a YAML file with a profile of your own.")]
+Profile = Annotated[str, typer.Option(help="quick, small, paper, or a YAML file with a custom profile.")]
 
 
 Only = Annotated[
     list[str] | None,
     typer.Option(
-        help="An experiment's name, see `ldrld status`, or module:name for one of your own; may be repeated. Default: "
-             "those that the profile selects."
+        help="An experiment's name, see `ldrld status`, or module:name for your own; may be repeated. Default: "
+             "the profile's experiments."
     ),
 ]
 
 
-Jobs = Annotated[int, typer.Option(min=1, help="Processes at a time, of one thread each.")]
+Jobs = Annotated[int, typer.Option(min=1, help="Number of parallel processes, each with one thread.")]
 
 
 Budget = Annotated[
-    str | None, typer.Option(help="Stop after about this long, e.g. 9m or 1.5h; call again to go on.")
+    str | None, typer.Option(help="Stop after about this long, e.g. 9m or 1.5h; call again to resume.")
 ]
 Out = Annotated[Path | None, typer.Option(help="Folder for records, tables and figures. Default: the project itself.")]
 
@@ -89,7 +89,7 @@ def seconds(text: str) -> float:
 
 
 def start(profile: str, only: list[str] | None = None, out: Path | None = None) -> tuple[str, ...]:
-    """Check the names before anything is started; returns the experiments asked for."""
+    """Check the names before anything is started; returns the requested experiments."""
     from ldrld.experiments.catalog import find, selected
     from ldrld.experiments.profiles import profile as profile_of
 
@@ -105,7 +105,7 @@ def start(profile: str, only: list[str] | None = None, out: Path | None = None) 
 
 @contextmanager
 def ready() -> Iterator[None]:
-    """Say in one place what is missing, and exit with 1, where something cannot be started."""
+    """Context that prints what is missing and exits with 1 if something cannot be started."""
     from ldrld.batch.preflight import NotReady
 
     try:
@@ -116,14 +116,14 @@ def ready() -> Iterator[None]:
 
 
 def tell_odd(profile: str) -> list[str]:
-    """The records of a profile that cannot be believed, one line each."""
+    """The invalid records of a profile, one line each."""
     from ldrld.experiments.records import odd_records
 
     return [f"odd record, left out: {why}" for why in odd_records(profile).values()]
 
 
 def end(outcomes: list["Outcome"], profile: str) -> None:
-    """Print what became of each run and where the results are; exit code 1 if one failed or a record is odd."""
+    """Print the outcome of the runs and the place of the results; exit code 1 for a failed run or invalid record."""
     from ldrld.core import paths
     from ldrld.experiments.profiles import profile as profile_of
 
@@ -141,7 +141,7 @@ def end(outcomes: list["Outcome"], profile: str) -> None:
     for why, n in reasons.items():
         print(f"  {n} paused: {why}")
     if count("paused"):
-        print("  call again to go on with what is paused")
+        print("  call again to resume the paused runs")
     named = {o.name for o in outcomes if o.status == "failed"}
     odd = [line for line in tell_odd(profile) if not any(name in line for name in named)]
     for line in odd:

@@ -1,4 +1,4 @@
-"""`ldrld bench`: what things cost on this machine."""
+"""`ldrld bench`: time and memory on this machine."""
 
 import os
 import sys
@@ -19,15 +19,15 @@ def bench(
         ),
     ] = None,
     small: Annotated[
-        bool, typer.Option("--small", help="Small sizes, a few seconds each: shows that all works, and is kept apart.")
+        bool, typer.Option("--small", help="Small sizes, a few seconds each, as a check; saved separately.")
     ] = False,
-    full: Annotated[bool, typer.Option("--full", help="Also what needs some ten gigabytes of memory.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Also benchmarks that need some ten gigabytes.")] = False,
     again: Annotated[
-        bool, typer.Option("--again", help="Measure anew what was measured on this machine before.")
+        bool, typer.Option("--again", help="Repeat earlier measurements of this machine.")
     ] = False,
     out: Out = None,
 ) -> None:
-    """Measure what the loss, training and every method cost on this machine, then draw all measurements."""
+    """Measure the cost of the loss, training and every method on this machine, then plot all measurements."""
     if small and full:
         raise typer.BadParameter("--small and --full exclude each other")
     if out is not None:

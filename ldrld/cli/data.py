@@ -1,4 +1,4 @@
-"""`ldrld data`: fetch, make or find a data set."""
+"""`ldrld data`: download, generate or find a data set."""
 
 import json
 import sys
@@ -18,9 +18,9 @@ def data_command(
             help="cifar100, glyphs, digits and others (an unknown name lists them), or a folder of images: own@32."
         ),
     ],
-    root: Annotated[Path | None, typer.Option(help="Where data sets lie. Default: data/ of the project.")] = None,
+    root: Annotated[Path | None, typer.Option(help="Folder of the data sets. Default: data/ of the project.")] = None,
 ) -> None:
-    """Fetch, make or find a data set, and say what it is."""
+    """Download, generate or find a data set, and describe it."""
     from ldrld import data
 
     try:

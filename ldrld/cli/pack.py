@@ -17,30 +17,30 @@ def pack(
     profile: Profile = "paper",
     only: Only = None,
     planned: Annotated[
-        bool, typer.Option("--planned", help="The runs of the profile's plan in place of those of its experiments.")
+        bool, typer.Option("--planned", help="The runs of the profile's plan instead of its experiments.")
     ] = False,
     pair: Annotated[
         list[str] | None,
         typer.Option(
-            help="Only this pair, e.g. vgg13:vgg8; may be given several times, the first one is carried out first."
+            help="Only this pair, e.g. vgg13:vgg8; may be repeated, in order of priority."
         ),
     ] = None,
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help="Only losses of this name, e.g. ldrld; may be given several times. Teachers always come along."
+            help="Only losses of this name, e.g. ldrld; may be repeated. Teachers are always included."
         ),
     ] = None,
     python: Annotated[
         str | None,
-        typer.Option(help="Version of Python there, e.g. 3.12, to bring the wheels that it needs besides torch."),
+        typer.Option(help="Version of Python there, e.g. 3.12, to include the wheels needed in addition to torch."),
     ] = None,
-    platform: Annotated[str, typer.Option(help="Its platform, as pip names it.")] = "manylinux2014_x86_64",
+    platform: Annotated[str, typer.Option(help="The platform there, as named by pip.")] = "manylinux2014_x86_64",
     delivery: Annotated[int, typer.Option(min=8, help="Largest delivery, MiB.")] = 64,
-    files: Annotated[int, typer.Option(min=4, help="Files at most that come back.")] = 8,
-    file: Annotated[int, typer.Option(min=1, help="Largest file that comes back, MiB.")] = 16,
+    files: Annotated[int, typer.Option(min=4, help="Maximum number of returned files.")] = 8,
+    file: Annotated[int, typer.Option(min=1, help="Largest returned file, MiB.")] = 16,
 ) -> None:
-    """Make a folder with all that a bare machine with PyTorch needs to carry out the runs that are missing."""
+    """Create a folder with everything that a machine with only PyTorch needs for the missing runs."""
     chosen = start(profile, only)
     from ldrld.batch import archives
     from ldrld.batch import pack as packing
@@ -56,7 +56,7 @@ def pack(
     runs = packing.chosen_runs(missing(profile, chosen, planned), pairs, method or [])
     if not runs:
         raise typer.BadParameter(
-            "nothing to carry out: every run that was asked for is finished, or none was asked for"
+            "nothing to run: every requested run is finished, or none was requested"
         )
     limits = archives.Limits(delivery * archives.MIB, files, file * archives.MIB)
     try:
@@ -65,18 +65,18 @@ def pack(
         print(error, file=sys.stderr)
         raise typer.Exit(1) from None
     print(
-        f"{len(runs)} runs; there: python run.py --seconds 600   (--help says more)\nback here: ldrld merge HOME "
+        f"{len(runs)} runs; there: python run.py --seconds 600   (see --help)\nback here: ldrld merge HOME "
         f"--packed {shlex.quote(str(folder))}"
     )
 
 
 @app.command()
 def merge(
-    home: Annotated[Path, typer.Argument(help="The folder that came back.")],
+    home: Annotated[Path, typer.Argument(help="The folder with the returned results.")],
     packed: Annotated[Path, typer.Option(help="The folder that was packed, or its packed.json.")],
     out: Out = None,
 ) -> None:
-    """Take the results of a packed batch home; what is here stays, what is damaged or foreign is refused."""
+    """Merge the results of a packed batch; existing files are kept, damaged or foreign ones are rejected."""
     if out is not None:
         os.environ["LDRLD_OUT"] = str(out.resolve())
     from ldrld.batch import merge as merging

@@ -10,7 +10,7 @@ from ldrld.cli.app import Budget, Jobs, Only, Out, Profile, app, end, ready, sec
 
 
 def graphs_wanted(engine: str) -> bool:
-    """Whether an engine's name asks for CUDA graphs here."""
+    """Whether an engine uses CUDA graphs on this machine."""
     from ldrld.core.provenance import default_device
     from ldrld.core.validation import known
 
@@ -42,27 +42,27 @@ def reproduce(
         bool,
         typer.Option(
             "--planned",
-            help="The runs of the profile's plan, data/plan/PROFILE.yaml, in place of those of its experiments.",
+            help="The runs of the profile's plan, data/plan/PROFILE.yaml, instead of its experiments.",
         ),
     ] = False,
     engine: Annotated[
         str,
         typer.Option(
-            help="eager: the usual loop; graph: CUDA graphs, which a CPU imitates; auto: graph where there is a GPU."
+            help="eager: the usual loop; graph: CUDA graphs, imitated on a CPU; auto: graph on a GPU."
         ),
     ] = "auto",
-    at_once: Annotated[int, typer.Option(min=1, help="Students in flight with CUDA graphs.")] = 8,
+    at_once: Annotated[int, typer.Option(min=1, help="Students trained in parallel with CUDA graphs.")] = 8,
     direct: Annotated[bool, typer.Option("--direct", hidden=True, help="Earlier name of --no-notebooks.")] = False,
     no_notebooks: Annotated[
         bool,
         typer.Option(
             "--no-notebooks",
-            help="Train without notebooks: needs neither papermill nor Jupyter; without papermill the tables and "
-                 "figures wait for `ldrld report`.",
+            help="Train without notebooks, which needs neither papermill nor Jupyter; without papermill, make the "
+                 "tables and figures later with `ldrld report`.",
         ),
     ] = False,
 ) -> None:
-    """Make every run that is not finished, then all tables and figures."""
+    """Train every unfinished run, then make all tables and figures."""
     budget = seconds(time_budget) if time_budget else math.inf
     chosen = start(profile, only, out)
     from ldrld.batch import scheduler
@@ -89,7 +89,7 @@ def reproduce(
 
 @app.command()
 def report(profile: Profile = "quick", only: Only = None, jobs: Jobs = 2, out: Out = None) -> None:
-    """Make tables and figures again from the records; trains nothing."""
+    """Make tables and figures from the records, without training."""
     chosen = start(profile, only, out)
     from ldrld.batch import scheduler
 

@@ -11,7 +11,7 @@ from ldrld.cli.app import Out, app
 
 
 def is_file(teacher: str) -> bool:
-    """Whether a teacher is meant as a file. ValueError for a name that is a file and a network."""
+    """Whether a teacher is given as a file. ValueError for a name that is both a file and a network."""
     from ldrld import models
 
     path = Path(teacher).expanduser()
@@ -37,10 +37,10 @@ def run(
     out: Out = None,
     keep: Annotated[
         list[str] | None,
-        typer.Option(help="weights, logits or insight (features and Grad-CAM maps), stored in addition to the record."),
+        typer.Option(help="weights, logits or insight (arrays for the analysis notebooks), saved with the record."),
     ] = None,
 ) -> None:
-    """Carry out one run; its record is the result."""
+    """Execute one run and save its record."""
     from pydantic import ValidationError
 
     if out is not None:
@@ -86,7 +86,7 @@ def run(
         ValueError,
         FileNotFoundError,
         ModuleNotFoundError,
-    ) as error:  # such as a pair of networks that a loss on feature maps cannot join, or data that are not there
+    ) as error:  # such as networks that a loss on feature maps cannot connect, or missing data
         raise typer.BadParameter(str(error)) from None
     print(
         f"{record.last_accuracy:.2f} % after the last epoch, {record.best_accuracy:.2f} % at best (epoch "

@@ -1,4 +1,4 @@
-"""`ldrld status`: how far a profile is."""
+"""`ldrld status`: progress of a profile."""
 
 import os
 
@@ -7,7 +7,7 @@ from ldrld.cli.app import Out, Profile, app, start, tell_odd
 
 @app.command()
 def status(profile: Profile = "quick", out: Out = None) -> None:
-    """Show how far a profile is: runs planned, finished and missing for each experiment, and what comes next.
+    """Show the progress of a profile: runs planned, finished and missing for each experiment, and the next runs.
 
     For another folder of records, list them.
     """
@@ -57,7 +57,7 @@ def status(profile: Profile = "quick", out: Out = None) -> None:
     folder, planned, todo = profile_of(profile).name, runs_of(profile), missing(profile)
     waiting = [config for config, _ in todo if not finished(config, folder)]
     print(
-        f"\n{len(planned) - len(waiting)} of the {len(planned)} runs that are run always are finished, "
+        f"\n{len(planned) - len(waiting)} of the {len(planned)} runs of the default experiments are finished, "
         f"{len(waiting)} are missing{'; these come next' if waiting else ''}"
     )
     begun = lambda name: epochs_trained(paths.work(name) / "checkpoint.pt")

@@ -1,4 +1,4 @@
-"""`ldrld teachers`: weights of teachers, and checkpoints of others."""
+"""`ldrld teachers`: weights of teachers, and checkpoints published by others."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from ldrld.cli.app import Out, app
 
 
 def compare_files(files: list[Path], dataset: str, keep: bool) -> int:
-    """Say of each checkpoint what it is and what it reaches; returns how many are wrong."""
+    """Identify and evaluate each checkpoint; returns the number of wrong ones."""
     from ldrld.experiments.config import pretrained
     from ldrld.experiments.model_cards import checkpoint
 
@@ -32,7 +32,7 @@ def compare_files(files: list[Path], dataset: str, keep: bool) -> int:
         print(
             f"  accuracy on {dataset}: "
             + (
-                f"{found['accuracy']:.2f} % (in float32, on images normalised by the data's own mean and deviation)"
+                f"{found['accuracy']:.2f} % (in float32, images normalised by the data's mean and deviation)"
                 if found["reason"] is None
                 else f"not measured: {found['reason']}"
             )
@@ -41,12 +41,12 @@ def compare_files(files: list[Path], dataset: str, keep: bool) -> int:
         if keep:
             print(f"  kept; as a teacher in a configuration: {json.dumps(pretrained(file).model_dump())}")
         words = shlex.join([f"dataset={dataset}", "model=resnet8", "loss=ldrld", f"teacher={file}"])
-        print(f"  a student learns from it with: ldrld run {words}")
+        print(f"  to train a student of it: ldrld run {words}")
     return wrong
 
 
 def list_teachers(profile: str | None, check: bool, write: bool) -> int:
-    """Show the teachers of one profile or of all; returns how many things are wrong."""
+    """Show the teachers of one profile or of all; returns the number of problems."""
     import pandas as pd
 
     from ldrld.core import paths
@@ -81,7 +81,7 @@ def list_teachers(profile: str | None, check: bool, write: bool) -> int:
     if not tables:
         print(
             f"no teacher under {paths.shown(paths.weights(chosen[0] if profile else ''))}; `ldrld reproduce` trains "
-            "some, --out says where they are"
+            "some; use --out for another folder"
         )
         return 0
     table = pd.concat(tables).set_index("profile").reset_index()
@@ -90,9 +90,9 @@ def list_teachers(profile: str | None, check: bool, write: bool) -> int:
         for column in table
     }
     print(table.to_string(index=False, formatters=shown))
-    print("\n".join([*wrong, f"{len(table)} teachers, {len(wrong)} things wrong"]))
+    print("\n".join([*wrong, f"{len(table)} teachers, {len(wrong)} problems"]))
     if check and (blind := int(table["measured, %"].isna().sum())):
-        print(f"{blind} not measured: the data are not at hand, the weights are not here, or something above is wrong")
+        print(f"{blind} not measured: data or weights are missing, or there is a problem listed above")
     return len(wrong)
 
 
@@ -102,21 +102,21 @@ def teachers(
         list[Path] | None,
         typer.Argument(
             metavar="[FILE]...",
-            help="Checkpoints of others, whatever their suffix (what torch.save writes, or safetensors): each is "
-                 "identified, measured, and set beside what is published for its network.",
+            help="Published checkpoints, whatever their suffix (from torch.save, or safetensors): each is "
+                 "identified, measured, and compared with the published accuracy of its network.",
         ),
     ] = None,
     profile: Annotated[
-        str | None, typer.Option(help="Whose teachers to list. Default: of every profile that has some.")
+        str | None, typer.Option(help="Profile whose teachers are listed. Default: all profiles with teachers.")
     ] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Also load each and measure it where its data are at hand.")
+        bool, typer.Option("--check", help="Also load each one, and measure it if its data are available.")
     ] = False,
     write: Annotated[
-        bool, typer.Option("--write", help="Write the cards that are missing; those that are there are left alone.")
+        bool, typer.Option("--write", help="Write missing cards; existing ones are not changed.")
     ] = False,
     keep: Annotated[
-        bool, typer.Option("--keep", help="Keep a copy of each FILE where runs find it, as a teacher.")
+        bool, typer.Option("--keep", help="Keep a copy of each FILE as a teacher for runs.")
     ] = False,
     dataset: Annotated[str, typer.Option("--data", help="The data set that the FILEs were trained on.")] = "cifar100",
     out: Out = None,
@@ -127,7 +127,7 @@ def teachers(
     """
     if files and (check or write or profile):
         raise typer.BadParameter(
-            "--profile, --check and --write are about the project's own teachers; leave them or the FILEs out"
+            "--profile, --check and --write are for the project's own teachers; omit them or the FILEs"
         )
     if keep and not files:
         raise typer.BadParameter("--keep needs a FILE")

@@ -1,4 +1,4 @@
-"""`ldrld tune`: a search of hyper-parameters."""
+"""`ldrld tune`: a search for hyper-parameters."""
 
 import math
 import os
@@ -12,7 +12,7 @@ from ldrld.cli.app import Budget, Out, Profile, app, seconds, start
 @app.command()
 def tune(
     words: Annotated[
-        list[str] | None, typer.Argument(metavar="[SPACE]...", help="More of the space, after --space.")
+        list[str] | None, typer.Argument(metavar="[SPACE]...", help="Further parts of the space, after --space.")
     ] = None,
     profile: Profile = "quick",
     loss: Annotated[str, typer.Option(help="The loss whose hyper-parameters are searched.")] = "ldrld",
@@ -21,29 +21,29 @@ def tune(
     space: Annotated[
         list[str] | None,
         typer.Option(
-            help="What to try, e.g. --space alpha=0.1..30:log depth=2..20 weighting=adw,none. Default: the loss's own."
+            help="Candidates, e.g. --space alpha=0.1..30:log depth=2..20 weighting=adw,none. Default: by loss."
         ),
     ] = None,
     trials: Annotated[
-        int, typer.Option(min=1, help="In all, those of earlier calls included; the first one has the loss's defaults.")
+        int, typer.Option(min=1, help="Total number, including earlier calls; the first one uses the defaults.")
     ] = 30,
     time_budget: Budget = None,
     holdout: Annotated[
         float,
         typer.Option(
-            help="Share of the training images of each class to compare on; the test set is never looked at."
+            help="Fraction of the training images of each class to compare on; the test set is never used."
         ),
     ] = 0.1,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Of a trial. Default: the profile's.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of a trial, whose mean counts.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Of the suggestions.")] = 0,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs per trial. Default: the profile's.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs per trial; their mean accuracy counts.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the suggestions.")] = 0,
     name: Annotated[
         str | None,
-        typer.Option(help="Of the search. Default: from loss and pair; the same name goes on with the same search."),
+        typer.Option(help="Name of the search. Default: from loss and pair; the same name continues the same search."),
     ] = None,
     out: Out = None,
 ) -> None:
-    """Search a loss's hyper-parameters for a pair, on training images held out for it, never on the test set."""
+    """Search for the hyper-parameters of a loss for a pair, on held-out training images, never on the test set."""
     import time
 
     budget = seconds(time_budget) if time_budget else math.inf
@@ -77,13 +77,13 @@ def tune(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     if table.empty:
-        print("no trial is finished yet; call again to go on")
+        print("no trial is finished yet; call again to resume")
         return
     keep(search, table, p)
     print(f"\n{shown(search, table).head(10).to_string(index=False)}\n\n{caption(search, table)}\n")
     if (done := int(table["trial"].notna().sum())) < trials:
-        print(f"{done} of {trials} trials are finished; call again to go on")
-    print(f"best settings, on all training images and then tested:\n  {next_step(search, table, p)}")
+        print(f"{done} of {trials} trials are finished; call again to resume")
+    print(f"to train with the best settings on all training images, and test:\n  {next_step(search, table, p)}")
     for what, place in {
         "trials": paths.records(search.folder),
         "table": paths.tables(search.folder) / f"{search.name}.csv",

@@ -1,4 +1,4 @@
-"""`ldrld verify`: every number of every table, again from its records."""
+"""`ldrld verify`: recomputes every number of every table from the records."""
 
 import os
 from typing import Annotated
@@ -12,7 +12,7 @@ from ldrld.cli.app import Out, app, start, tell_odd
 def verify(
     profile: Annotated[
         list[str] | None,
-        typer.Option(help="Default: quick, small and paper, where they have tables; a YAML file for one of your own."),
+        typer.Option(help="Default: quick, small and paper, if they have tables; or a YAML file of your own."),
     ] = None,
     out: Out = None,
 ) -> None:
@@ -46,9 +46,9 @@ def verify(
         wrong += [f"{p.name}: {line}" for line in wrong_teachers(p.name)]
     if missing:
         print(f"not made yet: {', '.join(missing)}")
-    print("\n".join([*wrong, f"{checked} tables checked, {len(wrong)} things wrong"]))
+    print("\n".join([*wrong, f"{checked} tables checked, {len(wrong)} problems"]))
     print(f"records and tables: {paths.shown(paths.out() / 'data')}")
     if not checked:
-        print(f"no table found under {paths.out()}; `ldrld report` makes them, --out says where they are")
+        print(f"no table found under {paths.out()}; use `ldrld report` to make them, or --out for another folder")
     if wrong or not checked:
         raise typer.Exit(1)

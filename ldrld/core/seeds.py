@@ -1,11 +1,11 @@
-"""Random generators that depend on given numbers alone."""
+"""Random generators that depend only on given numbers."""
 import torch
 
 __all__ = ["seeded"]
 
 
 def seeded(*numbers: int) -> torch.Generator:
-    """A random generator on the CPU, seeded by these numbers alone, so that a resumed training makes the same draws.
+    """A random generator on the CPU, seeded by these numbers alone, so a resumed training makes the same draws.
 
     numbers: integers such as seed, epoch and call; their order matters.
     """

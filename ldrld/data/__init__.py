@@ -79,7 +79,7 @@ def load(
             raise ValueError(f"{plain!r} is a built-in data set and also a folder; "
                              f"for the folder say {_as_typed(others[0])}, for the built-in set rename the folder")
         if size is not None or within:
-            raise ValueError(f"size={size or within}: {plain!r} is a built-in data set, used as it is; "
+            raise ValueError(f"size={size or within}: {plain!r} is a built-in data set of fixed size; "
                              "sizes are for folders")
         return LOADERS[plain](root, download)
     if len(places) > 1: raise ValueError(f"{plain!r} is two folders; say {' or '.join(map(_as_typed, places))}")

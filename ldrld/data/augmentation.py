@@ -21,7 +21,7 @@ class Crops:
     ):
         self.n, self.height, self.width = images.shape[:3]
         self.padding, self.side, self.flip = padding, 2 * padding + 1, flip
-        self.views = self.side ** 2 * (2 if flip else 1)
+        self.per_image = self.side ** 2 * (2 if flip else 1)
         padded = nn.functional.pad(images, (0, 0, padding, padding, padding, padding))
         self.padded_hw = padded.shape[1:3]
         self.pixels = padded.reshape(-1, 3).to(device)
@@ -34,18 +34,18 @@ class Crops:
 
     def at(self,
         index: Tensor,  # (batch,) indices of the images
-        view: Tensor,  # (batch,) which crop of each, 0 <= view < views
+        crop: Tensor,  # (batch,) which crop of each, 0 <= crop < per_image
     ) -> Tensor:  # (batch, 3, H, W) float32, channels last in memory
         "The given crops of the given images."
         device, (padded_h, padded_w) = self.pixels.device, self.padded_hw
-        index, view = index.to(device), view.to(device)
-        top, left, mirrored = view % self.side ** 2 // self.side, view % self.side, view // self.side ** 2
+        index, crop = index.to(device), crop.to(device)
+        top, left, mirrored = crop % self.side ** 2 // self.side, crop % self.side, crop // self.side ** 2
         row = torch.arange(self.height, device=device)
-        col = torch.arange(self.width, device=device).expand(len(view), -1)
+        col = torch.arange(self.width, device=device).expand(len(crop), -1)
         col = torch.where(mirrored[:, None] == 1, col.flip(1), col)
         rows = (index * padded_h + top)[:, None] + row
         pixel = rows[:, :, None] * padded_w + (left[:, None] + col)[:, None, :]
-        x = self.pixels.index_select(0, pixel.flatten()).view(len(view), self.height, self.width, 3)
+        x = self.pixels.index_select(0, pixel.flatten()).view(len(crop), self.height, self.width, 3)
         return (x.permute(0, 3, 1, 2).float() - self.mean) / self.std
 
 # %% ../../nbs/data/augmentation.ipynb #9ba0673f
@@ -53,8 +53,8 @@ def draw(
     seed: int,  # the run's seed
     epoch: int,  # counted from 1
     n: int,  # number of training images
-    views: int,  # number of crops of each
+    per_image: int,  # number of crops of each image
 ) -> tuple[Tensor, Tensor]:  # (n,) order of the images, (n,) the crop of each
     "Order and crops of one epoch, determined by the seed and the epoch alone."
     generator = torch.Generator().manual_seed(1_000_003 * (seed + 1) + epoch)
-    return torch.randperm(n, generator=generator), torch.randint(views, (n,), generator=generator)
+    return torch.randperm(n, generator=generator), torch.randint(per_image, (n,), generator=generator)

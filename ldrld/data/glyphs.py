@@ -82,11 +82,11 @@ class Recipe:
     train: int = 6_000  # training images, a multiple of `classes`
     test: int = 3_000  # test images, a multiple of `classes`
     seed: int = 0  # of all random draws
-    em: float = 0.95  # font size before scaling, as a share of the image
+    em: float = 0.95  # font size before scaling, as a fraction of the image
     rotation: float = 15.0  # largest angle, degrees
     shear: float = 0.2  # largest horizontal shear, a ratio
     scale: tuple[float, float] = (0.85, 1.1)  # smallest and largest scale
-    shift: float = 0.06  # largest shift along either axis, as a share of the image
+    shift: float = 0.06  # largest shift along either axis, as a fraction of the image
     strokes: int = 2  # straight lines drawn behind each character
     contrast: float = 80.0  # smallest difference in brightness between character and background, of 255
     tint: float = 50.0  # largest deviation of a channel from grey, of 255

@@ -19,7 +19,7 @@ from ..core.paths import in_project
 from .images import too_few
 
 # %% ../../nbs/data/image_list.ipynb #11570006
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # used with ImageNet everywhere
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # commonly used with ImageNet
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ImageList:

@@ -27,7 +27,7 @@ class ImageData:
     superclasses: tuple[str, ...]  # name of each group of related classes; the classes themselves if there are none
     superclass_of: torch.Tensor  # int64 (classes,), index into `superclasses`
     mean: tuple[float, float, float]  # of red, green and blue over the training images, on the 0..1 scale
-    std: tuple[float, float, float]  # standard deviation, likewise
+    std: tuple[float, float, float]  # standard deviation of each channel, on the same scale
     padding: int  # zero pixels on each side before random cropping to the original size
     flip: bool  # whether training may flip images horizontally
     fingerprint: str  # SHA-256 over the bytes and labels of both splits
@@ -61,9 +61,9 @@ def mean_and_std(
     "Mean and standard deviation of each channel, on the 0..1 scale."
     values, means, stds = np.arange(256) / 255, [], []
     for channel in range(3):
-        share = np.bincount(images[..., channel].reshape(-1).numpy(), minlength=256) / images[..., channel].numel()
-        means.append(float(share @ values))
-        stds.append(float(share @ (values - means[-1]) ** 2) ** 0.5)
+        frequency = np.bincount(images[..., channel].reshape(-1).numpy(), minlength=256) / images[..., channel].numel()
+        means.append(float(frequency @ values))
+        stds.append(float(frequency @ (values - means[-1]) ** 2) ** 0.5)
     return tuple(round(m, 4) for m in means), tuple(round(s, 4) for s in stds)
 
 # %% ../../nbs/data/images.ipynb #5e04f26a

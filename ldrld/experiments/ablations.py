@@ -14,13 +14,13 @@ from .registry import Page, experiment
 # %% ../../nbs/experiments/ablations.ipynb #381fe901
 @experiment("adw", "Effect of the Adaptive Decay Weight", "comparison", by=("weighting",),
             baseline={"weighting": "none"}, page=Page(
-    "What the Adaptive Decay Weight contributes",
-    "Pairs weighted by nothing, by rank difference, by rank sum, and by both",
+    "Contribution of the Adaptive Decay Weight",
+    "Pairs weighted uniformly, by rank difference, by rank sum, and by both",
     r"""$\Omega_{ADW}=\Gamma_{IRW}\cdot\Phi_{ERD}$ lowers the weight of pairs that are far apart in rank, and of
-pairs low in the ranking. Each factor alone, their product, and all pairs alike. The weights also change how
-*much* the pairs count in total against the two other terms (their sums are in [the notebook on
-weights](../lesson/02_weights.ipynb)). A difference here is therefore one of shape and of size together.""",
-    caption="Paired difference to all pairs weighted alike"))
+pairs low in the ranking. We compare each factor alone, their product, and uniform weights. The weights also change
+the total weight of the pairs relative to the two other terms (their sums are in [the notebook on
+weights](../lesson/02_weights.ipynb)), so a difference here reflects both the shape and the size of the weights.""",
+    caption="Paired difference to uniform weights"))
 def adw(p: Profile) -> Lines:
     "Pairs unweighted, weighted by IRW, by ERD, and by their product."
     for w in ("none", "irw", "erd", "adw"):
@@ -29,12 +29,12 @@ def adw(p: Profile) -> Lines:
 # %% ../../nbs/experiments/ablations.ipynb #453fad5a
 @experiment("completeness", "Effect of the two completeness terms", "comparison", by=("terms",),
             baseline={"terms": "pairs"}, page=Page(
-    "What the two completeness terms contribute",
-    "Pairs alone, the loss without each of its three terms, and all of it",
-    """Pairs say how any two of the top classes relate, but not how much all of them together weigh against the
-rest, nor anything about the rest. LLKI, one KL over the $d$ classes together, and RNTK, one over the classes left
-over, fill the two gaps. The lines take each of the three terms out once; `d-way + remaining` is the loss without
-what it is named after, and says whether pairs are needed at all.""",
+    "Contribution of the two completeness terms",
+    "Pairs alone, the loss without each of its three terms, and the full loss",
+    """Pairs describe how any two of the top classes relate, but neither all of them jointly nor the remaining
+classes. LLKI, one KL over the $d$ classes jointly, and RNTK, one over the remaining classes, fill these two gaps.
+Each of the three terms is removed once; `d-way + remaining` is the loss without the pairs that it is named after,
+and shows whether they are needed at all.""",
     caption="Paired difference to pairs alone"))
 def completeness(p: Profile) -> Lines:
     "Pairs alone, the loss without each of its three terms, and the full loss."
@@ -46,12 +46,12 @@ def completeness(p: Profile) -> Lines:
 
 # %% ../../nbs/experiments/ablations.ipynb #2eded35c
 @experiment("depth", "Depth: the number of classes compared", "curve", by=("depth",), baseline={"depth": 7}, page=Page(
-    "How many classes to compare", "Accuracy against the recursion depth d",
-    """A small $d$ sees few relations, a large one also compares classes that neither network has an opinion
-about. A reading note of the paper (its Fig. 3) gives $d=7$ as the best on CIFAR-100. The local terms are divided
-by the number of pairs plus one, $d(d-1)/2+1$, while the weights decay with rank: at a large $d$ they count far
-less against cross-entropy and the remaining term. The sweep therefore varies how many classes are compared and
-how much they count.""",
+    "Number of classes compared", "Accuracy against the recursion depth d",
+    """A small $d$ covers few relations; a large one also compares classes that both networks consider unlikely.
+A reading note on the paper (its Fig. 3) gives $d=7$ as the best on CIFAR-100. The local terms are divided by the
+number of pairs plus one, $d(d-1)/2+1$, while the weights decay with rank, so at a large $d$ they count far less than
+the cross-entropy and the remaining term. The sweep therefore varies both the number of classes compared and their
+total weight.""",
     caption="Accuracy against depth", axis="depth d, number of classes compared", log=True, references=("CE", "KD"),
     label=lambda cell: f"d = {cell['depth']}"))
 def depth(p: Profile) -> Lines:
@@ -61,9 +61,9 @@ def depth(p: Profile) -> Lines:
 # %% ../../nbs/experiments/ablations.ipynb #45104f13
 @experiment("temperature", "Temperature of KD and LDRLD", "curve",
             by=("method", "temperature"), baseline={"method": "KD"}, page=Page(
-    "How soft to compare", "Accuracy against the temperature T, for KD and for LDRLD",
-    """The temperature divides all logits before they are compared. In KD it decides how much the unlikely classes
-count; in LDRLD, where the pairs already put every two classes on equal terms, one would expect it to matter less.""",
+    "Temperature of KD and LDRLD", "Accuracy against the temperature T, for KD and for LDRLD",
+    """The temperature divides all logits before they are compared. In KD it determines how much the unlikely classes
+count. In LDRLD, where each pair of classes is compared separately, we expect it to matter less.""",
     caption="Accuracy against temperature", axis="temperature T", log=True,
     label=lambda cell: f"{cell['method']} at T = {cell['temperature']:g}"))
 def temperature(p: Profile) -> Lines:
@@ -77,11 +77,11 @@ CONSTANTS = {"epsilon": "ε", "delta": "δ", "decay": "λ"}  # arguments of the 
 
 @experiment("adw_constants", "Sensitivity to the constants of the weights", "comparison",
             by=("constant", "value"), baseline={"constant": "published", "value": "–"}, page=Page(
-    "How much the constants of the weights matter", "ε, δ and λ, one at a time",
+    "Sensitivity to the constants of the weights", "ε, δ and λ, one at a time",
     r"""The paper's weights have three constants, $\epsilon=1.5$, $\delta=2$ and $\lambda=0.05$. $\delta$ scales
-all weights alike, so it is a second $\alpha$ for the pairs alone; $\epsilon$ decides how fast weights fall with
-the distance in rank, $\lambda$ how fast with the ranks themselves. If the loss needed just these values, that
-would be worth knowing; if it does not, nobody has to tune them.""",
+all weights equally, so it acts like a second $\alpha$ for the pairs alone; $\epsilon$ determines how fast the weights
+fall with the distance in rank, $\lambda$ how fast they fall with the ranks themselves. If the loss is insensitive to
+these values, they need no tuning.""",
     caption="Paired difference to the published constants", axis="setting",
     label=lambda cell: f"{CONSTANTS[cell['constant']]} = {cell['value']}" if cell["value"] != "–" else "published"))
 def adw_constants(p: Profile) -> Lines:
@@ -97,9 +97,9 @@ def adw_constants(p: Profile) -> Lines:
 @experiment("alpha_beta", "The factors of the local and the remaining terms", "grid",
             by=("alpha", "beta"), baseline={"alpha": 10.5, "beta": 7.0}, page=Page(
     question="α against β",
-    why=r"""$\alpha$ weighs the pairs and the $d$-way term, $\beta$ the remaining classes. The official repository
-gives $\alpha=10.5$, $\beta=7$ for one pair of networks. Both are varied from nothing to four times that; at
-$\alpha=\beta=0$ the loss is the cross-entropy.""",
+    why=r"""$\alpha$ is the weight of the pairs and the $d$-way term, $\beta$ that of the remaining classes. The
+official repository gives $\alpha=10.5$, $\beta=7$ for one pair of networks. Both are varied from zero to four times
+these values; at $\alpha=\beta=0$ the loss is the cross-entropy.""",
     axis=("α", "β"), label=lambda cell: f"α = {cell['alpha']:g}, β = {cell['beta']:g}"))
 def alpha_beta(p: Profile) -> Lines:
     "α × β, each from 0 to four times its published value."
@@ -110,10 +110,10 @@ def alpha_beta(p: Profile) -> Lines:
 # %% ../../nbs/experiments/ablations.ipynb #0a0069ab
 @experiment("depth_temperature", "Depth and temperature", "grid",
             by=("depth", "temperature"), baseline={"depth": 7, "temperature": 4.0}, page=Page(
-    "Depth against temperature", "Two choices that may depend on each other",
-    """A higher temperature flattens each two-way softmax, a larger depth adds pairs in which both classes are
-unlikely. The sweeps of one at a time, `depth` and `temperature`, do not tell whether the best of each is also the
-best together.""",
+    "Depth and temperature", "Two settings that may interact",
+    """A higher temperature flattens each two-way softmax; a larger depth adds pairs in which both classes are
+unlikely. The separate sweeps, `depth` and `temperature`, do not show whether the best value of each is also the best
+in combination.""",
     axis=("depth d", "temperature T"), label=lambda cell: f"d = {cell['depth']}, T = {cell['temperature']:g}"))
 def depth_temperature(p: Profile) -> Lines:
     "d × T, up to the largest depth of the profile."
@@ -125,11 +125,11 @@ def depth_temperature(p: Profile) -> Lines:
 # %% ../../nbs/experiments/ablations.ipynb #798a4a34
 @experiment("ranking", "Ranking by student, teacher or label", "comparison",
             by=("ranked by",), baseline={"ranked by": "student"}, page=Page(
-    "Who ranks the classes", "Student, teacher, or the label first",
-    """The paper lets the student's logits decide which classes are compared, in every batch anew: attention goes
-to the mistakes that the student is about to make. The teacher's ranking is steadier and never misses a class that
-matters to the teacher. The third choice puts the true class first, which neither network may have among its top
-$d$.""",
+    "Ranking of the classes", "Ranking by the student, by the teacher, or with the label first",
+    """In the paper, the student's logits determine which classes are compared, anew for every batch, so the loss
+focuses on the student's current mistakes. The teacher's ranking is more stable and never misses a
+class that the teacher finds likely. The third choice puts the true class first, which may be missing from the top $d$
+of both networks.""",
     caption="Paired difference to the student's ranking"))
 def ranking(p: Profile) -> Lines:
     "Classes ranked by the student, by the teacher, or with the label first."

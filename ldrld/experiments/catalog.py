@@ -100,7 +100,7 @@ def by_worth(
     p: Profile,
     names: tuple[str, ...],  # of experiments
 ) -> list[tuple[Experiment, dict]]:  # an experiment, and a line of its plan
-    "The lines of some experiments, the most valuable first."
+    "The lines of some experiments, ordered by priority."
     def worth(i: int, e: Experiment, line: dict) -> tuple[int, int, int, int, int]:
         pair = (line["teacher"], line["student"])
         early = [*(m for m in p.first if m in p.methods), *(["search"] if e.name == "search" else []), *SEARCHED]
@@ -118,7 +118,7 @@ def batch(
     p: str | Profile = "quick",
     only: tuple[str, ...] = (),  # names of experiments; none means those of the profile
 ) -> list[tuple[RunConfig, tuple[str, ...]]]:  # configuration, and what to keep in addition to the record
-    "Every run that the experiments of a profile need, each once; the most valuable first, teachers before students."
+    "Every run that the experiments of a profile need, each once, by priority; teachers before students."
     p = profile(p)
     runs: dict[str, tuple[RunConfig, set[str]]] = {}
     teachers = {name_of(teacher_config(p, teacher)) for teacher, _ in p.pairs}

@@ -92,7 +92,7 @@ def family(
 
 # %% ../../nbs/experiments/cells.ipynb #dac1252e
 GRID = {"alpha": (3.5, 10.5, 31.5), "beta": (2.3, 7.0, 21.0)}  # 1/3, 1 and 3 times the published values
-HELD_OUT = 0.1  # share of the training images of each class
+HELD_OUT = 0.1  # fraction of the training images of each class
 
 def trials(
     p: Profile,

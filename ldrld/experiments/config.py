@@ -49,7 +49,7 @@ class Pretrained(BaseModel):
 # %% ../../nbs/experiments/config.ipynb #80f4fe60
 LARGEST = 2**31 - 1  # for counts and seeds: every library accepts this
 
-# the names are those of the training loop, which a type checker cannot read
+# the names are those of the training loop, which a type checker cannot evaluate
 if TYPE_CHECKING: Recipe = str
 else: Recipe = Literal[RECIPES]
 
@@ -74,11 +74,11 @@ class RunConfig(BaseModel):
         default="fast", description="of convolutions, see `ldrld.training.loop`")
     seed: int = Field(default=0, ge=0, le=LARGEST, description="of the initial weights, data order and augmentation")
     train_share: float = Field(
-        default=1.0, gt=0, le=1, description="share of each class's training images that is used, drawn by `seed`")
+        default=1.0, gt=0, le=1, description="fraction of each class's training images to use, drawn by `seed`")
     label_noise: float = Field(
-        default=0.0, ge=0, lt=1, description="share of training labels replaced by other classes, drawn by `seed`")
+        default=0.0, ge=0, lt=1, description="fraction of training labels replaced by other classes, drawn by `seed`")
     holdout: float = Field(
-        default=0.0, ge=0, lt=1, description="share of the training images to evaluate on, in place of the test set")
+        default=0.0, ge=0, lt=1, description="fraction of training images to evaluate on instead of the test set")
 
     @model_validator(mode="before")
     @classmethod
@@ -132,7 +132,7 @@ def _check_teacher(student: RunConfig) -> None:
     if isinstance(student.teacher, Pretrained):
         if student.holdout:
             raise ValueError(f"holdout={student.holdout}: the teacher is a file that may have been trained on the "
-                             "held-out images; use a teacher trained here, or leave holdout out")
+                             "held-out images; use a teacher trained here, or omit holdout")
     elif student.teacher and student.teacher.dataset != student.dataset:
         raise ValueError(f"teacher.dataset={student.teacher.dataset!r}: expected the student's, {student.dataset!r}")
 

@@ -53,7 +53,7 @@ class Comparison(BaseModel):
     claim: str = Field(description="what it tests")
     experiment: str = Field(description="name of an experiment, see `ldrld.experiments.catalog`")
     ours: dict[str, Any] = Field(description="values of the experiment's columns")
-    theirs: dict[str, Any] | None = Field(None, description="likewise; by default every other cell in turn")
+    theirs: dict[str, Any] | None = Field(None, description="the other cell; by default every other one in turn")
 
 # %% ../../nbs/experiments/plan.ipynb #15f74672
 class Plan(BaseModel):

@@ -20,7 +20,7 @@ from .config import RunConfig, explain
 from .methods import method_of
 
 # %% ../../nbs/experiments/profiles.ipynb #fc83c0ac
-# settings that experiments set themselves, so `teacher` and `student` must not contain them
+# set by the experiments, so `teacher` and `student` must not contain them
 OWN = {"dataset", "model", "loss", "loss_args", "teacher", "seed"}
 
 class Profile(BaseModel):
@@ -79,7 +79,7 @@ def read_profile(
 ) -> Profile:
     "A profile from a YAML file, named after the file."
     given = read_file(path, f"the fields {', '.join(name for name in Profile.model_fields if name != 'name')}")
-    if "name" in given: raise ValueError(f"{path}: the profile is named after the file; leave `name` out")
+    if "name" in given: raise ValueError(f"{path}: the profile is named after the file; omit `name`")
     try: return Profile.model_validate({"name": Path(path).stem, **given})
     except ValidationError as error: raise ValueError(f"{path}: {explain(error)}") from None
 

@@ -41,7 +41,7 @@ class Record(BaseModel):
     history: list[dict[str, Any]] = Field(description="per epoch: learning rate, accuracies, loss terms, seconds")
     data: dict[str, Any] = Field(description="sizes and fingerprint")
     teacher: str | None = Field(None, description="name of the teacher's record")
-    together: int = Field(1, ge=1, description="students that shared a data pass; `seconds` is this one's share")
+    together: int = Field(1, ge=1, description="students that shared a data pass; `seconds` is the part of this one")
     measures: dict[str, float] = Field(
         {}, description="test metrics of the last epoch, see `ldrld.training.metrics`, and parameter counts")
     precision_used: str
@@ -120,7 +120,7 @@ def _given_once(pairs: list[tuple[str, Any]]) -> dict:
     keys = [key for key, _ in pairs]
     raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} is given twice")
 
-# records that were read and found sound, each with the hash of its file: tables ask for them again and again
+# valid records already read, each with the hash of its file: tables need them repeatedly
 _sound: dict[Path, tuple[str, "Record"]] = {}
 
 # %% ../../nbs/experiments/records.ipynb #86f986a9
@@ -169,7 +169,7 @@ def sound(
     name: str,  # a run's name
     profile: str = "quick",
 ) -> Record | None:  # None if it is missing or invalid
-    "A run's record if it is valid; an invalid one is skipped with a warning, so that the others can still be used."
+    "A run's record if it is valid; an invalid one is skipped with a warning, and the others can still be used."
     try: return load_record(name, profile)
     except ValueError as error: warnings.warn(f"left out: {error}", OddRecord, stacklevel=2)
     return None

@@ -24,7 +24,7 @@ from ..core import paths
 from ..core.provenance import default_device, provenance
 from ..data import ImageData
 from ..data.augmentation import Crops
-from .artifacts import keep_besides, keep_from_weights
+from .artifacts import save_artifacts, keep_from_weights
 from .config import Pretrained, RunConfig, file_of, loss_for, name_of
 from .large_runs import run_large
 from .model_cards import checked_weights, write_card
@@ -50,7 +50,7 @@ def teacher_for(
     images: ImageData,
     device: str,
     report: Report = None,  # called with each line of progress
-) -> TeacherLogits | None:  # callable (index, view, x) -> logits; None if the loss needs no teacher
+) -> TeacherLogits | None:  # callable (index, crop, x) -> logits; None if the loss needs no teacher
     """The student's teacher with its table of logits; trained first if necessary.
 
     Its weights are checked against their model card (`ldrld.experiments.model_cards.checked_weights`), and a file's
@@ -69,7 +69,7 @@ def teacher_for(
     crops = Crops(images.train_images, images.mean, images.std, images.padding, images.flip, device)
     # the rows of the table are the training images: a configuration that draws a subset has its own table
     drawn = (config.train_share, config.seed if config.train_share < 1 else 0, config.holdout)
-    made_from = images.fingerprint + str((dtype, crops.views)) + ("" if drawn == (1.0, 0, 0.0) else str(drawn))
+    made_from = images.fingerprint + str((dtype, crops.per_image)) + ("" if drawn == (1.0, 0, 0.0) else str(drawn))
     key = hashlib.sha256(weights.read_bytes() + made_from.encode()).hexdigest()[:12]
     on_gpu, listed = torch.device(device).type == "cuda", loss_for(config)
     live = listed.needs_features or listed.alters_images
@@ -93,7 +93,7 @@ def reported(
     "Report progress and remaining time after each epoch; pause at `LDRLD_DEADLINE` (Unix time in seconds)."
     spent: list[float] = []
     deadline = float(os.environ.get("LDRLD_DEADLINE", "inf"))
-    if done: say(f"{', '.join(names)}  goes on after epoch {done}/{epochs}")
+    if done: say(f"{', '.join(names)}  resumes after epoch {done}/{epochs}")
     for epoch, rows in enumerate(epochs_rows, 1):
         spent.append(sum(row["seconds"] for row in rows if row))
         yield rows
@@ -237,7 +237,7 @@ def finish(
     "Save the record of a trained student and the files in `keep`, and delete its checkpoint."
     name, last = name_of(config), student.history[-1]["test_accuracy"]
     used = student.loss.deployed(student.model)
-    keep_besides(keep, used, student.model, images, config, profile, student.device)
+    save_artifacts(keep, used, student.model, images, config, profile, student.device)
     if record and record.last_accuracy != last:
         say(f"{name}: retraining reached {last:.2f} %; the record of {record.last_accuracy:.2f} % is kept")
     if new := record is None:

@@ -26,7 +26,7 @@ class Rows(NamedTuple):
     student: Tensor  # (rows, classes)
     teacher: Tensor | None  # (rows, classes)
     target: Tensor | None  # (rows,) int64
-    share: Tensor | None  # (rows,) weight of each row in the mean, 1/n or 0; None: 1/rows everywhere
+    row_weights: Tensor | None  # (rows,) weight of each row in the mean, 1/n or 0; None: 1/rows everywhere
     versions: int = 1  # number of versions of every sample, concatenated
 
     @property
@@ -43,16 +43,16 @@ class Rows(NamedTuple):
 
     @property
     def counts(self) -> Tensor | None:  # (rows,) bool, rows that count; None: all
-        return None if self.share is None else self.share > 0
+        return None if self.row_weights is None else self.row_weights > 0
 
     def mean(self, values: Tensor) -> Tensor:  # scalar
         "Mean of (rows,) values over the rows that count; a scalar (of the whole batch) counts if any row does."
-        if values.ndim: return mean_of(values, self.share)
-        return values if self.share is None else values * self.share.sum() / self.versions
+        if values.ndim: return mean_of(values, self.row_weights)
+        return values if self.row_weights is None else values * self.row_weights.sum() / self.versions
 
     def logits(self, z: Tensor) -> Tensor:
         "Logits (rows, classes) of another head or network, like `student`: in float32 or better, 0 in ignored rows."
-        return readable(wide(z), self.share)
+        return readable(wide(z), self.row_weights)
 
 # %% ../../nbs/methods/base.ipynb #c1a55006
 def rows_of(
@@ -80,8 +80,8 @@ def rows_of(
     n: float | Tensor
     if normalizer is None: n = (counts.sum() / versions).clamp(min=1)
     else: n = validation.normalizer(normalizer, student_logits)
-    share = counts.to(torch.promote_types(s.dtype, torch.float32))
-    return Rows(s, t, y, share / n, versions)
+    row_weights = counts.to(torch.promote_types(s.dtype, torch.float32))
+    return Rows(s, t, y, row_weights / n, versions)
 
 # %% ../../nbs/methods/base.ipynb #c1a55007
 def for_versions(
@@ -98,10 +98,10 @@ def for_versions(
 # %% ../../nbs/methods/base.ipynb #a78e0971
 def mean_of(
     values: Tensor,  # (rows,)
-    share: Tensor | None,  # (rows,) from `rows_of`
+    row_weights: Tensor | None,  # (rows,) from `rows_of`
 ) -> Tensor:  # scalar
     "Mean over the rows that count."
-    return values.mean() if share is None else (values.where(share > 0, 0.0) * share).sum()
+    return values.mean() if row_weights is None else (values.where(row_weights > 0, 0.0) * row_weights).sum()
 
 def summed(
     values: Iterable[Tensor],  # at least one
@@ -118,21 +118,21 @@ def wide(
 
 def readable(
     logits: Tensor,  # (rows, classes)
-    share: Tensor | None,  # (rows,) from `rows_of`
+    row_weights: Tensor | None,  # (rows,) from `rows_of`
 ) -> Tensor:
     "Logits with ignored rows set to zero, since these may hold anything, including NaN."
-    return logits if share is None else logits.where((share > 0)[:, None], 0.0)
+    return logits if row_weights is None else logits.where((row_weights > 0)[:, None], 0.0)
 
 # %% ../../nbs/methods/base.ipynb #c3e4fa1b
 def compared(
     rows: Rows,  # from `rows_of`
 ) -> Rows:  # in float32 or better and without −∞; logits and target are 0 in ignored rows
     "Inputs of the formulas. On the CPU, ValueError if the student masks the label or a class that the teacher allows."
-    student, teacher, target, share, versions = rows
+    student, teacher, target, row_weights, versions = rows
     if target is not None: target = target.clamp(min=0)
-    if teacher is not None: teacher = readable(teacher.detach(), share)
-    student, teacher = comparable(readable(student, share), teacher, target)
-    return Rows(student, teacher, target, share, versions)
+    if teacher is not None: teacher = readable(teacher.detach(), row_weights)
+    student, teacher = comparable(readable(student, row_weights), teacher, target)
+    return Rows(student, teacher, target, row_weights, versions)
 
 # %% ../../nbs/methods/base.ipynb #10557ra1
 class LossTraits(nn.Module):
@@ -232,7 +232,7 @@ class RowLoss(LossBase):
     def row_terms(
         self,
         student: Tensor,  # (rows, classes) logits in float32 or better, without −∞
-        teacher: Any,  # (rows, classes) likewise, a constant; None for a loss that does not use it
+        teacher: Any,  # (rows, classes) like `student`, but constant; None for a loss that does not use it
         target: Any,  # (rows,) int64 classes, 0 in an ignored row; None without one, unless the loss `needs_target`
     ) -> dict[str, Tensor]:  # (rows,) each
         "The weighted terms of every row; values for ignored rows are discarded."

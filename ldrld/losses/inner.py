@@ -49,7 +49,7 @@ class OuterLoss(LossBase):
 
     @classmethod
     def why_eager(cls, hyperparameters: dict[str, Any]) -> str:
-        "Why a training step cannot be recorded as a CUDA graph, be it for the inner loss; empty if it can."
+        "Why a training step cannot be recorded as a CUDA graph, also because of the inner loss; empty if it can."
         own, inner = super().why_eager(hyperparameters), hyperparameters.get(cls.inner_argument)
         if own or inner is None: return own
         return loss_class(inner).why_eager(hyperparameters.get(f"{cls.inner_argument}_args") or {})

@@ -1,7 +1,7 @@
 """Registry of losses by name. To add one, decorate its class with `@register("name")`.
 
-Somebody else's loss needs no line here: `build("my_package.module:MyLoss")`, or a name that an installed package
-gives in the entry-point group `ldrld.losses`.
+A loss from another package needs no line here: use `build("my_package.module:MyLoss")`, or a name that an installed
+package declares in the entry-point group `ldrld.losses`.
 """
 import hashlib
 import inspect
@@ -42,7 +42,7 @@ def available(kind: str | None = None) -> list[str]:
     """Names of all registered losses, in alphabetical order.
 
     kind: "logits" for losses that need only logits and labels, "features" for those that need intermediate features,
-    "images" for those that make their own training images, "teachers" for those that tune a teacher; None for all.
+    "images" for those that generate their own training images, "teachers" for those that tune a teacher; None for all.
     """
     kinds = {"teachers": "trains_teacher", "features": "needs_features", "images": "alters_images"}
     if kind not in (None, "logits", *kinds):
@@ -64,7 +64,7 @@ def loss_class(name: str) -> type[LossBase]:
     """The class of the loss called `name`.
 
     name: one that is registered, the name of an entry point in the group `ldrld.losses`, or `package.module:Class`.
-    ValueError for a name that nobody has, a class that cannot be imported, or one that is no loss of this kind.
+    ValueError for an unknown name, a class that cannot be imported, or one that is no loss of this kind.
     """
     if name in _losses: return _losses[name]
     if ":" in name: found = _imported(name)
@@ -88,7 +88,7 @@ def origin(name: str) -> dict[str, str]:
 
 @cache
 def _arguments(loss: Callable[..., LossBase]) -> tuple[str, ...]:
-    """Names of a loss's hyper-parameters; a batch of runs asks thousands of times."""
+    """Names of a loss's hyper-parameters; cached, because a batch of runs needs them thousands of times."""
     return tuple(inspect.signature(loss).parameters)
 
 

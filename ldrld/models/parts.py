@@ -123,7 +123,7 @@ class Staged(nn.Module):
         raise NotImplementedError
 
     def onward(self, x: Tensor, rows: tuple, features: bool = False) -> Output:
-        """What the network returns, from the map before the stages `rows`."""
+        """The output of the network, from the map before the stages `rows`."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, features: bool = False) -> Output:

@@ -17,7 +17,7 @@ rates: dict[str, float] = {}  # name -> base learning rate, for networks that ne
 
 
 def called(network: Callable) -> str:
-    """The name of a class or function, or of what a partial calls: a notebook defines again what the package has."""
+    """The name of a class or function, or of the function of a partial; notebooks define them again."""
     return getattr(network, "func", network).__qualname__
 
 

@@ -25,7 +25,7 @@ class WeightsError(ValueError):
     """Raised for a file without weights that fit the model. The model is left unchanged."""
 
 # %% ../../nbs/models/weights.ipynb #e0e21fde
-# harmless content next to the weights: numbers, paths, dates, command lines and settings
+# harmless content stored with the weights: numbers, paths, dates, command lines and settings
 _BESIDE = re.compile(r"""
     numpy\.(ndarray|dtype|dtypes\.\w+|bool_?|str_|bytes_|u?int\d+|float\d+)
     | numpy\._?core\.(multiarray\.(scalar|_reconstruct)|numeric\._frombuffer)
@@ -52,7 +52,7 @@ def _stand_in(name: str) -> type:
     return type(last, (_StandIn,), {"__module__": module, "becomes": becomes})
 
 # %% ../../nbs/models/weights.ipynb #c75d158c
-def _asked_for(reason: str) -> str | None:
+def _rejected_name(reason: str) -> str | None:
     """The full name of the class or function that PyTorch's restricted unpickler rejected."""
     found = re.search(r"GLOBAL (\S+)", reason)
     return found and (found[1] if "." in found[1] else f"builtins.{found[1]}")
@@ -70,7 +70,7 @@ _STARTS = {
 # %% ../../nbs/models/weights.ipynb #10f44682
 def _complaint(path: Path, reason: str) -> str:
     """Why PyTorch's restricted unpickler could not read a file, in one sentence."""
-    if name := _asked_for(reason):
+    if name := _rejected_name(reason):
         return (f"it references {name}, which no weights need and which could run code, so it was not loaded. "
                 "If you trust its origin, save model.state_dict() alone where the file was made")
     if "TorchScript" in reason: return "a TorchScript program, not a state dict"
@@ -104,7 +104,7 @@ def _read_torch(path: Path) -> Any:
                 warnings.simplefilter("ignore")
                 return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged file can fail anywhere in the reader, and in any way
-            name = _asked_for(str(error))
+            name = _rejected_name(str(error))
             if not name or name in stand_ins or len(stand_ins) > 60 or not _BESIDE.fullmatch(name):
                 raise WeightsError(f"{what}: {_complaint(path, str(error))}") from None
             stand_ins[name] = _stand_in(name)
@@ -267,9 +267,9 @@ def load_weights(
     Layouts: bare or under `model`, `state_dict`, `net` and the like; with the prefixes `module.`, `_orig_mod.`,
     `model.` or `student.`; without `num_batches_tracked`, or with `total_ops`; SimKD's ResNet50; CAT-KD's students.
     Other content (numbers, paths, settings) is ignored. Names that already match the model keep their prefixes. Raises
-    `FileNotFoundError` for a missing file, and `WeightsError` (a `ValueError`) for anything that does not fit exactly,
-    with what was found and what would fit; the model is then unchanged. The model keeps its device, dtype and training
-    mode.
+    `FileNotFoundError` for a missing file, and `WeightsError` (a `ValueError`) for anything that does not fit exactly;
+    the message says what was found and what would fit, and the model is unchanged. The model keeps its device, dtype
+    and training mode.
     """
     held = _tensors(Path(path))
     found = held if adapt(held, model).keys() == model.state_dict().keys() else _bare(held)

@@ -27,19 +27,19 @@ def _images_again(claim: str, runs: list[str], p: Profile) -> list[float]:
     "The differences of the two claims about probabilities, by definition."
     kept = {name: arrays.logits(name, p) for name in runs}
     if absent := [name for name, found in kept.items() if found is None]:
-        raise ValueError(f"the logits of {', '.join(absent)} are not here")
+        raise ValueError(f"the logits of {', '.join(absent)} are missing")
     teacher, *students = (found[0].astype(float) for found in kept.values() if found is not None)
     if claim == "gap":
         e = np.sort(np.exp(teacher - teacher.max(1, keepdims=True)))[:, ::-1]
         squeeze = [(e[:, r] - e[:, r + 1]) * (1 / (e[:, r] + e[:, r + 1]) - 1 / e.sum(1)) for r in (0, 1)]
         return (100 * (squeeze[1] - squeeze[0])).tolist()
-    def share(z: np.ndarray, i: int, j: int) -> float:
+    def of_pair(z: np.ndarray, i: int, j: int) -> float:
         return math.exp(z[i] / 4) / (math.exp(z[i] / 4) + math.exp(z[j] / 4))
     values = []
     for t, *both in zip(teacher, *students):
         tops = sorted(range(len(t)), key=lambda c: -t[c])[:7]
         pairs = [(i, j) for a, i in enumerate(tops) for j in tops[a + 1:]]
-        kd, ldrld = (sum(abs(share(z, i, j) - share(t, i, j)) for i, j in pairs) / len(pairs) for z in both)
+        kd, ldrld = (sum(abs(of_pair(z, i, j) - of_pair(t, i, j)) for i, j in pairs) / len(pairs) for z in both)
         values.append(100 * (kd - ldrld))
     return values
 

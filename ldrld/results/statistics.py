@@ -39,7 +39,7 @@ ROUNDING = 1e-9  # in points; a smaller spread is due to rounding alone
 
 def paired(
     ours: pd.Series,  # accuracies indexed by seed
-    baseline: pd.Series,  # likewise
+    baseline: pd.Series,  # the same for the baseline
 ) -> dict:  # difference, low, high, p, pairs
     """Mean paired difference, its 95 % interval and p-value (Student's t) over the seeds with two finite accuracies.
 

@@ -26,7 +26,7 @@ def to_report(
 ) -> list[str]:  # names of experiments
     "The experiments whose tables and figures are made for a profile."
     p = profile(p)
-    always = selected(p)  # first: it imports those declared outside ldrld
+    always = selected(p)  # first, because it imports those declared outside ldrld
     alike = p.model_copy(update={"more_seeds": {}})  # further seeds may be runs of the plan
     names = {name: set(e.plan(alike)["name"]) for name, e in EXPERIMENTS.items()}
     usual = set().union(*(names[name] for name in always if not EXPERIMENTS[name].reads))
@@ -150,8 +150,8 @@ def said(
     than: str,  # the baseline, in words
 ) -> str:
     "A line's paired difference as a sentence."
-    if not line["pairs"] > 0: return f"{what} against {than}: not both run."
-    text, n = f"{what} against {than}: {line['difference']:+.2f} points", int(line["pairs"])
+    if not line["pairs"] > 0: return f"{what} vs. {than}: not both run."
+    text, n = f"{what} vs. {than}: {line['difference']:+.2f} points", int(line["pairs"])
     if n == 1: return f"{text}, from a single seed."
     if math.isnan(line["low"]):
         if abs(line["difference"]) <= ROUNDING: return f"{what} and {than}: exactly equal in all {n} seeds."
@@ -167,10 +167,10 @@ def conclusions(
     e: Experiment,
     p: str | Profile = "quick",
 ) -> list[str]:
-    "What a table says: each paired difference to the experiment's baseline as a sentence; else the highest mean."
+    "A table in words: each paired difference to the experiment's baseline as a sentence; else the highest mean."
     if not table["n"].any():
         called = p.name if isinstance(p, Profile) else p
-        return [f"Not run yet; `ldrld reproduce --profile {called} --only {e.path}` makes the runs."]
+        return [f"Not run yet; use `ldrld reproduce --profile {called} --only {e.path}`."]
     if "pairs" not in table:
         best = table.loc[table["mean"].idxmax()]
         return [f"Highest mean: {e.label(best.to_dict())}, {best['mean']:.2f} %."]
@@ -178,7 +178,7 @@ def conclusions(
     for _, line in table[table["pairs"] > 0].iterrows():
         cell = line.to_dict()
         sentences.append(said(line, e.label(cell), e.label(cell | (e.baseline or {}))))
-    return sentences or ["No line shares a seed with its baseline yet."]
+    return sentences or ["No line has a seed in common with its baseline yet."]
 
 # %% ../../nbs/results/tables.ipynb #5b90d3c4
 def worth_of_search(
@@ -191,7 +191,7 @@ def worth_of_search(
         if not {"LDRLD", "LDRLD, searched"} <= set(lines): continue
         published_values, searched, name = lines["LDRLD"], lines["LDRLD, searched"], " → ".join(pair)
         same_runs = published_values["runs"] == searched["runs"]
-        if same_runs: sentences.append(f"{name}: the published values won the search.")
+        if same_runs: sentences.append(f"{name}: the search ended at the published values.")
         else: sentences.append(said(searched, f"{name}: searched values", "the published ones"))
     return sentences
 

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
 from ..data.image_list import ImageList
-from ..data.loader import FileBatch, file_batches, normalised, order_of, shares
+from ..data.loader import FileBatch, file_batches, normalised, order_of, parts_of
 from ..losses.base import LogitLoss, LossBase
 from ..models.evaluation import autocast
 from .checkpoint import resume, save
@@ -45,7 +45,7 @@ def check_loss(
 
 # %% ../../nbs/training/files.ipynb #f11e0009
 class Precision(NamedTuple):
-    "How the networks compute."
+    "Number type and memory format of the networks."
     dtype: torch.dtype = torch.float32  # of convolutions and matrix products
     channels_last: bool = True  # memory format, faster on GPUs and most CPUs
 
@@ -80,12 +80,12 @@ class FileStudent:
         if processes.number > 1: self.network = DistributedDataParallel(model, **OWN_BUFFERS)
         self.optimizer = SGD(model.parameters(), lr, momentum=momentum, weight_decay=weight_decay)
         self.sums: dict[str, Tensor] = {}  # of each term, "hits" and "images", over the images of the epoch so far
-        self.problems: set[str] = set()  # damaged files that this process has met
-        self.damaged: list[str] = []  # those that any process has met, after an epoch
+        self.problems: set[str] = set()  # damaged files found by this process
+        self.damaged: list[str] = []  # those found by any process, after an epoch
         self.last: tuple[Tensor, Tensor | None, Tensor] | None = None  # logits and classes of the last micro-batch
 
     def seen(self, images: Tensor) -> Tensor:
-        "Images as the networks take them."
+        "Images as input of the networks."
         x = normalised(images.to(self.device, non_blocking=True), self.data)
         return self.precision.placed(x.to(next(self.model.parameters()).dtype))
 
@@ -102,9 +102,9 @@ class FileStudent:
         value, terms = self.loss.value_and_terms(z, z_t, y, normalizer=images / self.processes.number)
         value.backward()
         self.last = z.detach(), z_t, y
-        share = images / self.processes.number
+        part = images / self.processes.number
         counts = {"hits": (z.detach().argmax(1) == y).sum(), "images": torch.tensor(float(len(y)), device=self.device)}
-        for name, value in {**{k: v * share for k, v in terms.items()}, **counts}.items():
+        for name, value in {**{k: v * part for k, v in terms.items()}, **counts}.items():
             self.sums[name] = self.sums.get(name, torch.zeros((), device=self.device, dtype=torch.float64)) + value
 
 # %% ../../nbs/training/files.ipynb #f11e0012
@@ -197,7 +197,7 @@ def all_tested(
 
 # %% ../../nbs/training/files.ipynb #f11e0017
 class Position:
-    "Where in its epoch a training is, and what all processes have counted in it."
+    "The position in an epoch, and the counts of all processes so far."
     def __init__(self) -> None:
         self.problems: list[str] = []  # damaged files, in all epochs
         self.next_epoch()
@@ -282,7 +282,7 @@ def steps_of(
     "The rest of an epoch, loaded ahead."
     who, k = student.processes, settings.accumulate
     order = order_of(len(student.data.train_files), settings.seed, epoch)
-    parts = shares(order, settings.batch_size, who.rank, who.number, k, start)
+    parts = parts_of(order, settings.batch_size, who.rank, who.number, k, start)
     flat = [micro for step in parts for micro in step]
     on_gpu = student.device.type == "cuda"
     loaded = file_batches(student.data, True, flat, settings.seed, epoch, settings.workers, pin=on_gpu)
@@ -291,7 +291,7 @@ def steps_of(
 def row_of(
     student: FileStudent, position: Position, epoch: int, rate: float, test_accuracy: float,
 ) -> dict[str, Any]:
-    "What a record says of an epoch. Raises `Diverged` if a sum is not finite."
+    "The row of an epoch in a record. Raises `Diverged` if a sum is not finite."
     images, hits = position.sums["images"], position.sums["hits"]
     terms = {k: v / images for k, v in position.sums.items() if k not in ("images", "hits")}
     wrong = next((name for name, value in terms.items() if not isfinite(value)), None)

@@ -37,9 +37,9 @@ def why_eager(
     name: str,  # of a loss in `ldrld.losses`
     hyperparameters: dict[str, Any] | None = None,
 ) -> str:  # empty if its step can be recorded
-    """Why a loss cannot be recorded; the loss itself says so, see `LossBase.why_eager`.
+    """Why a loss cannot be recorded, as declared by the loss, see `LossBase.why_eager`.
 
-    Nothing is known of a loss from outside: it can be recorded if it has an attribute `can_be_recorded = True`.
+    A loss from outside this package can be recorded if it has an attribute `can_be_recorded = True`.
     """
     return loss_class(name).why_eager(hyperparameters or {})
 
@@ -51,7 +51,7 @@ class Task:
     labels: Tensor  # (N,) their classes
     tests: Crops  # test images, without padding
     test_labels: Tensor  # (M,) their classes
-    teacher: TeacherFunction | None = None  # (index, view, x) -> (batch, classes) logits, see `training/queries`
+    teacher: TeacherFunction | None = None  # (index, crop, x) -> (batch, classes) logits, see `training/queries`
     epochs: int = 240
     batch_size: int = 64
     seed: int = 0  # of the order of the images and their crops
@@ -63,14 +63,14 @@ TESTED = 500  # test images per evaluation batch
 class Resident:
     "A student and the static tensors that its steps use."
     flat: Flat  # from `flatten`
-    narrow_leaves: dict[str, Tensor]  # low-precision weights by name, likewise
+    narrow_leaves: dict[str, Tensor]  # low-precision weights by name, from `flatten`
 
     def __init__(self, student: Student, task: Task):
         self.student, self.task, device = student, task, student.device
         n, b = task.crops.n, task.batch_size
         self.full, self.rest = n // b, n % b
         self.steps = self.full + (self.rest > 0)
-        self.order, self.views = (torch.zeros(n, dtype=torch.int64, device=device) for _ in range(2))
+        self.order, self.drawn = (torch.zeros(n, dtype=torch.int64, device=device) for _ in range(2))
         self.rates = torch.zeros(self.steps, device=device)
         # the next training batch and the next batch of test images
         self.k, self.j = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2))
@@ -81,9 +81,9 @@ class Resident:
         "The next batch of `n` images with the teacher's output."
         task, whole = self.task, self.full * self.task.batch_size
         if n == task.batch_size:
-            index, view = (t[:whole].view(self.full, n).index_select(0, self.k)[0] for t in (self.order, self.views))
-        else: index, view = self.order[whole:], self.views[whole:]
-        return self.queries.batch(index, view, task.crops.at(index, view), task.labels[index])
+            index, crop = (t[:whole].view(self.full, n).index_select(0, self.k)[0] for t in (self.order, self.drawn))
+        else: index, crop = self.order[whole:], self.drawn[whole:]
+        return self.queries.batch(index, crop, task.crops.at(index, crop), task.labels[index])
 
     def output(self, x: Tensor, **more: Any) -> Any:
         "The student's output, computed with the low-precision weights if there are any."
@@ -228,7 +228,7 @@ class Recorded(Prepared):
     key: tuple[tuple[str, int | float | str], ...] | None = None  # the loss's numbers in the recording, if there is one
     prepared = False
     train_step: dict[int, Callable[[], None]]  # by the size of the batch
-    evaluation: dict[int, Callable[[], None]]  # likewise
+    evaluation: dict[int, Callable[[], None]]  # by the size of the batch
 
     def __init__(self, student: Student, task: Task, recorder: Recorder):
         super().__init__(student, task)

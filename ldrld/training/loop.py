@@ -39,7 +39,7 @@ class Cohort:
             if not student.diverged: yield student
 
     def seconds(self) -> dict[Student, float]:
-        "Time of every student's own steps, plus an equal share of everything else since the beginning."
+        "Time of every student's own steps, plus an equal part of everything else since the beginning."
         device = self.students[0].device
         if device.type == "cuda": torch.cuda.synchronize(device)
         elapsed = time.perf_counter() - self.started
@@ -50,7 +50,7 @@ class Cohort:
 # %% ../../nbs/training/loop.ipynb #803249e8
 @contextmanager
 def dropping(student: Student) -> Iterator[None]:
-    "A student that diverges inside is marked, and the others go on."
+    "A student that diverges inside is marked, and the others continue."
     try: yield
     except Diverged as diverged: student.diverged = diverged
 
@@ -60,7 +60,7 @@ Rows: TypeAlias = list[dict[str, Any] | None]  # of an epoch, one for each stude
 def train_together(
     students: list[Student],
     data: ImageData,
-    teacher: TeacherFunction | None = None,  # (index, view, x) -> logits; a `TeacherLogits` for losses on features
+    teacher: TeacherFunction | None = None,  # (index, crop, x) -> logits; a `TeacherLogits` for losses on features
     epochs: int = 240,  # total, including those of checkpoints
     batch_size: int = 64,  # the last batch of an epoch may be smaller
     seed: int = 0,  # of the order of the images and their crops
@@ -76,10 +76,10 @@ def train_together(
         if cohort := Cohort(students, epoch):
             queries = queries_of([student.loss for student in cohort], teacher)
             for student in cohort: student.begin_epoch(epoch, epochs, seed)
-            order, views = (t.to(device) for t in draw(seed, epoch, crops.n, crops.views))
-            queries.ahead(order, views)
-            for index, view in zip(order.split(batch_size), views.split(batch_size)):
-                batch = queries.batch(index, view, crops.at(index, view), labels[index])
+            order, drawn = (t.to(device) for t in draw(seed, epoch, crops.n, crops.per_image))
+            queries.ahead(order, drawn)
+            for index, crop in zip(order.split(batch_size), drawn.split(batch_size)):
+                batch = queries.batch(index, crop, crops.at(index, crop), labels[index])
                 for student in cohort:
                     with dropping(student): student.step(batch, dtype)
             seconds = cohort.seconds()
@@ -94,7 +94,7 @@ def train(
     model: nn.Module,  # trained in place
     loss: LossBase,  # from `ldrld.losses`
     data: ImageData,
-    teacher: TeacherFunction | None = None,  # (index, view, x) -> (batch, classes) logits
+    teacher: TeacherFunction | None = None,  # (index, crop, x) -> (batch, classes) logits
     recipe: str = "crd",  # one of `RECIPES`
     epochs: int = 240,  # total, including those of a checkpoint
     batch_size: int = 64,  # the last batch of an epoch may be smaller

@@ -30,7 +30,7 @@ def task_on(device: str, dtype: torch.dtype, teacher: bool = True, epochs: int =
     table = (4 * torch.randn(IMAGES, CLASSES, generator=g)).to(device)
     crops = Crops(images, (0.5,) * 3, (0.25,) * 3, 4, True, device)
     tests = Crops(images[:600], (0.5,) * 3, (0.25,) * 3, device=device)
-    logits = (lambda index, view, x: table[index]) if teacher else None
+    logits = (lambda index, crop, x: table[index]) if teacher else None
     return Task(crops, labels.to(device), tests, labels[:600].to(device), logits, epochs, BATCH, seed, dtype)
 
 
@@ -110,7 +110,7 @@ def several_streams(device: str) -> str:
     torch.cuda.synchronize()
     together = trained(device, captured, "ldrld", torch.bfloat16, copies=8)
     if apart := distance(alone[0].student, together[0].student):
-        raise AssertionError(f"weights of a student trained beside others differ by {apart:.2g}")
+        raise AssertionError(f"weights of a student trained next to others differ by {apart:.2g}")
     seconds = {}
     for copies in (1, 8):
         flights = []

@@ -50,7 +50,7 @@ def mapped(
 
 # %% ../../nbs/training/teacher.ipynb #4f4d4440
 class TeacherOutput(NamedTuple):
-    "What a teacher returns for a batch of images."
+    "The outputs of a teacher for a batch of images."
     logits: Tensor  # (batch, classes) float32
     features: Features
 
@@ -87,19 +87,19 @@ class TeacherTable(Teacher):
         super().__init__(teacher, dtype)
         self.crops, self.batch_size = crops, batch_size
         self.rows, self.held, self.computed = None, None, 0
-        if path is not None: self.rows = mapped(Path(path), (crops.n * crops.views, classes + 1))
+        if path is not None: self.rows = mapped(Path(path), (crops.n * crops.per_image, classes + 1))
         if resident:
-            shape, device = (crops.n * crops.views, classes), crops.pixels.device
+            shape, device = (crops.n * crops.per_image, classes), crops.pixels.device
             self.held = torch.full(shape, torch.nan, dtype=torch.half, device=device)
 
     @torch.inference_mode()
     def compute(self,
-        index: Tensor, view: Tensor,  # (rows,) images and their crops
+        index: Tensor, crop: Tensor,  # (rows,) images and their crops
     ) -> Tensor:  # (rows, classes) half precision
         "Run the teacher in batches of a fixed size."
         device, z = self.crops.pixels.device, []
         self.computed += len(index)
-        for i, v in zip(index.split(self.batch_size), view.split(self.batch_size)):
+        for i, v in zip(index.split(self.batch_size), crop.split(self.batch_size)):
             fill = self.batch_size - len(i)
             i, v = torch.cat([i, i[-1:].expand(fill)]), torch.cat([v, v[-1:].expand(fill)])
             with autocast(self.dtype, device): logits = self.teacher(self.crops.at(i, v))
@@ -107,16 +107,16 @@ class TeacherTable(Teacher):
         return torch.cat(z)
 
     def known(self,
-        index: Tensor, view: Tensor,  # (rows,) images and their crops
+        index: Tensor, crop: Tensor,  # (rows,) images and their crops
     ) -> Tensor:  # (rows, classes) half precision
         "The teacher's logits, from the file if they are in it, else computed."
-        if self.rows is None: return self.compute(index, view)
-        index, view = index.cpu(), view.cpu()
-        entry = (index * self.crops.views + view).numpy()
+        if self.rows is None: return self.compute(index, crop)
+        index, crop = index.cpu(), crop.cpu()
+        entry = (index * self.crops.per_image + crop).numpy()
         rows = self.rows[entry]
         missing = ~whole(rows)
         if missing.any():
-            rows[missing] = seal(self.compute(index[missing], view[missing]))
+            rows[missing] = seal(self.compute(index[missing], crop[missing]))
             self.rows[entry[missing]] = rows[missing]
         return torch.from_numpy(rows[:, :-1].view(np.float16)).to(self.crops.pixels.device)
 
@@ -124,14 +124,15 @@ class TeacherTable(Teacher):
 class TeacherLogits(TeacherTable):
     "A teacher's logits for every crop of every training image: computed at first use, then read from a file."
     def ahead(self,
-        index: Tensor, view: Tensor,  # (rows,) images and crops, such as those of an epoch
+        index: Tensor, crop: Tensor,  # (rows,) images and crops, such as those of an epoch
     ) -> None:
         "Compute entries of a resident table before they are needed; does nothing for other tables."
         if self.held is None: return
-        entry = (index * self.crops.views + view).to(self.held.device)
+        entry = (index * self.crops.per_image + crop).to(self.held.device)
         missing = entry[self.held[entry, 0].isnan()]
         for block in missing.split(65536) if len(missing) else ():   # an empty tensor, too, splits into one piece
-            self.held[block] = self.known(block // self.crops.views, block % self.crops.views).to(self.held.device)
+            known = self.known(block // self.crops.per_image, block % self.crops.per_image)
+            self.held[block] = known.to(self.held.device)
 
     def cover(self,
         seed: int, epochs: int,  # of a student
@@ -140,16 +141,16 @@ class TeacherLogits(TeacherTable):
         if self.held is None: return 0
         before, seen = self.computed, torch.zeros(len(self.held), dtype=torch.bool)
         for epoch in range(1, epochs + 1):
-            index, view = draw(seed, epoch, self.crops.n, self.crops.views)
-            seen[index * self.crops.views + view] = True
+            index, crop = draw(seed, epoch, self.crops.n, self.crops.per_image)
+            seen[index * self.crops.per_image + crop] = True
         entries = seen.nonzero().flatten()
-        self.ahead(entries // self.crops.views, entries % self.crops.views)
+        self.ahead(entries // self.crops.per_image, entries % self.crops.per_image)
         return self.computed - before
 
     def __call__(self,
-        index: Tensor, view: Tensor,  # (batch,) images and their crops
+        index: Tensor, crop: Tensor,  # (batch,) images and their crops
         x: Tensor | None = None,  # the cropped images, unused
     ) -> Tensor:  # (batch, classes) float32
         "The teacher's logits for the given crops."
-        if self.held is not None: return self.held[index * self.crops.views + view].float()
-        return self.known(index, view).float()
+        if self.held is not None: return self.held[index * self.crops.per_image + crop].float()
+        return self.known(index, crop).float()

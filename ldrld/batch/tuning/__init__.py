@@ -1,8 +1,8 @@
-"""Search for hyper-parameters: what may be tried, the study, its trials, and what came of it."""
+"""Search for hyper-parameters: the space, the study, its trials, and the report."""
 
 import warnings
 
 with warnings.catch_warnings():
-    # in a notebook tqdm, which comes with Optuna, asks for widgets that nothing here draws
+    # in a notebook tqdm, which comes with Optuna, warns about missing widgets
     warnings.simplefilter("ignore")
     import optuna  # noqa: F401

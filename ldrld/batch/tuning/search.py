@@ -24,7 +24,7 @@ from ...experiments.profiles import Profile, ablation_pair, profile
 
 # %% ../../../nbs/tuning/search.ipynb #614f1f96
 class Search(BaseModel):
-    "What is searched and how: declared before the first trial, the same until the last."
+    "The search space and method: declared before the first trial and never changed."
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str = Field(pattern=r"^\w[\w.-]*$", description="of the study and its files")
@@ -32,25 +32,25 @@ class Search(BaseModel):
         description="whose networks and schedule these are; everything goes into folders named <profile>-tune"
     )
     base: RunConfig = Field(
-        description="a trial with the loss's default settings: data, held-out share, networks, schedule"
+        description="a trial with the loss's default settings: data, held-out fraction, networks, schedule"
     )
-    space: dict[str, str] = Field(min_length=1, description="what to try for each hyper-parameter, see `dimension`")
+    space: dict[str, str] = Field(min_length=1, description="candidates for each hyper-parameter, see `dimension`")
     seeds: int = Field(1, ge=1, description="runs of a trial; their mean accuracy is its value")
     seed: int = Field(0, ge=0, description="of the suggestions")
     startup: int = Field(10, ge=1, description="trials drawn at random before the sampler learns from them")
 
     @model_validator(mode="after")
     def _holds_out(self) -> "Search":
-        "Trials are judged on training images that neither student nor teacher learns from."
+        "Trials are compared on training images on which neither student nor teacher is trained."
         if not self.base.holdout:
             raise ValueError(
-                "holdout=0: trials would be judged on the test set; hold out a share of the training images, such "
+                "holdout=0: trials would be compared on the test set; hold out a fraction of the training images, such "
                 "as 0.1"
             )
         if isinstance(self.base.teacher, RunConfig) and self.base.teacher.holdout != self.base.holdout:
             raise ValueError(
                 f"teacher.holdout={self.base.teacher.holdout}: expected the student's, {self.base.holdout}, or it "
-                "learns from the held-out images"
+                "would be trained on the held-out images"
             )
         assert self.dimensions
         return self
@@ -65,7 +65,7 @@ class Search(BaseModel):
 
     @property
     def defaults(self) -> dict:  # name -> value
-        "The loss's default settings of what is searched."
+        "The loss's default values of the searched hyper-parameters."
         return {name: self.base.loss_args[name] for name in self.space}
 
     def holds(self, values: dict) -> bool:
@@ -85,7 +85,7 @@ def trial_config(
     p: Profile,
     pair: tuple[str, str],  # (teacher, student)
     loss: str,  # name in `ldrld.losses`
-    holdout: float = 0.0,  # share of each class's training images held out; 0: full training, tested on the test set
+    holdout: float = 0.0,  # fraction of each class's training images held out; 0: none, evaluated on the test set
     epochs: int | None = None,  # the student's; None: the profile's
     **loss_args: Any,  # hyper-parameters that differ from the defaults
 ) -> RunConfig:
@@ -100,15 +100,13 @@ def search_for(
     p: str | Profile,  # a profile, by itself, by its name or its file
     loss: str = "ldrld",  # name in `ldrld.losses`
     pair: tuple[str, str] | None = None,  # (teacher, student); None: the profile's ablation pair
-    space: dict[str, str] | None = None,  # name -> what to try; None: the loss's own of `SPACES`
-    holdout: float = 0.1,  # share of the training images of each class held out
+    space: dict[str, str] | None = None,  # name -> candidates; None: those of the loss in `SPACES`
+    holdout: float = 0.1,  # fraction of the training images of each class held out
     epochs: int | None = None,  # the student's; None: the profile's
     name: str | None = None,  # of the study; None: from loss and pair
     **more: Any,  # other fields of `Search`: seeds, seed, startup
 ) -> Search:
-    """The search for one pair of a profile. `ValueError` for what does not fit; loads the data to see how many
-    classes there are.
-    """
+    "The search for one pair of a profile; loads the data for their number of classes. `ValueError` if invalid."
     p = profile(p)
     pair = pair or ablation_pair(p)
     base = trial_config(p, pair, loss, holdout, epochs)
@@ -121,12 +119,12 @@ def search_for(
 def studies(
     folder: str,  # a search's
 ) -> Path:
-    "Where declarations and studies lie, beside the records of their trials."
+    "The folder of declarations and studies, next to the records of their trials."
     return paths.records(folder) / "studies"
 
 # %% ../../../nbs/tuning/search.ipynb #ed813131
 def _differences(before: dict, now: dict, where: str = "") -> list[str]:
-    "What two declarations do not share."
+    "The differences between two declarations."
     lines = []
     for key in {**before, **now}:
         a, b, name = before.get(key), now.get(key), f"{where}{key}"
@@ -140,7 +138,7 @@ def _differences(before: dict, now: dict, where: str = "") -> list[str]:
 def declare(
     search: Search,
 ) -> None:
-    "Write what is searched, with the code's commit; `ValueError` if the name belongs to another search."
+    "Write the declaration of a search, with the code's commit; `ValueError` if the name belongs to another search."
     file = studies(search.folder) / f"{search.name}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(lock_file(search, "declare")):
@@ -148,8 +146,8 @@ def declare(
             before = declared(search.name, search.folder)
             if differ := _differences(before.model_dump(), search.model_dump()):
                 raise ValueError(
-                    f"{search.name} was begun with other settings: {'; '.join(differ)}. Call it as before to go on, "
-                    "or give this search a name of its own (--name)"
+                    f"{search.name} was begun with other settings: {'; '.join(differ)}. Repeat the earlier call to "
+                    "continue it, or give this search another name (--name)"
                 )
             return
         made = {
@@ -164,7 +162,7 @@ def declare(
 
 # %% ../../../nbs/tuning/search.ipynb #3850ddbf
 class Declaration(BaseModel):
-    "The file of a search: what is searched, and with which code it was begun."
+    "The file of a search: its declaration, and the code with which it was begun."
 
     search: Search
     sampler: str
@@ -180,11 +178,11 @@ def declared(
     try:
         return Declaration.model_validate_json(file.read_text(encoding="utf-8"), strict=False).search
     except ValueError as error:
-        raise ValueError(f"{file} does not declare a search; move it away and call again\n{error}") from error
+        raise ValueError(f"{file} is not a declaration of a search; move it away and call again\n{error}") from error
 
 # %% ../../../nbs/tuning/search.ipynb #e8893a52
 def lock_file(search: Search, what: str) -> str:
-    "The file of a lock; it is freed when its process ends, however it ends."
+    "The file of a lock, which is released when its process ends, for whatever reason."
     folder = paths.work(f"{search.folder}-{search.name}")
     folder.mkdir(parents=True, exist_ok=True)
     return str(folder / f"{what}.lock")

@@ -38,7 +38,7 @@ def _range(low: str, high: str, by: str | None, whole: bool) -> Dimension:
         raise ValueError(f"expected two ends, the lower first, got {low} and {high}")
     if by == "log":
         if a <= 0:
-            raise ValueError(f"a range of magnitudes begins above 0, got {low}; try {b / 1000:g}..{high}:log")
+            raise ValueError(f"expected a logarithmic range above 0, got {low}; try {b / 1000:g}..{high}:log")
         return IntDistribution(int(a), int(b), log=True) if whole else FloatDistribution(a, b, log=True)
     if step is not None and (step <= 0 or abs((b - a) / step - round((b - a) / step)) > 1e-9):
         raise ValueError(f"steps of {by} from {low} do not end at {high}")
@@ -57,11 +57,9 @@ def ends(
 def dimension(
     loss: str,  # name in `ldrld.losses`
     name: str,  # of one of its hyper-parameters
-    text: str,  # what to try, such as "0.1..30:log", "2..20", "1..8:1" or "adw,none"
+    text: str,  # candidates, such as "0.1..30:log", "2..20", "1..8:1" or "adw,none"
 ) -> Dimension:
-    """What may be tried for one hyper-parameter. `ValueError`, saying what would work, for a name or value that the
-    loss does not take.
-    """
+    "The candidates for one hyper-parameter. `ValueError`, with valid examples, for a name or value the loss rejects."
     default = hyperparameters(loss, {}) | loss_class(loss).added
     if name not in default:
         raise validation.unknown_name(f"hyper-parameter of {loss!r}", name, list(default))
@@ -83,7 +81,7 @@ def dimension(
     return made
 
 # %% ../../../nbs/tuning/space.ipynb #9cf7bd1b
-# by loss: what to try for data of so many classes
+# by loss: candidates for data with a given number of classes
 SPACES = {
     "ldrld": lambda classes: {
         "alpha": "0.5..50:log",
@@ -98,13 +96,13 @@ SPACES = {
 
 def space_from(
     texts: list[str],  # such as ["alpha=0.1..30:log", "depth=2..20 weighting=adw,none"]
-) -> dict[str, str]:  # name -> what to try
-    "A space from a command line's words. `ValueError` for a word without = or a name given twice."
+) -> dict[str, str]:  # name -> candidates
+    "A space from the arguments of a command line. `ValueError` for a word without = or a name given twice."
     space: dict[str, str] = {}
     for word in " ".join(texts).split():
         name, is_given, text = word.partition("=")
         if not (name and is_given and text):
-            raise ValueError(f"space: {word!r}: expected name=what to try: {GRAMMAR}")
+            raise ValueError(f"space: {word!r}: expected name=candidates: {GRAMMAR}")
         if name in space:
             raise ValueError(f"space: {name} is given twice, {space[name]} and {text}; give one of them")
         space[name] = text
@@ -114,15 +112,13 @@ def space_from(
 def space_of(
     loss: str,  # name in `ldrld.losses`
     classes: int,  # of the data
-    space: dict[str, str] | None = None,  # name -> what to try; None: the loss's own of `SPACES`
+    space: dict[str, str] | None = None,  # name -> candidates; None: those of the loss in `SPACES`
 ) -> dict[str, str]:
-    """A space that fits the loss and the data. `ValueError` for a loss without a space of its own, or an end that
-    does not fit.
-    """
+    "A space that fits the loss and the data. `ValueError` for a loss without a default space, or an invalid end."
     built = losses.build(loss)
     if not space and loss not in SPACES:
         raise ValueError(
-            f"the loss {loss!r} has no space of its own; give one, with {GRAMMAR}. Its hyper-parameters: "
+            f"the loss {loss!r} has no default space; give one, with {GRAMMAR}. Its hyper-parameters: "
             + ", ".join(f"{k}={v!r}" for k, v in built.hyperparameters.items())
         )
     space = space or SPACES[loss](classes)

@@ -23,7 +23,7 @@ from .search import Search, lock_file, studies
 # %% ../../../nbs/tuning/study.ipynb #0707a1e4
 def mend_journal(
     file: Path,  # of a study
-) -> str | None:  # what was cut off; None if nothing was
+) -> str | None:  # the removed part; None if nothing was removed
     """Repair a journal whose last line was cut when its process was killed; that line was never acknowledged.
 
     Called under the lock, before anything is appended. `ValueError` for other damage; nothing is changed then.
@@ -83,7 +83,7 @@ class SeededByNumber(BaseSampler):
 def study_of(
     search: Search,
 ) -> optuna.Study:
-    "The study of a search: one file, to which processes append what they try and what came of it."
+    "The study of a search: one file, to which processes append settings and results."
     file = studies(search.folder) / f"{search.name}.journal"
     file.parent.mkdir(parents=True, exist_ok=True)
     mend_journal(file)
@@ -105,7 +105,7 @@ def values_of(
     search: Search,
     suggested: dict,  # a trial's parameters in the study
 ) -> dict:
-    "What a trial sets: numbers to three significant digits, which is what a person would write, and within the space."
+    "The settings of a trial: numbers within the space, rounded to three significant digits."
     brief = lambda d, v: (
         min(max(float(f"{v:.3g}"), d.low), d.high) if isinstance(d, FloatDistribution) and d.step is None else v
     )
@@ -113,7 +113,7 @@ def values_of(
 
 # %% ../../../nbs/tuning/study.ipynb #3fc1ef05
 class Claim(NamedTuple):
-    "A trial that this process carries out; others leave it alone until the lock is released, or the process ends."
+    "A trial that this process runs; others cannot claim it until the lock is released or the process ends."
 
     number: int
     values: dict
@@ -124,15 +124,15 @@ def claim(
     search: Search,
     study: optuna.Study,
     trials: int,  # of the study in all, those finished and those running elsewhere included
-) -> Claim | None:  # None: there are as many as were asked for
-    "The next trial: one that was left unfinished, else a new one."
+) -> Claim | None:  # None: there are as many as requested
+    "The next trial: an unfinished one, else a new one."
     lock_of = lambda number: FileLock(lock_file(search, f"trial-{number}"), timeout=0)
     with FileLock(lock_file(search, "claim")):
         for t in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             try:
                 lock = lock_of(t.number).acquire().lock
             except Timeout:
-                continue  # another process is at it
+                continue  # another process runs it
             if t.params.keys() == search.space.keys():
                 return Claim(t.number, values_of(search, t.params), lock)
             study.tell(t.number, state=TrialState.FAIL)  # ended while it was being suggested

@@ -25,7 +25,7 @@ def measured(
     values: dict,  # of what is searched
     report: Report = None,
 ) -> float:  # per cent
-    "Accuracy on the held-out training images after the last epoch, a mean over the seeds; trained now if nobody has."
+    "Accuracy on the held-out training images after the last epoch, averaged over seeds; trained now if necessary."
     return (
         sum(
             run(search.config(values, seed), search.folder, report=report).last_accuracy for seed in range(search.seeds)
@@ -39,7 +39,7 @@ def tune(
     trials: int = 30,  # in all, those of earlier calls included
     report: Report = print,
 ) -> pd.DataFrame:  # see `table_of`
-    """Carry out a search, or go on with it; stops at `LDRLD_DEADLINE` (seconds since 1970) as runs do.
+    """Run a search or continue it; like a run, it stops at `LDRLD_DEADLINE` (seconds since 1970).
 
     ValueError if the name belongs to another search; errors of a run pass through, and the next call retries it.
     """
@@ -77,19 +77,19 @@ def tune(
 def settings_of(
     values: dict,
 ) -> str:  # such as "alpha=10.5 depth=7"
-    "Settings as a person writes them."
+    "Settings as they are written on a command line."
     return " ".join(
         f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in values.items()
     )
 
 # %% ../../../nbs/tuning/trials.ipynb #dba32381
 def _line(search: Search, number: int | None, values: dict) -> dict:
-    "One line of the table; `ValueError` for a trial whose records are gone."
+    "One line of the table; `ValueError` for a trial whose records are missing."
     names = [name_of(search.config(values, seed)) for seed in range(search.seeds)]
     found = [load_record(name, search.folder) for name in names]
     if None in found:
         raise ValueError(
-            f"trial {number} has no record {names[found.index(None)]}; bring it back, or delete "
+            f"trial {number} has no record {names[found.index(None)]}; restore it, or delete "
             f"{search.name}.journal and call again"
         )
     accuracy = pd.Series([r.last_accuracy for r in found if r])
@@ -106,9 +106,7 @@ def _line(search: Search, number: int | None, values: dict) -> dict:
 def table_of(
     search: Search,
 ) -> pd.DataFrame:  # trial, settings, defaults, held_out (per cent, mean over seeds), sd, gain over the defaults, runs
-    """The finished trials in the order of their numbers; defaults that lie outside of the space come first, without
-    a number.
-    """
+    "The finished trials in the order of their numbers; defaults outside the space come first, without a number."
     trials = study_of(search).get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     lines = [_line(search, t.number, values_of(search, t.params)) for t in trials]
     if not search.holds(search.defaults) and load_record(
@@ -129,9 +127,9 @@ def best_of(
     search: Search,
     table: pd.DataFrame,  # from `table_of`, with at least one line
 ) -> dict:  # name -> value
-    "The settings with the highest accuracy on the held-out images; of equal ones the first."
+    "The settings with the highest accuracy on the held-out images; the first in case of ties."
     return settings_in(search, table.loc[table["held_out"].idxmax()])
 
 def settings_in(search: Search, line: pd.Series) -> dict:
-    "The settings of a line, as Python's own numbers and words."
+    "The settings of a line, as plain Python values."
     return {name: line[name].item() if hasattr(line[name], "item") else line[name] for name in search.space}

@@ -179,7 +179,7 @@ class BlockSettings(SteppingStones):
         self,
         distance: str | None = None,  # D, a loss on logits; None: "kd" in "blockkd", "ldrld" in "block_ldrld"
         distance_args: dict[str, Any] | None = None,  # its hyper-parameters; None: defaults, for "kd" τ = 4, weight 1
-        ranking: str = "branch",  # who ranks the classes, for "ldrld": "branch", its own logits | "student", Y^S
+        ranking: str = "branch",  # logits that rank the classes, for "ldrld": "branch", its own | "student", Y^S
         alpha: float = 1.0,  # α ≥ 0, weight of the cross-entropies
         beta: float = 1.0,  # β ≥ 0, weight of the distances to the teacher
         gamma: float = 0.0,  # γ ≥ 0, weight of the distances to the ensemble
@@ -187,7 +187,7 @@ class BlockSettings(SteppingStones):
         stones: str = "all",  # "all" | "last", the student's last map in the teacher's classifier
         drawn: int | None = None,  # number of stepping-stones drawn for each step; None: all
         weighting: str = "halving",  # weights of the stepping-stones: "halving", 2^−(n−i) | "equal", 1
-        handover: float = 0.0,  # ≥ 0, share of the training over which they join one after the other; 0: at once
+        handover: float = 0.0,  # ≥ 0, fraction of the training over which they join one by one; 0: all at once
         connector: str = "3x3",  # convolution between maps of equal size: "3x3" | "1x1" | "identity", none at all
         teacher_norm: str = "eval",  # statistics of borrowed batch norms: "eval", the teacher's | "batch"
     ):

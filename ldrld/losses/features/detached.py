@@ -29,7 +29,7 @@ class Detached(FeatureLoss):
     own_recipe = "AdamW, one cycle, 50 epochs, no augmentation"
     def __init__(
         self,
-        loss: str = "fitnet",  # name of a loss on features that leaves the classifier alone
+        loss: str = "fitnet",  # name of a loss on features that does not train the classifier
         loss_args: dict | None = None,  # its hyper-parameters without ce_weight; None: {}
         cut: int | None = None,  # stage whose map is detached; None: the one that the loss compares, else the last
         ce_weight: float = 1.0,  # w_ce ≥ 0, weight of the cross-entropy after the cut
@@ -37,8 +37,8 @@ class Detached(FeatureLoss):
         super().__init__()
         base = build(loss, **{**(loss_args or {}), "ce_weight": 0.0})
         if not isinstance(base, FeatureLoss) or type(base).deployed is not LossBase.deployed or not base.needs_teacher:
-            raise ValueError(f"loss must be a loss on features that leaves the classifier alone, such as 'fitnet' or "
-                             f"'at', got {loss!r}")
+            raise ValueError(f"loss must be a loss on features that does not train the classifier, such as "
+                             f"'fitnet' or 'at', got {loss!r}")
         self.loss, self.loss_args, self.base = loss, dict(loss_args or {}), base
         self.cut = None if cut is None else validation.integer("cut", cut, at_least=0)
         self.ce_weight = validation.number("ce_weight", ce_weight, at_least=0.0)

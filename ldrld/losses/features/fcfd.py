@@ -43,7 +43,7 @@ class FCFD(Hybrids):
         feature_weight: float = 5.0,  # w ≥ 0, weight of the maps' squared differences
         hybrids: int = 2,  # ≥ 1, number of hybrids per step
         ce_weight: float = 1.0,  # ≥ 0, weight of the cross-entropy
-        warmup: float = 1 / 12,  # ≥ 0, share of the training over which the features ramp up: 20 of 240 epochs
+        warmup: float = 1 / 12,  # ≥ 0, fraction of the training over which the features ramp up: 20 of 240 epochs
     ):
         super().__init__()
         self.temperature = validation.number("temperature", temperature, above=0.0)

@@ -15,7 +15,7 @@ from ...models.parts import Features
 # %% ../../../nbs/methods/heads.ipynb #c3d09b46
 def heads_of(
     student: nn.Module,  # with its last linear layer as `student.head`
-    teacher: nn.Module,  # likewise
+    teacher: nn.Module,  # with its last linear layer as `teacher.head`
 ) -> tuple[nn.Linear, nn.Linear]:
     "The linear layers from pooled vector to logits. ValueError if one is missing or the classes differ."
     heads = []

@@ -96,13 +96,13 @@ class ReviewKD(Comparison):
     def __init__(
         self,
         weight: float = 1.0,  # λ ≥ 0
-        warmup: float = 1 / 12,  # share of the training over which λ grows from 0, 0 to 1: 20 of 240 epochs
+        warmup: float = 1 / 12,  # fraction of the training, 0 to 1, over which λ grows from 0: 20 of 240 epochs
         student_preact: bool = False,  # use the student's maps before the activation as well?
         max_width: int = 512,  # maximum inner width, ≥ 1
         ce_weight: float = 1.0,  # w_ce ≥ 0
     ):
         super().__init__(ce_weight, weight=weight, warmup=warmup)
-        if self.warmup > 1: raise ValueError(f"warmup must be a share of the training, at most 1, got {warmup!r}")
+        if self.warmup > 1: raise ValueError(f"warmup must be a fraction of the training, at most 1, got {warmup!r}")
         self.student_preact = validation.flag("student_preact", student_preact)
         self.max_width = validation.integer("max_width", max_width, at_least=1)
 

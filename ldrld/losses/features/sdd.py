@@ -55,7 +55,7 @@ class SDD(OuterLoss, FeatureLoss):
     """
     pair_settings = {("resnet32x4", "resnet8x4"): {"regions": [1, 2]}, ("vgg13", "vgg8"): {"regions": [1, 2]}}
     inner_argument = "distance"
-    needs_target = "'sdd', whose weights ask whether the teacher is right"
+    needs_target = "'sdd', whose weights depend on whether the teacher is right"
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class SDD(OuterLoss, FeatureLoss):
         regions: Sequence[int] = (1, 2, 4),  # side of each grid of regions; 1 is the whole image
         conflict_weight: float = 2.0,  # ω ≥ 1 of regions that conflict with the whole image
         ce_weight: float | None = None,  # ≥ 0, weight of the cross-entropy; None: that of the distance
-        warmup: float | None = None,  # ≥ 0, share of the training over which D ramps up; None: that of the distance
+        warmup: float | None = None,  # ≥ 0, fraction of the training over which D ramps up; None: that of D
     ):
         super().__init__()
         self.distance, self.distance_args = distance, dict(distance_args or {})
@@ -92,10 +92,10 @@ class SDD(OuterLoss, FeatureLoss):
         with torch.no_grad():
             z_t = regional_logits(rows.theirs, last_map(teacher_features), self._heads[1], self.regions)
         times = len(z_s) // len(rows.student)
-        share = rows.student.new_full((len(z_s),), 1 / len(z_s))
-        if rows.share is not None: share = rows.share.repeat(times) / times
+        row_weights = rows.student.new_full((len(z_s),), 1 / len(z_s))
+        if rows.row_weights is not None: row_weights = rows.row_weights.repeat(times) / times
         double = conflicts(z_t, rows.theirs, rows.labels)
-        all_regions = Rows(z_s, z_t, rows.labels.repeat(times), share)
-        in_conflict = all_regions._replace(share=(self.conflict_weight - 1) * share.where(double, 0.0))
+        all_regions = Rows(z_s, z_t, rows.labels.repeat(times), row_weights)
+        in_conflict = all_regions._replace(row_weights=(self.conflict_weight - 1) * row_weights.where(double, 0.0))
         once, again = (inner_terms(self.base, part, self.ramp) for part in (all_regions, in_conflict))
         return self.cross_entropy(rows.student, rows.target) | {name: once[name] + again[name] for name in once}

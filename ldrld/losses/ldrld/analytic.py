@@ -107,13 +107,13 @@ def own_workspace(held: dict) -> Iterator[None]:
 # %% ../../../nbs/lesson/04_one_pass.ipynb #bb50d9be
 def some_rows(
     student: Tensor, teacher: Tensor, target: Tensor | None, weights: Tensor, temperature: float,
-    factors: dict[str, float], rank_by: str, share: float,
+    factors: dict[str, float], rank_by: str, row_weight: float,
 ) -> tuple[Tensor, Tensor]:
     """`analytic` for a few rows: terms (rows, 4) without factors, and the gradient with them.
 
-    share: weight of each row in the gradient. The gradient lies in the workspace.
+    row_weight: of each row in the gradient, which lies in the workspace.
     """
-    r, f_pairs, f_llki, f_rntk = (share * factors[name] for name in ("ce", "pairs", "llki", "rntk"))
+    r, f_pairs, f_llki, f_rntk = (row_weight * factors[name] for name in ("ce", "pairs", "llki", "rntk"))
     rows, classes = student.shape
     z, room = (workspace(2 * rows, classes, student, which) for which in (0, 1))
     torch.div(student, temperature, out=z[:rows])
@@ -149,7 +149,7 @@ def analytic(
     student: Tensor,  # (rows, classes), any floating type
     teacher: Tensor,  # (rows, classes)
     target: Tensor | None,  # (rows,) int64 classes; None for no cross-entropy
-    share: Tensor | None,  # (rows,) weight of each row in the mean; None: uniform
+    row_weights: Tensor | None,  # (rows,) weight of each row in the mean; None: uniform
     weights: Tensor,  # (d, d) pair weights, in the compute type
     temperature: float,  # T
     factors: dict[str, float],  # of "ce", "pairs", "llki", "rntk"
@@ -164,7 +164,7 @@ def analytic(
         gradient = torch.empty(student.shape, dtype=held_type(student.dtype), device=student.device)
     for k in range(0, rows, step):
         s, t = student[k : k + step], teacher[k : k + step]
-        y, part = (None if x is None else x[k : k + step] for x in (target, share))
+        y, part = (None if x is None else x[k : k + step] for x in (target, row_weights))
         if part is not None: s, t = (z.masked_fill((part == 0)[:, None], 0.0) for z in (s, t))
         s, seen = comparable(s, t, None if y is None else y.clamp(min=0), k)
         s, t = s.to(weights.dtype), without_shared(s, cast(Tensor, seen)).to(weights.dtype)
@@ -172,21 +172,21 @@ def analytic(
         if part is not None: terms, g = terms * part[:, None], g.mul_(part[:, None])
         parts.append(terms)
         if gradient is not None: gradient[k : k + step] = g
-    n = rows if share is None else 1
+    n = rows if row_weights is None else 1
     scale = tuple(factors[name] / n for name in ("ce", "pairs", "llki", "rntk"))
     terms = parts[0] if len(parts) == 1 else torch.cat(parts)
     return terms * constants(scale, weights.dtype, student.device), gradient
 
 # %% ../../../nbs/lesson/04_one_pass.ipynb #bb11b49c
 def kernel(
-    student: Tensor, teacher: Tensor, target: Tensor | None, share: Tensor | None, weights: Tensor, temperature: float,
-    factors: dict[str, float], rank_by: str = "student", with_grad: bool = True,
+    student: Tensor, teacher: Tensor, target: Tensor | None, row_weights: Tensor | None, weights: Tensor,
+    temperature: float, factors: dict[str, float], rank_by: str = "student", with_grad: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     "`analytic`, computed by the Triton kernel."
     from ldrld.losses.ldrld import triton_kernel
-    if share is None: share = torch.full((len(student),), 1 / len(student), device=student.device)
-    share, weights = share.float(), weights.float()
-    return triton_kernel.fused(student, teacher, target, share, weights, temperature, factors, rank_by, with_grad)
+    if row_weights is None: row_weights = torch.full((len(student),), 1 / len(student), device=student.device)
+    row_weights, weights = row_weights.float(), weights.float()
+    return triton_kernel.fused(student, teacher, target, row_weights, weights, temperature, factors, rank_by, with_grad)
 
 # %% ../../../nbs/lesson/04_one_pass.ipynb #65c17d25
 def kernel_gradient(ctx: Any, gradient: Tensor, above: Tensor) -> Tensor:
@@ -219,10 +219,10 @@ class OneGradient(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, fused: Implementation, plain: Callable[..., Tensor], student: Tensor, teacher: Tensor,
-        target: Tensor | None, share: Tensor | None, weights: Tensor, *settings: Any,
+        target: Tensor | None, row_weights: Tensor | None, weights: Tensor, *settings: Any,
     ) -> tuple[Tensor, Tensor]:
-        terms, gradient = fused(student, teacher, target, share, weights, *settings, ctx.needs_input_grad[2])
-        ctx.fused, ctx.plain, ctx.constants = fused, plain, (teacher, target, share)
+        terms, gradient = fused(student, teacher, target, row_weights, weights, *settings, ctx.needs_input_grad[2])
+        ctx.fused, ctx.plain, ctx.constants = fused, plain, (teacher, target, row_weights)
         ctx.save_for_backward(student, gradient)
         terms = terms.sum(0)
         ctx.mark_non_differentiable(terms)

@@ -28,10 +28,10 @@ def relation_terms(
     teacher_logits: Tensor,  # (batch, classes), finite
     weights: Tensor,  # (d, d) pair weights, from `adw_weights`; d is the depth
     temperature: float = 4.0,  # T
-    rank_by: str = "student",  # who selects the classes: "student" | "teacher" | "label"
+    rank_by: str = "student",  # whose ranking selects the classes: "student" | "teacher" | "label"
     target: Tensor | None = None,  # (batch,) int64, for "label"
     find: Callable[[Tensor, int], Tensor] = analytic.largest,  # (scores, depth) → indices of the largest, see `top_d`
-    mass: bool = False,  # whether to add "mass", how probable the selected classes are together (ours)
+    mass: bool = False,  # whether to add "mass", which compares the selected classes' total probability (ours)
     anchor: bool = False,  # whether the teacher's top class replaces the last one selected, unless it is selected
 ) -> dict[str, Tensor]:  # "pairs", "llki", "rntk", each (batch,), without α, β and T²
     """The three divergences of LDRLD for every sample: weighted pairs, selected classes jointly, remaining classes.
@@ -75,7 +75,7 @@ class RelationTerms(LogitLoss):
 
     @property
     def factors(self) -> dict[str, float]:  # of "ce", "pairs", "llki", "rntk" and "mass"
-        "Factor of each term; a subclass says how it follows from the hyper-parameters."
+        "Factor of each term; a subclass computes it from its hyper-parameters."
         raise NotImplementedError
 
     def weights(self, make: Callable[..., Tensor], student: Tensor, teacher: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ class RelationLoss(RelationTerms):
         teacher, weights = rows.theirs.detach(), self.weights(kept_weights, rows.student, rows.theirs)
         settings = weights, self.temperature, self.factors, self.rank_by
         value, terms = analytic.OneGradient.apply(
-            fused, self.plain_value, rows.student, teacher, rows.target, rows.share, *settings)
+            fused, self.plain_value, rows.student, teacher, rows.target, rows.row_weights, *settings)
         names = ("ce", "pairs", "llki", "rntk")[rows.target is None :]
         return value, dict(zip(names, terms.unbind()[-len(names) :]))
 

@@ -45,7 +45,7 @@ class Selected(NamedTuple):
 # %% ../../../nbs/lesson/07_sharded_vocabularies.ipynb #5a4d0010
 def select(
     student: Tensor,  # (rows, classes of this slice), finite
-    teacher: Tensor,  # likewise
+    teacher: Tensor,  # the same shape, finite
     depth: int,  # d
     rank_by: str,  # "student" | "teacher"
     group: ProcessGroup | None = None,
@@ -67,11 +67,11 @@ NOWHERE = 3 * RULED_OUT  # logit of a class outside the rest: probability 0, and
 
 def rest_of_slice(
     student: Tensor,  # (rows, classes of this slice), finite
-    teacher: Tensor,  # likewise, from `without_shared`
+    teacher: Tensor,  # the same shape, from `without_shared`
     mine: Tensor,  # (rows, classes of this slice) bool, classes that are selected
     temperature: float,  # T
 ) -> list[Tensor]:  # ℓ^s_r, ℓ^t_r and a_r, (rows,) each
-    "What a slice contributes to the divergence over the remaining classes."
+    "The contribution of a slice to the divergence over the remaining classes."
     u_s, u_t = (tempered(z.masked_fill(mine, NOWHERE), temperature) for z in (student, teacher))
     l_s, l_t = u_s.logsumexp(-1), u_t.logsumexp(-1)
     p = (u_t - l_t[:, None]).exp()
@@ -83,7 +83,7 @@ def label_in_slice(
     target: Tensor,  # (rows,) int64 classes of the whole vocabulary
     first: int,  # index of this slice's first class in the vocabulary
 ) -> list[Tensor]:  # log Σ exp z, the label's logit or 0, and 1 or 0 for whether the label is here; (rows,) each
-    "What a slice contributes to the cross-entropy."
+    "The contribution of a slice to the cross-entropy."
     here = (target >= first) & (target < first + student.shape[-1])
     at_label = student.gather(-1, (target - first).where(here, 0)[:, None])[:, 0]
     return [student.logsumexp(-1), at_label.where(here, 0.0), here.to(student.dtype)]
@@ -104,8 +104,8 @@ def sharded_terms(
     group: ProcessGroup | None = None,
 ) -> dict[str, Tensor]:  # "ce", "pairs", "llki", "rntk", weighted, (rows,) each; the same in all processes
     "The weighted terms of every row, from a slice in each process. Two collectives."
-    student, teacher, target = finite(readable(rows.student, rows.share)), rows.theirs, rows.target
-    teacher = without_shared(student, finite(readable(teacher.detach(), rows.share)))
+    student, teacher, target = finite(readable(rows.student, rows.row_weights)), rows.theirs, rows.target
+    teacher = without_shared(student, finite(readable(teacher.detach(), rows.row_weights)))
     z_s, z_t, mine = select(student, teacher, loss.depth, loss.rank_by, group)
     parts = rest_of_slice(student, teacher, mine, loss.temperature)
     if target is not None: parts += label_in_slice(student, target, first)
@@ -170,7 +170,7 @@ def sharded_loss(
     counts = mask if target is None else target != IGNORED if mask is None else mask & (target != IGNORED)
     rows = rows_of(student_logits, teacher_logits, None, counts, normalizer=normalizer)
     y = None if target is None else target.flatten().where(target.flatten() != IGNORED, 0)
-    rows = Rows(rows.student, rows.teacher, y, rows.share)
+    rows = Rows(rows.student, rows.teacher, y, rows.row_weights)
     with torch.autocast(student_logits.device.type, enabled=False): values = sharded_terms(loss, rows, first, group)
     terms = {name: rows.mean(value) for name, value in values.items()}
     return summed(terms.values()), {name: term.detach() for name, term in terms.items()}

@@ -290,13 +290,14 @@ def _skip(terms, grad, classes, GRAD: tl.constexpr, K: tl.constexpr, L: tl.const
 
 # %% ../../../nbs/lesson/05_gpu_kernel.ipynb #39f47a9e
 @_jit
-def _kernel(student, teacher, target, share, weights, terms, grad, stride_s, stride_t, classes, scale, temperature,
+def _kernel(student, teacher, target, row_weights, weights,
+            terms, grad, stride_s, stride_t, classes, scale, temperature,
             f_ce, f_pairs, f_llki, f_rntk, depth: tl.constexpr, BY_STUDENT: tl.constexpr, TARGET: tl.constexpr,
             GRAD: tl.constexpr, REST: tl.constexpr, POWER: tl.constexpr, TAIL: tl.constexpr,
             D: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr):
     "The program of one row. Offsets have 64 bits: 20,000 rows of 128,000 classes exceed 32 bits."
     row = tl.program_id(0).to(tl.int64)
-    part = tl.load(share + row)
+    part = tl.load(row_weights + row)
     terms, grad = terms + row * 4, grad + row * classes
     if part == 0.0: _skip(terms, grad, classes, GRAD, K, L)
     else:
@@ -314,7 +315,7 @@ def _check_device(name: str, tensor: Tensor) -> None:
     "ImportError without Triton; ValueError for a tensor that the kernel cannot reach."
     if not available():
         raise ImportError("ldrld.losses.ldrld.triton_kernel needs triton, which is not installed: "
-                          "`pip install triton` (on Linux), or call ldrld.LDRLD, which does without it")
+                          "`pip install triton` (on Linux), or call ldrld.LDRLD, which does not need it")
     if not tensor.is_cuda and isinstance(_kernel, triton.runtime.JITFunction):
         raise ValueError(f"{name} must be on a CUDA device, got {tensor.device}; call ldrld.LDRLD, which works on any "
                          "device (for trials on the CPU, set TRITON_INTERPRET=1 before triton is imported)")
@@ -322,9 +323,9 @@ def _check_device(name: str, tensor: Tensor) -> None:
 # %% ../../../nbs/lesson/05_gpu_kernel.ipynb #b7da668f
 def fused(
     student: Tensor,  # (rows, classes) logits, float32, bfloat16 or float16; rows may lie apart in memory
-    teacher: Tensor,  # (rows, classes) logits, likewise
+    teacher: Tensor,  # (rows, classes) logits, of the same types
     target: Tensor | None,  # (rows,) int64 classes; None: no cross-entropy
-    share: Tensor,  # (rows,) float32, weight of each row: 1/n, or 0 for an ignored row
+    row_weights: Tensor,  # (rows,) float32, weight of each row: 1/n, or 0 for an ignored row
     weights: Tensor,  # (d, d) pair weights above the diagonal, from `adw_weights`; d from 2 to 64
     temperature: float,  # T > 0
     factors: dict[str, float],  # of "ce", "pairs", "llki" and "rntk"
@@ -333,22 +334,23 @@ def fused(
 ) -> tuple[Tensor, Tensor | None]:  # terms (rows, 4) float32; gradient of their sum in `held_type`
     """The terms of LDRLD (columns "ce", "pairs", "llki", "rntk") and their gradient for the student, in one launch.
 
-    Computes in float32. A row with share 0 may hold anything, including NaN and target −100, and gives exact zeros; in
-    any other row, an invalid target makes the cross-entropy NaN. A class masked with −∞ counts as −1e9 and gets no
+    Computes in float32. A row of weight 0 may hold anything, including NaN and target −100, and gives exact zeros;
+    in any other row, an invalid target makes the cross-entropy NaN. A class masked with −∞ counts as −1e9 and gets no
     gradient; if the teacher allows it, the loss is a very large number. Raises ValueError for an invalid argument and
     ImportError without Triton.
     Source: the paper, arXiv 2507.15911; derived in `nbs/lesson/05_gpu_kernel.ipynb`.
     """
     validation.logits(student, teacher)
     _check_device("student", student)
-    check_arguments(student, teacher, target, share, weights, temperature, rank_by)
+    check_arguments(student, teacher, target, row_weights, weights, temperature, rank_by)
     student, teacher = (z.detach() if z.stride(1) == 1 else z.detach().contiguous() for z in (student, teacher))
     (rows, classes), T = student.shape, float(temperature)
     terms = torch.empty(rows, 4, dtype=torch.float32, device=student.device)
     grad = torch.empty(rows, classes, dtype=held_type(student.dtype), device=student.device) if with_grad else None
     compiled_for = options(classes, len(weights), T, rank_by, target is not None, with_grad)
     with torch.cuda.device_of(student):
-        _kernel[(rows,)](student, teacher, share if target is None else target.contiguous(), share.contiguous(),
+        unused_or_target = row_weights if target is None else target.contiguous()
+        _kernel[(rows,)](student, teacher, unused_or_target, row_weights.contiguous(),
                          weights.detach().float().contiguous(), terms, terms if grad is None else grad,
                          student.stride(0), teacher.stride(0), classes, 1.4426950408889634 / T, T,
                          *(float(factors[name]) for name in ("ce", "pairs", "llki", "rntk")), **compiled_for)

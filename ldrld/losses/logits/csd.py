@@ -39,7 +39,7 @@ class CSD(LogitLoss):
     def __init__(
         self,
         first: str = "student",  # w_1: "student" | "teacher" | "uniform"
-        second: str = "student",  # w_2, likewise
+        second: str = "student",  # w_2, one of the same three
         detach: bool = True,  # whether the student's weights are constants
         temperature: float = 4.0,  # τ > 0 (ours)
         ce_weight: float = 0.1,  # w_ce ≥ 0, weight of the cross-entropy (ours)

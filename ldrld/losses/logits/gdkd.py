@@ -52,7 +52,7 @@ class GDKD(LogitLoss):
 
     def __init__(
         self,
-        k: int = 5,  # ≥ 1, number of classes in the group; with 1, the teacher's top class takes DKD's label's place
+        k: int = 5,  # ≥ 1, number of classes in the group; with 1, the teacher's top class replaces the label of DKD
         mass_weight: float = 1.0,  # w_0 ≥ 0; 0.5 on ImageNet
         top_weight: float = 2.0,  # w_1 ≥ 0, within the group
         rest_weight: float = 8.0,  # w_2 ≥ 0, outside the group

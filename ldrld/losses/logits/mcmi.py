@@ -60,13 +60,13 @@ class MCMI(LogitLoss):
         self.register_buffer("centroids", None)
 
     def prepare(self, student: nn.Module, teacher: nn.Module, example: Tensor, data: Any = None) -> Self:
-        "Copy the teacher into the student and compute the centroids. ValueError without data or for unlike networks."
+        "Copy the teacher into the student and compute the centroids. ValueError without data or for other networks."
         from ldrld.models.evaluation import logits_of  # here, because no other loss needs it
         if data is None: raise ValueError("data must be given for 'mcmi', which averages over its images, got None")
         theirs, ours = teacher.state_dict(), student.state_dict()
         if {k: v.shape for k, v in theirs.items()} != {k: v.shape for k, v in ours.items()}:
-            raise ValueError(f"student must be the same network as the teacher, a {type(teacher).__name__}, for 'mcmi' "
-                             f"fine-tunes a copy; got a {type(student).__name__} with other parameters")
+            raise ValueError(f"student must be the same network as the teacher, a {type(teacher).__name__}, because "
+                             f"'mcmi' fine-tunes a copy; got a {type(student).__name__} with other parameters")
         student.load_state_dict(theirs)
         z = logits_of(teacher, data.train_images, data.mean, data.std)
         self.centroids = class_centroids(z, data.train_labels)

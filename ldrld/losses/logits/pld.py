@@ -28,7 +28,7 @@ def plackett_luce(
     pi: Tensor,  # (rows, classes) ranking, best first
     q: Tensor,  # (rows, classes) weight of the step in which each class is chosen
 ) -> Tensor:  # (rows,)
-    "Weighted negative log-likelihood of the ranking: one log-sum-exp over the classes that are left, per step."
+    "Weighted negative log-likelihood of the ranking: one log-sum-exp over the remaining classes per step."
     z = student.gather(-1, pi)
     left = z.flip(-1).logcumsumexp(-1).flip(-1)
     return (q.gather(-1, pi) * (left - z)).sum(-1)
@@ -47,7 +47,7 @@ class PLD(LogitLoss):
     def __init__(
         self,
         temperature: float = 4.0,  # τ > 0, of the weights; 1 on ImageNet
-        pl_weight: float = 1.0,  # ≥ 0, weight of the whole
+        pl_weight: float = 1.0,  # ≥ 0, weight of the whole sum
         ce_weight: float = 0.0,  # ≥ 0, weight of a further cross-entropy; the paper has none
     ):
         super().__init__()

@@ -82,7 +82,7 @@ def value_table(
 
 # %% ../../../nbs/methods/strong_view.ipynb #20b24d9e
 class Numbers(NamedTuple):
-    "Parameters of an operation, besides its matrix and its table."
+    "Parameters of an operation, in addition to its matrix and its table."
     divisor: float = inf  # number of steps = range of values or ranks / divisor; infinite: no stretching
     factor: float = 1.0  # values or ranks are multiplied by factor / number of steps
     equalised: float = 0.0  # whether ranks are stretched

@@ -36,5 +36,6 @@ class Corrected(Wrapper):
         at_y = rows.labels[:, None]
         if self.rule == "swap": return rows._replace(teacher=swapped(rows.theirs, at_y))
         right = rows.theirs.gather(-1, at_y)[:, 0] >= rows.theirs.amax(-1)
-        share = rows.student.new_full((len(right),), 1 / len(right)) if rows.share is None else rows.share
-        return rows._replace(share=share.where(right, 0.0))
+        row_weights = rows.row_weights
+        if row_weights is None: row_weights = rows.student.new_full((len(right),), 1 / len(right))
+        return rows._replace(row_weights=row_weights.where(right, 0.0))

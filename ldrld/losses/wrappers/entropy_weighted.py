@@ -58,5 +58,6 @@ class EntropyWeighted(Wrapper):
         return H_t / 2 * (1 + H_s / C.to(H_s.dtype).log())
 
     def given(self, rows: Rows) -> Rows:
-        share = rows.student.new_full((len(rows.student),), 1 / len(rows.student)) if rows.share is None else rows.share
-        return rows._replace(share=share * self.weights(rows))
+        row_weights, n = rows.row_weights, len(rows.student)
+        if row_weights is None: row_weights = rows.student.new_full((n,), 1 / n)
+        return rows._replace(row_weights=row_weights * self.weights(rows))

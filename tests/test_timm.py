@@ -94,7 +94,8 @@ def test_the_field_s_setting_is_a_profile_of_its_own(without_timm):
     p = profile("transformers")
     assert "different experiment" in p.needs and "GPU" in p.needs and "timm" in p.needs
     configs = [c for c in EXPERIMENTS["different_architecture"].plan(p)["config"] if c]
-    assert {(c.recipe, c.epochs, c.batch_size, c.lr, c.weight_decay) for c in configs} == {("deit", 300, 128, 5e-4, 0.05)}
+    settings = {(c.recipe, c.epochs, c.batch_size, c.lr, c.weight_decay) for c in configs}
+    assert settings == {("deit", 300, 128, 5e-4, 0.05)}
     assert {c.teacher.lr for c in configs if c.teacher} == {0.05}
 
 

@@ -10,6 +10,7 @@ __all__ = ['RAISED', 'raised_target', 'ofa_terms', 'halving', 'map_branch', 'sma
 import math
 from typing import Any, Self
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -30,7 +31,7 @@ def raised_target(
     raised: str = "all",  # "all", as in the official code | "target", the true class alone
 ) -> Tensor:  # (rows, classes)
     "(p + o)^γ − o, where o is the one-hot label."
-    o = F.one_hot(target, p.shape[1]).to(p.dtype)
+    o = torch.zeros_like(p).scatter(1, target[:, None], 1.0)  # `one_hot` reads the labels on the host
     if raised == "target": return p.lerp((p + o) ** gamma - o, o)
     return (p + o) ** gamma - o
 

@@ -450,7 +450,7 @@ def test_a_missing_or_exchanged_file_is_reported_and_nothing_is_trained(out, tmp
         runner.run(config, "t", report=None)
     assert pretrained(tmp_path / "ckpt.pth") == given and file_of(given) == place
     place.unlink()
-    with pytest.raises(FileNotFoundError, match="is missing; add the checkpoint again: ldrld teachers FILE --keep"):
+    with pytest.raises(FileNotFoundError, match="is missing; add the checkpoint: ldrld teachers FILE --keep"):
         runner.run(config, "t", report=None)
     assert not paths.records("t").exists()
 
@@ -458,7 +458,7 @@ def test_a_missing_or_exchanged_file_is_reported_and_nothing_is_trained(out, tmp
 @pytest.mark.parametrize(
     "settings, said",
     [
-        ({"teacher": {"model": "resnet8", "sha256": "0" * 63}}, "sha256"),
+        ({"teacher": {"model": "resnet8", "sha256": "0" * 7}}, "sha256"),
         ({"teacher": {"sha256": "0" * 64}}, "model"),
         ({"teacher": {"model": "resnet9", "sha256": "0" * 64}}, "no such network"),
         ({"teacher": {"model": "resnet8", "sha256": "0" * 64, "epochs": 3}}, "trained already"),

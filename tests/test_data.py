@@ -21,6 +21,7 @@ from PIL import Image
 from ldrld.core.paths import data_root
 from ldrld.data import (
     CLASSES,
+    LISTS,
     LOADERS,
     ImageData,
     cifar100,
@@ -105,7 +106,7 @@ def test_more_classes_leave_the_hundred_as_they_were():
 
 
 def test_the_number_of_classes_is_known_without_the_images():
-    assert CLASSES.keys() == LOADERS.keys()
+    assert CLASSES.keys() == LOADERS.keys() | LISTS.keys()
     assert all(
         len(load(name).classes) == CLASSES[name]
         for name in ("digits", "glyphs", "glyphs-10", "glyphs-20", "glyphs-50", "glyphs-200")
@@ -784,7 +785,7 @@ def test_a_photograph_with_previews_is_its_photograph(tmp_path):
 def test_unknown_name(tmp_path):
     known = "'cifar100', 'cifar100-10', 'digits', 'glyphs', .*'tiny-imagenet', or a folder"
     with pytest.raises(ValueError, match=known):
-        load("imagenet", root=tmp_path)
+        load("cinic", root=tmp_path)
 
 
 def test_tiny_imagenet_as_people_have_it(tmp_path):

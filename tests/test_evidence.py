@@ -6,11 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 
 from ldrld.experiments.catalog import EXPERIMENTS, batch
 from ldrld.experiments.profiles import PROFILES
 from ldrld.experiments.records import load_record, records
+from ldrld.results import figures, statistics
 from ldrld.results.tables import to_report
 from ldrld.results.verification import verify_table
 
@@ -131,3 +133,17 @@ def test_open_questions_without_any_record(tmp_path):
     for name in OPEN:
         assert "not run" in (tmp_path / "data" / "tables" / "quick" / f"{name}.md").read_text()
     assert not (tmp_path / "figures").exists()
+
+
+@pytest.mark.parametrize("name, base", [("newer_methods", "KD"), ("adw", "none")])
+def test_a_plot_of_differences_has_the_baseline_of_its_table(name, base):
+    """Wherever its line is: the seeds' differences average to the interval's centre."""
+    e = EXPERIMENTS[name]
+    table = statistics.summarise(statistics.collect(e, "quick"), e)
+    figure = figures.interval_plot(table, e.by[-1], "quick")
+    (ax,) = figure.axes
+    assert ax.get_xlabel() == f"difference to “{base}”, points"
+    dots = {float(y): xs for c in ax.collections if len(xs := c.get_offsets()) for y in [xs[0][1]] if len(xs) > 1}
+    for y, line in enumerate(table.itertuples()):
+        if line.pairs: assert dots[y][:, 0].mean() == pytest.approx(line.difference, abs=1e-6)
+    plt.close(figure)

@@ -64,7 +64,8 @@ def test_agreement_can_fail():
 def test_without_its_libraries_a_notebook_says_what_to_install(name, monkeypatch, capsys):
     """The cell that looks for them, in a process where they cannot be found; the cells below are then skipped."""
     cells = [c for c in json.loads((NBS / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]]
-    sources = ["".join(c["source"]) for c in cells if c["cell_type"] == "code" and "default_exp" not in str(c["source"])]
+    code = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+    sources = [source for source in code if "default_exp" not in source]
     shell = SimpleNamespace(input_transformers_cleanup=[])
     monkeypatch.setattr(importlib.util, "find_spec", lambda library: None)
     exec(compile(sources[0], name, "exec"), {"get_ipython": lambda: shell})

@@ -780,4 +780,5 @@ def test_wkdf_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match="decay_from must be a number from 0 to 1"):
         losses.build("wkdf", decay_from=2)
     with pytest.raises(ValueError, match="'wkdf' cannot bring the student's map of 2×2 to the teacher's 8×8"):
-        losses.build("wkdf").prepare(models.build("MobileNetV2", 10), models.build("resnet14", 10), torch.randn(2, 3, 32, 32))
+        student, teacher = models.build("MobileNetV2", 10), models.build("resnet14", 10)
+        losses.build("wkdf").prepare(student, teacher, torch.randn(2, 3, 32, 32))

@@ -20,7 +20,8 @@ from .image_list import ImageList
 from .registry import CLASSES, LISTS, LOADERS, Loader, import_all, register
 from .subsets import altered
 
-_all_ = ["CIFAR100_MEAN", "CLASSES", "LISTS", "LOADERS", "CIFAR100_STD", "ImageData", "altered", "cifar100", "cifar100_10",
+_all_ = ["CIFAR100_MEAN", "CLASSES", "LISTS", "LOADERS", "CIFAR100_STD", "ImageData", "altered", "cifar100",
+         "cifar100_10",
          "digits", "fingerprint",  "folder", "image_data", "mean_and_std", "register", "some_of",
          "tiny_imagenet", "with_groups"]
 

@@ -58,7 +58,9 @@ def method_config(
         if (found := chosen(p, pair)) is None: return None
         method = replace(method, args={**method.args, **found})
     wrapped = method.args.get("loss")
-    published = losses.published_settings(method.loss, *pair, loss=wrapped) if p.dataset in ("cifar100", "imagenet") else {}
+    published = {}
+    if p.dataset in ("cifar100", "imagenet"):
+        published = losses.published_settings(method.loss, *pair, loss=wrapped)
     teacher = None
     if losses.needs_teacher(method.loss):
         teacher = {"plain": teacher_config, "mcmi": mcmi_config}[method.teacher](p, pair[0])

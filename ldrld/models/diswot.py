@@ -17,7 +17,7 @@ def draw_weights(
     network: nn.Module,  # changed in place
     seed: int = 0,
 ) -> nn.Module:
-    "Draw the weights of convolutions and linear layers from N(0, 1); reset batch norms and biases. Returns the network."
+    "Draw the weights of convolutions and linear layers from N(0, 1), reset batch norms and biases; return the network."
     g = torch.Generator().manual_seed(seed)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d): module.reset_parameters()

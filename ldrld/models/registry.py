@@ -12,7 +12,7 @@ __all__ = ["import_all", "networks", "optional", "rates", "register"]
 Maker = TypeVar("Maker", bound=Callable[..., nn.Module])
 
 networks: dict[str, Callable[..., nn.Module]] = {}  # name -> function of `num_classes`
-optional: dict[str, Callable[..., nn.Module]] = {}  # likewise, for networks that need a package and lack features
+optional: dict[str, Callable[..., nn.Module]] = {}  # the same for networks that need a package and lack features
 rates: dict[str, float] = {}  # name -> base learning rate, for networks that need another than 0.05
 
 

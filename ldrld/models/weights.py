@@ -174,8 +174,12 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
 # %% ../../nbs/models/weights.ipynb #35071d39
 def _bare(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict without the prefixes that wrappers add to its names."""
-    while prefix := next((p for p in _PREFIXES if any(key.startswith(p) for key in state)), None):
+    """A state dict without the prefixes that wrappers add to its names.
+
+    `model.0.weight` has none: there, `model` is a part of the network, a sequence of layers.
+    """
+    wrapped = lambda prefix: any(key.startswith(prefix) and not key[len(prefix)].isdigit() for key in state)
+    while prefix := next((p for p in _PREFIXES if wrapped(p)), None):
         state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     return state
 

@@ -131,21 +131,25 @@ def interval_plot(
     column: str,  # what varies
     p: str | Profile = "quick",
 ) -> plt.Figure:
-    "Paired differences to the first line of the table: mean and 95 % interval, every seed as a dot."
+    "Paired differences to the baseline, the line without a difference: mean and 95 % interval, every seed as a dot."
     def by_seed(line: pd.Series) -> dict[int, float]:
         made = [read_record(name, profile(p).name) for name in line["runs"].split()]
         return {r.config.seed: r.last_accuracy for r in made}
     fig, ax = plt.subplots(figsize=(5.5, 0.8 + 0.5 * len(table)))
     if not table["pairs"].any(): not_run(ax)
-    base = by_seed(table.iloc[0])
+    candidates = table[(table["n"] > 0) & table["difference"].isna()]
+    baseline = (candidates if len(candidates) else table).iloc[0]
+    base = by_seed(baseline)
     for y, (_, line) in enumerate(table.iterrows()):
-        seeds = [a - base[seed] for seed, a in by_seed(line).items() if seed in base] if y else []
+        compared = line[column] != baseline[column]
+        seeds = [a - base[seed] for seed, a in by_seed(line).items() if seed in base] if compared else []
         ax.scatter(seeds, [y] * len(seeds), s=12, color="#9a9a9a", zorder=2)
         reach = None if math.isnan(line["low"]) else line["high"] - line["difference"]
-        ax.errorbar(line["difference"] if y else 0, y, xerr=reach, fmt="o", color=COLOURS["LDRLD"], capsize=3, zorder=3)
+        x = line["difference"] if compared else 0
+        ax.errorbar(x, y, xerr=reach, fmt="o", color=COLOURS["LDRLD"], capsize=3, zorder=3)
     ax.axvline(0, color="#444444", linewidth=0.8)
     ax.set(yticks=range(len(table)), yticklabels=table[column], ylabel=column,
-           xlabel=f"difference to “{table[column].iloc[0]}”, points")
+           xlabel=f"difference to “{baseline[column]}”, points")
     ax.set_ylim(len(table) - 0.4, -0.6)
     return fig
 

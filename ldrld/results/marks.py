@@ -23,7 +23,8 @@ def unequal(
     marks = list(losses.build(config.loss, **config.loss_args).unequal)
     if isinstance(config.teacher, RunConfig) and config.teacher.loss != "ce": marks.append("own teacher")
     usual = {name: p.student[name] for name in ("recipe", "epochs") if name in p.student}
-    return marks + [f"{name} {getattr(config, name)}" for name, value in usual.items() if getattr(config, name) != value]
+    other = {name: getattr(config, name) for name, value in usual.items() if getattr(config, name) != value}
+    return marks + [f"{name} {value}" for name, value in other.items()]
 
 # %% ../../nbs/results/marks.ipynb #mk000008
 EXPLAINED = (" Unequal: what a method uses or does besides one view of the images, the common teacher's logits, and "

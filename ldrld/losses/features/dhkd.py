@@ -40,7 +40,7 @@ class SecondHead(nn.Module):
         width: int,  # of the pooled vector
         classes: int,
         hidden: int,  # width between the layers; 0: a single layer
-        dropout: float,  # from 0 to below 1, share of the hidden values that are dropped in training
+        dropout: float,  # from 0 to below 1, fraction of the hidden values that are dropped in training
     ):
         super().__init__()
         self.first = nn.Linear(width, hidden) if hidden else nn.Identity()

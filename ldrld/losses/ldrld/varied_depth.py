@@ -80,7 +80,7 @@ def varied_terms(
     teacher_logits: Tensor,  # (rows, classes), finite
     weights: Tensor,  # (d, d) pair weights, from `adw_weights`; d is the largest depth
     temperature: float = 4.0,  # T
-    rank_by: str = "student",  # who selects the classes: "student" | "teacher" | "label"
+    rank_by: str = "student",  # whose ranking selects the classes: "student" | "teacher" | "label"
     target: Tensor | None = None,  # (rows,) int64, for "label"
     find: Callable[[Tensor, int], Tensor] | None = None,  # (scores, depth) → indices of the largest, see `top_d`
     mass: bool = False,  # whether to add "mass"

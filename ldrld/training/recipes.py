@@ -32,7 +32,7 @@ def warmup_factor(
 
 # %% ../../nbs/training/recipes.ipynb #71d00001
 def deit_factor(
-    progress: float,  # share of the training that is over, from 0 to 1
+    progress: float,  # fraction of the training that is over, from 0 to 1
 ) -> float:  # factor on the base learning rate
     "Learning rate of `deit`, relative to its base rate: linear from 0.001 over a fifteenth, then a cosine to 0.01."
     warmup = 20 / 300

@@ -93,5 +93,5 @@ def test_what_the_warning_claims_is_on_record():
 
 def test_the_front_page_says_it():
     assert re.search(
-        r"a dozen classes or fewer: depth=<their number>", (ROOT / "README.md").read_text(encoding="utf-8")
+        r"up to a dozen classes: depth=<number of classes>", (ROOT / "README.md").read_text(encoding="utf-8")
     )

@@ -15,7 +15,9 @@ from typing import Any, TypeVar
 from ldrld.core.validation import unknown_name
 from ldrld.losses.base import LossBase
 
-__all__ = ["IMAGENET_PAIRS", "register", "available", "build", "loss_class", "needs_teacher", "origin", "published_settings"]
+__all__ = [
+    "IMAGENET_PAIRS", "register", "available", "build", "loss_class", "needs_teacher", "origin", "published_settings",
+]
 
 GROUP = "ldrld.losses"  # of entry points
 

@@ -142,6 +142,7 @@ def test_every_process_raises_the_same_error(found, name, message):
         (LDRLD(rank_by="label"), {}, "must rank by student or teacher"),
         (LDRLD(anchor=True), {}, "must rank by student or teacher"),
         (LDRLD(mass_weight=1.0), {}, "must rank by student or teacher"),
+        (LDRLD(depth_by="entropy"), {}, "must rank by student or teacher"),
         (LDRLD(), {"first": -1}, "first must"),
         (LDRLD(), {"target": torch.zeros(12, dtype=torch.int64)}, r"target must have shape \(3, 4\), got \(12,\)"),
     ],

@@ -106,15 +106,18 @@ class RelationLoss(RelationTerms):
     """
     backend: str = "auto"  # one of `analytic.BACKENDS`; all give the same result up to rounding
 
+    @property
+    def needs_plain(self) -> bool:
+        "Whether an option of ours is on, which only the plain formulas have."
+        return self.rank_by == "label" or self.mass_weight > 0 or self.anchor or self.depth_by != "fixed"
+
     def plain_value(self, *rows: Any) -> Tensor:
         "The loss from its formulas, given the fields of `Rows`."
         return summed(self.reduced(Rows(*rows)).values())
 
     def evaluated(self, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
         "The loss, whose gradient is computed in the same pass (`lesson/04_one_pass`), and the terms, for logging."
-        # our own experiments, for which the faster backends have no gradient
-        ours = self.rank_by == "label" or self.mass_weight or self.anchor or self.depth_by != "fixed"
-        if ours: return super().evaluated(rows)
+        if self.needs_plain: return super().evaluated(rows)
         fused = analytic.choose(self.backend, rows.student, rows.theirs, self.depth)
         if fused is None: return super().evaluated(rows)
         teacher, weights = rows.theirs.detach(), self.weights(kept_weights, rows.student, rows.theirs)

@@ -142,8 +142,9 @@ def _check_sharded(loss: Any, student_logits: Tensor, first: int, target: Tensor
     "ValueError for a loss or a slice that `sharded_loss` cannot handle, which is the same in all processes."
     if not isinstance(loss, RelationLoss):
         raise ValueError(f"loss must be LDRLD or one of its variants, got a {type(loss).__name__}")
-    if loss.rank_by == "label" or loss.mass_weight or loss.anchor:
-        raise ValueError(f"loss must rank by student or teacher, without mass_weight and anchor, got {loss!r}")
+    if loss.needs_plain:
+        raise ValueError("loss must rank by student or teacher, without mass_weight, anchor and depth_by, "
+                         f"got {loss!r}")
     validation.integer("first", first, at_least=0)
     if target is not None and target.shape != student_logits.shape[:-1]:
         raise ValueError(f"target must have shape {tuple(student_logits.shape[:-1])}, got {tuple(target.shape)}")
@@ -167,10 +168,12 @@ def sharded_loss(
     Source: our derivation, exact up to rounding; the split is Megatron-LM's (Shoeybi et al. 2019, arXiv 1909.08053).
     """
     _check_sharded(loss, student_logits, first, target)
-    counts = mask if target is None else target != IGNORED if mask is None else mask & (target != IGNORED)
-    rows = rows_of(student_logits, teacher_logits, None, counts, normalizer=normalizer)
-    y = None if target is None else target.flatten().where(target.flatten() != IGNORED, 0)
-    rows = Rows(rows.student, rows.teacher, y, rows.row_weights)
+    y = None
+    if target is not None:  # labels of other slices are no classes of this one, so they are handled here
+        labelled = target != IGNORED
+        mask = labelled if mask is None else mask & labelled
+        y = target.where(labelled, 0).flatten()
+    rows = rows_of(student_logits, teacher_logits, None, mask, normalizer=normalizer)._replace(target=y)
     with torch.autocast(student_logits.device.type, enabled=False): values = sharded_terms(loss, rows, first, group)
     terms = {name: rows.mean(value) for name, value in values.items()}
     return summed(terms.values()), {name: term.detach() for name, term in terms.items()}

@@ -8,7 +8,8 @@ from ldrld.experiments.catalog import batch
 from ldrld.experiments.config import RunConfig, name_of
 from ldrld.experiments.profiles import Profile, profile
 from ldrld.experiments.records import KEPT, finished, load_divergence, load_record
-from ldrld.experiments.runner import batch_key, lock_of
+from ldrld.experiments.records import lock_of
+from ldrld.experiments.runner import batch_key
 
 __all__ = ["missing", "taken_up_again", "wanted", "cohorts", "free", "odd"]
 

@@ -11,8 +11,7 @@ from pathlib import Path
 from ldrld import data, losses, models
 from ldrld.core import paths
 from ldrld.experiments.config import Pretrained, RunConfig, file_of, name_of
-from ldrld.experiments.records import KEPT, load_record, read_record
-from ldrld.experiments.runner import same_images
+from ldrld.experiments.records import KEPT, load_record, read_record, same_images
 
 __all__ = ["NotReady", "notebooks_for", "needs_of"]
 

@@ -88,6 +88,8 @@ def run(
         ModuleNotFoundError,
     ) as error:  # such as networks that a loss on feature maps cannot connect, or missing data
         raise typer.BadParameter(str(error)) from None
+    if os.environ.get("RANK", "0") != "0":
+        return  # one of several processes that torchrun started; the first one says it
     print(
         f"{record.last_accuracy:.2f} % after the last epoch, {record.best_accuracy:.2f} % at best (epoch "
         f"{record.best_epoch}, chosen on {'held-out' if config.holdout else 'test'} data)"

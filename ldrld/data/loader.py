@@ -70,7 +70,8 @@ class Loaded(NamedTuple):
     "An image, or the problem with its file."
     position: int  # in the split
     image: Tensor | None  # uint8 (3, side, side); None for a damaged file
-    problem: str = ""  # name of the file and the reason
+    name: str  # of the file
+    problem: str = ""  # why it cannot be read
 
 class Files(Dataset):
     "The images of a split by key: (epoch, position) in training, (0, position) in a test."
@@ -85,19 +86,19 @@ class Files(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> Loaded:
         epoch, position = key
-        try: image = decoded((self.root / self.names[position]).read_bytes())
+        name = self.names[position]
+        try: image = decoded((self.root / name).read_bytes())
         except Exception as error:  # a damaged file can fail anywhere in a decoder, and in any way
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            return Loaded(position, None, f"{self.names[position]}: {reason}")
-        if self.training: return Loaded(position, self.crops.train(image, self.seed, epoch, position))
-        return Loaded(position, self.crops.test(image))
+            return Loaded(position, None, name, (str(error) or type(error).__name__).splitlines()[0])
+        crop = self.crops.train(image, self.seed, epoch, position) if self.training else self.crops.test(image)
+        return Loaded(position, crop, name)
 
 # %% ../../nbs/data/loader.ipynb #10ad0011
 class FileBatch(NamedTuple):
     "Images of one step, without those whose files are damaged."
     positions: Tensor  # (batch,) int64, in the split
     images: Tensor  # (batch, 3, side, side) uint8
-    problems: list[str]  # names of the damaged files, with reasons
+    problems: dict[str, str]  # the damaged files: name and reason
 
 def gathered(
     loaded: list[Loaded],
@@ -105,7 +106,7 @@ def gathered(
     "Images as a batch; of damaged files only the names remain."
     good = {x.position: x.image for x in loaded if x.image is not None}
     images = torch.stack(list(good.values())) if good else torch.empty(0, 3, 0, 0, dtype=torch.uint8)
-    return FileBatch(torch.tensor(list(good)), images, [x.problem for x in loaded if x.problem])
+    return FileBatch(torch.tensor(list(good)), images, {x.name: x.problem for x in loaded if x.problem})
 
 # %% ../../nbs/data/loader.ipynb #10ad0013
 def order_of(
@@ -155,6 +156,5 @@ def normalised(
     data: ImageList,
 ) -> Tensor:  # float32
     "Input of a network: scaled to 0..1, minus the mean, divided by the standard deviation."
-    stats = (torch.tensor(x, device=images.device)[:, None, None] for x in (data.mean, data.std))
-    mean, std = stats
+    mean, std = (torch.tensor(x, device=images.device)[:, None, None] for x in (data.mean, data.std))
     return (images / 255 - mean) / std

@@ -20,7 +20,8 @@ from ..data import ImageData
 from ..data.augmentation import Crops
 from .config import Pretrained, RunConfig, loss_for, name_of
 from .records import KEPT, Record, load_divergence, load_record
-from .runner import Report, Say, finish, give_up, lock_of, run_together, teacher_for
+from .records import lock_of
+from .runner import Report, Say, finish, give_up, run_together, teacher_for
 from .students import begin_on, start
 from ..models.evaluation import precision_used
 from ..training.graphs import Task, why_eager

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['NonFinite', 'KEPT', 'Record', 'Epoch', 'Counts', 'derived', 'contradictions', 'load_record', 'read_record',
            'OddRecord', 'sound', 'finished', 'records', 'odd_records', 'Divergence', 'divergence_path',
-           'load_divergence', 'keep_divergence', 'Images', 'record_of', 'save_record', 'invented']
+           'load_divergence', 'keep_divergence', 'lock_of', 'Images', 'same_images', 'record_of', 'save_record',
+           'invented']
 
 # %% ../../nbs/experiments/records.ipynb #524487ca
 import hashlib
@@ -18,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, Protocol, cast
 
+from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from .. import losses
@@ -280,6 +282,15 @@ KEPT: dict[str, Callable[[str, str], Path]] = {
         "logits": lambda name, profile: paths.records(profile) / "logits" / f"{name}.npz",
         "insight": lambda name, profile: paths.records(profile) / "insight" / f"{name}.npz"}
 
+# %% ../../nbs/experiments/records.ipynb #3d8a2424
+def lock_of(
+    name: str,  # a run's name
+    **more: Any,  # of `FileLock`
+) -> FileLock:
+    "The lock that a process holds during a run."
+    paths.work(name).mkdir(parents=True, exist_ok=True)
+    return FileLock(paths.work(name) / "lock", **more)
+
 # %% ../../nbs/experiments/records.ipynb #627e7a3d
 class Images(Protocol):
     "What a record says about images: their number, and what they are."
@@ -291,6 +302,16 @@ class Images(Protocol):
     def test_labels(self) -> Sized: ...
     @property
     def classes(self) -> Sized: ...
+
+# %% ../../nbs/experiments/records.ipynb #66ac7d37
+def same_images(
+    record: Record,
+    images: Images,
+) -> None:
+    "`ValueError` if the images changed since the record was made: a run's name depends only on the name of the data."
+    if record.data["fingerprint"] == images.fingerprint: return
+    raise ValueError(f"dataset={record.config.dataset!r}: its images have changed since {record.name} was made; "
+                     "use another --out or a new folder for the changed images, or move the record away")
 
 # %% ../../nbs/experiments/records.ipynb #930447f3
 def record_of(

@@ -11,30 +11,24 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .parts import Output, Staged, classify, conv, he_init, projection, stack, walk
+from .parts import Output, Staged, classify, conv, he_init, stack, walk
 from .registry import register
-from .resnet import BasicBlock
+from .resnet import BasicBlock, Bottleneck
 
 # %% ../../nbs/models/imagenet.ipynb #93370007
-class ResNetBottleneck(nn.Module):
-    """1×1, 3×3, 1×1 convolutions and a shortcut, with torchvision's keys; returns the sum before its ReLU."""
+class ResNetBottleneck(Bottleneck):
+    """The bottleneck of ResNet50 with torchvision's name for its shortcut."""
     def __init__(
         self,
         c_in: int,  # input channels
         c_out: int,  # output channels, four times the inner width
         stride: int,  # of the 3×3 convolution
     ):
-        super().__init__()
-        inner = c_out // 4
-        self.conv1, self.bn1 = conv(c_in, inner, 1), nn.BatchNorm2d(inner)
-        self.conv2, self.bn2 = conv(inner, inner, 3, stride), nn.BatchNorm2d(inner)
-        self.conv3, self.bn3 = conv(inner, c_out, 1), nn.BatchNorm2d(c_out)
-        self.downsample = projection(c_in, c_out, stride)
+        super().__init__(c_in, c_out, stride)
+        self.downsample = self.shortcut
+        del self.shortcut
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)))
-        y = F.relu(self.bn2(self.conv2(y)))
-        return self.bn3(self.conv3(y)) + self.downsample(x)
+    def forward(self, x: Tensor) -> Tensor: return self.branch(x) + self.downsample(x)
 
 # %% ../../nbs/models/imagenet.ipynb #93370008
 class ImageNetResNet(Staged):

@@ -93,10 +93,13 @@ class Bottleneck(nn.Module):
         self.conv3, self.bn3 = conv(inner, c_out, 1), nn.BatchNorm2d(c_out)
         self.shortcut = projection(c_in, c_out, stride)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def branch(self, x: Tensor) -> Tensor:
+        """The three convolutions."""
         y = F.relu(self.bn1(self.conv1(x)))
         y = F.relu(self.bn2(self.conv2(y)))
-        return self.bn3(self.conv3(y)) + self.shortcut(x)
+        return self.bn3(self.conv3(y))
+
+    def forward(self, x: Tensor) -> Tensor: return self.branch(x) + self.shortcut(x)
 
 # %% ../../nbs/models/resnet.ipynb #d14cab1c
 @register("ResNet50")

@@ -356,7 +356,9 @@ student: {recipe: imagenet, epochs: 2, batch_size: 11, lr: 0.01, weight_decay: 1
 methods: [KD, DKD]
 seeds: [0]
 """
-SETTINGS = "dataset=imagenet model=MobileNetV1 loss=kd teacher=MobileNetV1 recipe=imagenet epochs=1 batch_size=11 lr=0.01".split()
+SETTINGS = (
+    "dataset=imagenet model=MobileNetV1 loss=kd teacher=MobileNetV1 recipe=imagenet epochs=1 batch_size=11 lr=0.01"
+).split()
 
 
 def called(*words, folder, out, **more):
@@ -388,8 +390,8 @@ def test_a_profile_with_a_teacher_from_a_file(folder, tmp_path):
     words = ["ldrld", "reproduce", "--profile", str(profile), "--only", "different_architecture", "--jobs", "1"]
     missing = called(*words, folder=folder, out=out)
     assert missing.returncode == 1 and "add the checkpoint: ldrld teachers FILE --keep" in missing.stderr
-    added = called("ldrld", "teachers", str(weights), "--keep", folder=folder, out=out)
-    assert added.returncode == 0, added.stdout + added.stderr
+    added = called("ldrld", "teachers", str(weights), "--keep", "--data", "imagenet", folder=folder, out=out)
+    assert added.returncode == 0 and "stay in files" in added.stdout, added.stdout + added.stderr
     done = called(*words, folder=folder, out=out)
     assert done.returncode == 0, done.stdout + done.stderr
     table = pd.read_csv(out / "data" / "tables" / "own" / "different_architecture.csv").set_index("method")

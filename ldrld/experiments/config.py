@@ -255,7 +255,7 @@ def file_of(
     # a teacher given by the first digits alone has a shorter name than its file
     named = sorted(paths.work().glob(f"{name_of(teacher)}*"))
     place = (named[0] if named else paths.work(name_of(teacher))) / "weights"
-    hint = "add the checkpoint: ldrld teachers FILE --keep (with the run's --out, if any)"
+    hint = "add the checkpoint: ldrld teachers FILE --keep --data DATASET (with the run's --out, if any)"
     if not place.exists():
         raise FileNotFoundError(f"teacher.sha256={teacher.sha256!r}: {place} is missing; {hint}")
     if not (found := sha256_of(place)).startswith(teacher.sha256):

@@ -28,7 +28,8 @@ from .config import Pretrained, RunConfig, file_of, loss_for, name_of
 from .large_runs import run_large
 from .model_cards import checked_weights, write_card
 from ldrld.experiments.records import (
-    KEPT, Divergence, Record, keep_divergence, load_divergence, load_record, lock_of, record_of, same_images, save_record,
+    KEPT, Divergence, Record, keep_divergence, load_divergence, load_record, lock_of, record_of, same_images,
+    save_record,
 )
 from .students import begin_on, start
 from ..models.evaluation import logits_of, precision_used

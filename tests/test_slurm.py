@@ -101,7 +101,7 @@ def test_ten_preemptions_a_dead_node_a_drained_one_and_a_killed_job_leave_the_sa
     print(f"{batch.preemptions()} pre-emptions\n{said}")
     assert "a job was lost" in said and "8 done, 0 paused, 0 failed" in said and "1 tables checked, 0 problems" in said
     assert status.stdout.count(": finished, ") == 5, status.stdout + status.stderr
-    got = ldrld(*batch.words[:-1], alone)
+    got = ldrld(*batch.words[:-1], alone, "--jobs", 2)
     assert got.returncode == 0, got.stdout + got.stderr
     assert len(records(alone)) == 7 and records(shared) == records(alone)
     assert batch.preemptions() >= PREEMPTIONS

@@ -10,7 +10,7 @@ srun finds only a cluster configured under /etc; its 28 packages replace the SQL
 one; and it must run as long as the batch. submitit brings one package (cloudpickle), and the process that submits may
 end. It has no graph and asks only the accounting for states, so `graph` and `queue` are here.
 
-Plain code rather than a notebook, because it starts jobs and has nothing to do with distillation itself.
+Plain code rather than a notebook, because it starts jobs; the guide is `nbs/tutorials/cluster.ipynb`.
 """
 
 import json
@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from tqdm import tqdm
 
@@ -34,8 +34,7 @@ from ldrld.batch.pending import cohorts
 from ldrld.batch.preflight import NotReady
 from ldrld.batch.scheduler import execute_runs
 from ldrld.batch.workers import Outcome, terminable
-from ldrld.core import paths
-from ldrld.core.files import write_whole
+from ldrld.core import files, paths
 from ldrld.experiments.config import RunConfig, name_of
 from ldrld.experiments.records import KEPT, load_record
 
@@ -43,7 +42,7 @@ __all__ = ["SlurmOptions", "Cohort", "graph", "dry_run", "train_cohort", "on_slu
 
 Runs: TypeAlias = list[tuple[RunConfig, tuple[str, ...]]]
 LOG = "log.txt"  # of a job, attempt after attempt
-WAITS = "a run that it needs is not finished"
+WAITS, QUEUED = "a run that it needs is not finished", "its job is still in Slurm's queue"
 LATE = 20.0  # seconds in which a network file system shows the result of a job that has left the queue
 
 
@@ -51,11 +50,9 @@ LATE = 20.0  # seconds in which a network file system shows the result of a job 
 class SlurmOptions:
     """Options of the jobs.
 
-    minutes: time limit of a job; its runs pause when 90 % of it are over, and the job requeues itself.
-    partition: name, or None for the cluster's default.
-    more: further options of sbatch by their long names, such as `{"gres": "gpu:1", "account": "vision"}`.
+    minutes: time limit; runs pause when 90 % of it are over, and the job requeues itself.  partition: name, or None
+    for the cluster's default.  more: further options of sbatch by their long names, such as `{"gres": "gpu:1"}`.
     """
-
     minutes: int = 240
     partition: str | None = None
     more: dict[str, str] = field(default_factory=dict)
@@ -71,7 +68,6 @@ class SlurmOptions:
 @dataclass(frozen=True)
 class Cohort:
     """Runs that one job trains together, and the names of the runs that must be finished before."""
-
     runs: Runs
     needs: list[str]
 
@@ -88,10 +84,7 @@ class Cohort:
 
 
 def graph(todo: Runs, size: int, queued: Set[str] = frozenset()) -> list[Cohort]:
-    """The cohorts of some runs, of at most `size` each, every one after those that train its teacher.
-
-    queued: names of further runs that are not finished either.
-    """
+    """The cohorts of some runs, each after those that train its teacher; `queued` are runs of earlier jobs, by name."""
     packed = cohorts(todo, size)
     place = {name_of(config): i for i, cohort in enumerate(packed) for config, _ in cohort}
     teachers = [{name_of(config.teacher) for config, _ in cohort if config.teacher} for cohort in packed]
@@ -107,7 +100,7 @@ def dry_run(todo: Runs, size: int, options: SlurmOptions | None = None) -> str:
         job_of |= dict.fromkeys(cohort.names, number)
         after = [f"job {job}" for job in sorted({job_of[name] for name in cohort.needs})]
         when = f" after {', '.join(after)}" if after else ""
-        lines.append(f"job {number}{when}: {cohort.name}, {cohort.runs[0][0].epochs} epochs")
+        lines.append(f"job {number}{when}: {cohort.name}, epochs: {cohort.runs[0][0].epochs}")
         given = options.sbatch([f"<{job}>" for job in after]) if options else {}
         flags = [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
         if flags: lines.append(f"    sbatch {' '.join(flags)}")
@@ -134,7 +127,6 @@ def train_cohort(runs: list[tuple[dict, tuple[str, ...]]], needs: list[str], fol
 @dataclass(frozen=True)
 class Submitted:
     """A job in Slurm's hands: its number, its folder and the names of its runs."""
-
     number: str
     home: Path
     names: list[str]
@@ -143,7 +135,7 @@ class Submitted:
         """The outcomes of its runs; None without a result.  A run fails if its record is invalid or not in `folder`."""
         from submitit.slurm.slurm import SlurmJob
 
-        job: Any = SlurmJob(self.home, self.number)
+        job = SlurmJob(self.home, self.number)
         if not job.paths.result_pickle.exists(): return None
         if error := job.exception(): return self.failed(str(error))
         outcomes = []
@@ -181,10 +173,7 @@ def job_states(folder: str) -> list[str]:
 
 
 def submit(todo: Runs, folder: str, size: int, notebooks: bool, options: SlurmOptions) -> list[Submitted]:
-    """Hand some runs to Slurm, except those whose job is still in the queue; returns the jobs of both.
-
-    Arguments as in `on_slurm`.
-    """
+    """The jobs of some runs, submitted unless they are in the queue already; arguments as in `on_slurm`."""
     from submitit import SlurmExecutor
     from submitit.core.utils import FailedJobError
 
@@ -202,17 +191,14 @@ def submit(todo: Runs, folder: str, size: int, notebooks: bool, options: SlurmOp
         runs = [(config.model_dump(), keep) for config, keep in cohort.runs]
         try: job = executor.submit(train_cohort, runs, cohort.needs, folder, notebooks, 60.0 * options.minutes)
         except FailedJobError as error: raise NotReady([f"slurm: {cohort.name}: {error}"]) from None
-        write_whole(home / "job.json", json.dumps({"number": job.job_id, "names": cohort.names}))
+        files.write_whole(home / "job.json", json.dumps({"number": job.job_id, "names": cohort.names}))
         jobs.append(Submitted(job.job_id, home, cohort.names))
         job_of |= dict.fromkeys(cohort.names, job.job_id)
     return jobs
 
 
 def follow(jobs: list[Submitted], folder: str, seconds: float, pause: float) -> tuple[list[Outcome], set[str]]:
-    """Wait for jobs, at most some seconds; returns the outcomes of their runs, and the names of those that were lost.
-
-    folder: of the records.  pause: seconds between two looks at the queue.
-    """
+    """Wait for jobs; the outcomes of their runs, and the names of those that were lost. Arguments as in `on_slurm`."""
     ends, left, seen = time.monotonic() + seconds, list(jobs), dict[str, float]()
     outcomes, lost = list[Outcome](), set[str]()
     with tqdm(total=sum(len(job.names) for job in jobs), desc="runs", unit="") as bar:
@@ -229,16 +215,15 @@ def follow(jobs: list[Submitted], folder: str, seconds: float, pause: float) -> 
                 left.remove(job)
                 outcomes += found
                 bar.update(len(found))
-    why = "its job is still in Slurm's queue"
-    return outcomes + [Outcome(name, "paused", why) for job in left for name in job.names], lost
+    return outcomes + [Outcome(name, "paused", QUEUED) for job in left for name in job.names], lost
 
 
 def on_slurm(todo: Runs, folder: str, seconds: float = math.inf, size: int = 5, notebooks: bool = True,
              options: SlurmOptions = SlurmOptions(), pause: float = 5.0) -> list[Outcome]:
     """Train runs as jobs of Slurm and wait for them; one outcome per run.
 
-    A job that dies costs its own runs; it is submitted once more, with those that needed it. If this process ends,
-    the jobs stay, and the next call follows them.
+    A job that dies costs its own runs; at the end it is submitted once more, with those that needed it. If this process
+    ends, the jobs stay, and the next call follows them.
     todo: the runs and what to keep.  folder: of the records, which all machines must share.  seconds: how long to
     wait.  size: of a cohort, at most.  notebooks: train in notebooks.  pause: seconds between two looks at the queue.
     Raises `NotReady` without Slurm or submitit.
@@ -253,7 +238,7 @@ def on_slurm(todo: Runs, folder: str, seconds: float = math.inf, size: int = 5, 
     try:
         with terminable():
             jobs = submit(todo, folder, size, notebooks, options)
-            outcomes, lost = follow(jobs, folder, seconds, pause)
+            outcomes, lost = follow(jobs, folder, ends - time.monotonic(), pause)
             if not lost: return outcomes
             lost |= {o.name for o in outcomes if o.detail == WAITS}
             tqdm.write(f"a job was lost; {', '.join(sorted(lost))}: submitted once more")
@@ -261,6 +246,5 @@ def on_slurm(todo: Runs, folder: str, seconds: float = math.inf, size: int = 5, 
             again, _ = follow(jobs, folder, ends - time.monotonic(), pause)
             return [o for o in outcomes if o.name not in lost] + again
     except KeyboardInterrupt:
-        numbers = " ".join(job.number for job in jobs)
-        print(f"the jobs stay with Slurm: the same command follows them, `scancel {numbers}` ends them")
+        print("the jobs stay with Slurm; repeat the command to follow them, or scancel", *(job.number for job in jobs))
         raise

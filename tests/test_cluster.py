@@ -97,15 +97,15 @@ def test_a_cohort_without_its_teacher_waits(todo):
     ("status", "deadline", "requeued"), [("paused", None, True), ("paused", "0", False), ("done", None, False)]
 )
 def test_a_job_whose_time_is_up_requeues_itself(todo, tmp_path, monkeypatch, status, deadline, requeued):
-    """Not once the time budget of the whole batch is spent."""
+    """Not once the time budget of the whole batch is spent; Slurm may end scontrol before it reports success."""
     scontrol = tmp_path / "scontrol"
-    scontrol.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/called\n')
+    scontrol.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/called\nkill $$\n')
     scontrol.chmod(0o755)
-    limits = []
+    limits, slept = [], []
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     monkeypatch.setenv("LDRLD_DEADLINE", deadline or "inf")
-    monkeypatch.setattr(cluster.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(cluster.time, "sleep", slept.append)
     monkeypatch.setattr(cluster.time, "time", lambda: 1000.0)
 
     def trained(runs, folder, notebooks):
@@ -116,6 +116,7 @@ def test_a_job_whose_time_is_up_requeues_itself(todo, tmp_path, monkeypatch, sta
     assert train_cohort([(todo[0][0].model_dump(), ())], [], "tiny", False, 600.0)[0].status == status
     assert limits == [0.0 if deadline else 1540.0]  # 90 % of the time limit
     called = tmp_path / "called"
+    assert slept == [600] * requeued
     assert called.exists() == requeued and (not requeued or called.read_text() == "requeue 17\n")
 
 

@@ -9,7 +9,6 @@ and with its defaults, Snakemake waited for ever for a job that had failed; insi
 srun finds only a cluster configured under /etc; its 28 packages replace the SQLAlchemy that Optuna uses by an older
 one; and it must run as long as the batch. submitit brings one package (cloudpickle), and the process that submits may
 end. It has no graph and asks only the accounting for states, so `graph` and `queue` are here.
-
 Plain code rather than a notebook, because it starts jobs; the guide is `nbs/tutorials/cluster.ipynb`.
 """
 
@@ -119,8 +118,8 @@ def train_cohort(runs: list[tuple[dict, tuple[str, ...]]], needs: list[str], fol
     os.environ["LDRLD_DEADLINE"] = str(min(ends, time.time() + 0.9 * seconds))
     outcomes = execute_runs(runs, folder, notebooks)
     if any(o.status == "paused" for o in outcomes) and time.time() < ends and "SLURM_JOB_ID" in os.environ:
-        if subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]]).returncode == 0:
-            time.sleep(600)  # until Slurm ends this process
+        requeued = subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]])
+        if requeued.returncode <= 0: time.sleep(600)  # until Slurm ends this process, and perhaps scontrol before
     return outcomes
 
 
@@ -186,7 +185,7 @@ def submit(todo: Runs, folder: str, size: int, notebooks: bool, options: SlurmOp
         # without `exec` the shell would get SIGTERM, and the training could outlive the job
         executor = SlurmExecutor(home, python=f"exec {shlex.quote(sys.executable)}")
         more = options.sbatch(sorted({job_of[name] for name in cohort.needs}))
-        more |= {"job-name": cohort.name, "output": str(home / LOG)}
+        more |= {"job_name": cohort.name, "output": str(home / LOG)}
         executor.update_parameters(use_srun=False, stderr_to_stdout=True, additional_parameters=more)
         runs = [(config.model_dump(), keep) for config, keep in cohort.runs]
         try: job = executor.submit(train_cohort, runs, cohort.needs, folder, notebooks, 60.0 * options.minutes)
@@ -206,7 +205,9 @@ def follow(jobs: list[Submitted], folder: str, seconds: float, pause: float) -> 
             time.sleep(pause)
             active, now = queue(), time.monotonic()
             for job in list(left):
-                if active is None or job.number in active: seen[job.number] = now
+                if active is None or job.number in active:  # a job that was requeued may have left a result
+                    seen[job.number] = now
+                    continue
                 found = job.outcomes(folder)
                 if found is None:
                     if now - seen.setdefault(job.number, now) < LATE: continue
@@ -243,8 +244,7 @@ def on_slurm(todo: Runs, folder: str, seconds: float = math.inf, size: int = 5, 
             lost |= {o.name for o in outcomes if o.detail == WAITS}
             tqdm.write(f"a job was lost; {', '.join(sorted(lost))}: submitted once more")
             jobs = submit([run for run in todo if name_of(run[0]) in lost], folder, size, notebooks, options)
-            again, _ = follow(jobs, folder, ends - time.monotonic(), pause)
-            return [o for o in outcomes if o.name not in lost] + again
+            return [o for o in outcomes if o.name not in lost] + follow(jobs, folder, ends - time.monotonic(), pause)[0]
     except KeyboardInterrupt:
         print("the jobs stay with Slurm; repeat the command to follow them, or scancel", *(job.number for job in jobs))
         raise

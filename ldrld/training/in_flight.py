@@ -59,9 +59,8 @@ class Reported(Recorded):
     "The results that are read back: the rows of completed epochs, and checkpoints."
     def __init__(self, student: Student, task: Task, recorder: Recorder, checkpoint_every: float):
         super().__init__(student, task, recorder)
-        self.every, self.saved_at, self.epoch = checkpoint_every, time.monotonic(), 0
-        self.landed_at = time.perf_counter()
-        self.landings, self.rates_now = list[Landing](), list[float]()
+        self.every, self.saved_at, self.landed_at = checkpoint_every, time.monotonic(), time.perf_counter()
+        self.epoch, self.landings, self.rates_now = 0, list[Landing](), list[float]()
 
     def end_epoch(self) -> None:
         "Submit the evaluation and the copies of all reported values."
@@ -83,10 +82,8 @@ class Reported(Recorded):
         states = {name: obj.state_dict() for name, obj in self.student.state.items()}
         return tree_map_only(Tensor, to_host, states)              # new containers; the copies are still in progress
 
-    def landed(self,
-        students: int,  # in training at the same time; each is charged its part of the time since its last epoch
-    ) -> list[dict[str, Any]]:  # one row per epoch
-        "The rows of newly completed epochs. Raises `Diverged` for a loss that was not finite."
+    def landed(self, students: int) -> list[dict[str, Any]]:
+        "The rows of newly completed epochs; `students` train at once and share the time. Raises `Diverged`."
         rows = []
         while self.landings and (self.landings[0].event is None or self.landings[0].event.query()):
             now = time.perf_counter()

@@ -25,6 +25,7 @@ OPTIONAL = {  # without these libraries a notebook's cells are skipped
     "models/timm_networks": ("timm",),
 }
 READ_RECORDS = (
+    "methods/varied_depth",
     "lesson/02_weights",
     "experiments/catalog",
     "experiments/plan",

@@ -580,3 +580,15 @@ def test_metadata_is_plain_json_in_the_header(source, tmp_path):
     raw = models.save_weights(source, tmp_path / "a.safetensors", {"network": "resnet8"}).read_bytes()
     header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
     assert header["__metadata__"] == {"ldrld": '{"network": "resnet8"}'}
+
+
+def test_a_sequence_of_layers_in_a_wrapper(tmp_path):
+    """`module.0.weight` is wrapped; `model.0.weight` may be the network's own name, as in MobileNetV1."""
+    network = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    for prefix in ("module.", "_orig_mod.", "module._orig_mod."):
+        torch.save({"model": renamed(prefix, network.state_dict())}, tmp_path / "file.pth")
+        again = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+        models.load_weights(again, tmp_path / "file.pth")
+        assert all(torch.equal(a, b) for a, b in zip(again.parameters(), network.parameters()))
+    torch.save(models.build("MobileNetV1").state_dict(), tmp_path / "mobile.pth")
+    models.load_weights(models.build("MobileNetV1"), tmp_path / "mobile.pth")

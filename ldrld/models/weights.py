@@ -176,9 +176,13 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 def _bare(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A state dict without the prefixes that wrappers add to its names.
 
-    `model.0.weight` has none: there, `model` is a part of the network, a sequence of layers.
+    `model.0.weight` has none: there, `model` is a part of the network, a sequence of layers. But `module.0.weight` has
+    one, of a sequence of layers in a wrapper, because wrappers of PyTorch use this name.
     """
-    wrapped = lambda prefix: any(key.startswith(prefix) and not key[len(prefix)].isdigit() for key in state)
+    def wrapped(prefix: str) -> bool:
+        of_pytorch = prefix in ("module.", "_orig_mod.")
+        return any(key.startswith(prefix) and (of_pytorch or not key[len(prefix)].isdigit()) for key in state)
+
     while prefix := next((p for p in _PREFIXES if wrapped(p)), None):
         state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     return state

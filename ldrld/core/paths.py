@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 __all__ = ["shown", "root", "out", "data_root", "records", "tables", "table", "figures", "weights", "work",
-           "executed", "published", "plans", "notebooks", "measurements"]
+           "executed", "manifest", "published", "plans", "notebooks", "measurements"]
 
 
 OURS = re.compile(rb"^lib_name\s*=\s*ldrld\s*$", re.M)
@@ -91,6 +91,11 @@ def executed(profile: str) -> Path:
 def measurements(folder: str = "bench") -> Path:
     """Benchmark measurements, one folder per machine and one JSON file per benchmark; `bench-small` for trials."""
     return out() / "data" / folder
+
+
+def manifest(folder: str) -> Path:
+    """The hashes of a profile's results, or of the benchmarks', see `ldrld.results.manifest`."""
+    return out() / "data" / "manifests" / f"{folder}.sha256"
 
 
 def published() -> Path:

@@ -14,6 +14,7 @@ import pandas as pd
 
 from .. import data
 from ..core import paths
+from ..experiments import published
 from ..experiments.profiles import Profile, profile
 
 # %% ../../nbs/results/arrays.ipynb #6e4a0852
@@ -53,5 +54,5 @@ def superclasses(
     if profile(p).dataset != "cifar100":
         images = data.load(profile(p).dataset)
         return list(images.superclasses), images.superclass_of.numpy()
-    group = pd.read_csv(paths.published() / "cifar100_superclasses.csv")["superclass"].astype("category")
+    group = published.read("cifar100_superclasses.csv")["superclass"].astype("category")
     return list(group.cat.categories), group.cat.codes.to_numpy()

@@ -16,7 +16,6 @@ import pandas as pd
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 
-from ..core import paths
 from ..experiments import published
 from ..experiments.catalog import EXPERIMENTS
 from ..experiments.config import name_of

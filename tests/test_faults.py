@@ -26,13 +26,16 @@ from commands import ldrld
 from deaths import Death
 
 from ldrld.batch import leftovers
+from ldrld.batch.scheduler import execute_runs
+from ldrld.cli.app import end
 from ldrld.core import paths
 from ldrld.core.files import reserve, write_whole
 from ldrld.experiments import published
 from ldrld.experiments.catalog import EXPERIMENTS
+from ldrld.experiments.config import RunConfig, name_of
 from ldrld.experiments.model_cards import wrong_teachers
 from ldrld.experiments.profiles import Profile
-from ldrld.experiments.records import invented, save_record
+from ldrld.experiments.records import invented, lock_of, save_record
 from ldrld.results import front_page, manifest, statistics, tables
 from ldrld.results.figures import save_figure
 from ldrld.training import checkpoint
@@ -225,6 +228,19 @@ def test_a_place_that_cannot_be_written_to_is_told_in_one_line(tmp_path):
     assert got.returncode == 1 and got.stderr.startswith("disk: ") and len(got.stderr.splitlines()) == 1, got.stderr
 
 
+# ---- two batches in one folder --------------------------------------------------------------------------------------
+
+
+def test_a_second_batch_says_that_another_process_runs_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("LDRLD_OUT", str(tmp_path))
+    config = RunConfig(dataset="digits", model="resnet8", recipe="onecycle", epochs=1)
+    with lock_of(name_of(config)):
+        outcomes = execute_runs([(config.model_dump(), ())], "quick", notebooks=False)
+    end(outcomes, "quick")
+    said = capsys.readouterr().out
+    assert "0 done, 1 paused" in said and "1 paused: another process runs it" in said
+
+
 # ---- what a killed process leaves -----------------------------------------------------------------------------------
 
 
@@ -330,7 +346,7 @@ def test_committed_results_have_their_hashes(folder):
 
 
 def test_a_changed_measurement_or_teacher_is_noticed(tmp_path, monkeypatch):
-    for part in ("data/bench", "data/manifests", "data/teachers/quick", "data/runs/quick", "data/tables/bench"):
+    for part in ("data/bench", "data/manifests", "data/teachers/quick"):
         shutil.copytree(ROOT / part, tmp_path / part)
     monkeypatch.setenv("LDRLD_OUT", str(tmp_path))
     measurement = next((tmp_path / "data/bench").glob("*/*.json"))
@@ -342,11 +358,12 @@ def test_a_changed_measurement_or_teacher_is_noticed(tmp_path, monkeypatch):
     assert [weights.stem in line and "SHA-256" in line for line in wrong_teachers("quick")] == [True]
 
 
-def test_a_changed_digit_in_the_readme_is_noticed():
+def test_a_changed_digit_in_the_readme_is_noticed(monkeypatch):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     row = front_page.front_table().splitlines()[2]
     number = re.search(r"\d+\.\d\d", row)[0]
     assert front_page.wrong_on_front_page(text) == []
+    monkeypatch.setattr(front_page, "training_time", lambda: "")  # reads more than a thousand records
     (said,) = front_page.wrong_on_front_page(text.replace(row, row.replace(number, "12.34", 1)))
     assert row in said and "`make readme`" in said
 
@@ -368,7 +385,7 @@ def test_damaged_published_numbers_are_named(tmp_path, monkeypatch, how):
 # ---- the campaign ---------------------------------------------------------------------------------------------------
 
 RECORD, CARD, FIGURE = r"runs/[\w-]+/digits-[\w-]+\.json$", r"teachers/.*\.md$", r"figures/.*\.svg$"
-CHOSEN = (  # in turn the process that writes dies, the one that started it, and all of them
+TRAINED = (  # the process that writes dies, the one that started it, or all of them
     *(Death(r"checkpoint\.pt$", moment) for moment in ("before", "in", "whole", "after")),
     Death(r"checkpoint\.pt$", "in", "parent"),
     Death(r"checkpoint\.pt$", "after", "group"),
@@ -378,6 +395,8 @@ CHOSEN = (  # in turn the process that writes dies, the one that started it, and
     *(Death(r"\.safetensors$", moment) for moment in ("in", "whole", "after")),
     *(Death(CARD, moment) for moment in ("in", "after")),
     *(Death(r"\.npz$", moment) for moment in ("in", "whole")),
+)
+REPORTED = (  # in both campaigns by notebooks
     *(Death(r"tables/.*\.csv$", moment) for moment in ("in", "whole", "after")),
     Death(r"tables/.*\.tex$", "in"),
     Death(r"tables/.*\.md$", "in", "group"),
@@ -393,9 +412,10 @@ class Campaign:
 
     def __init__(self, folder: Path, notebooks: bool):
         self.folder, self.out, self.notebooks = folder, folder / "out", notebooks
+        self.chosen = TRAINED if notebooks else (*TRAINED, *REPORTED)
         self.random = random.Random(notebooks)
         self.killed: list[str] = []  # at random moments: who
-        folder.mkdir()
+        deaths.environment(folder)
         (folder / "campaign.yaml").write_text(YAML)
 
     def call(self, chosen=(), kill_after: float | None = None) -> tuple[int, str]:
@@ -426,11 +446,12 @@ class Campaign:
     def carry_out(self) -> None:
         """Disturb the batch until every chosen death has happened, and enough at random."""
         for _ in range(80):
-            waiting = [death for death in CHOSEN if death.name not in deaths.happened(self.folder)]
+            waiting = [death for death in self.chosen if death.name not in deaths.happened(self.folder)]
             if not waiting and len(self.killed) >= AT_RANDOM: return
             few = self.random.sample(waiting, min(6, len(waiting)))
             at_random = len(self.killed) < AT_RANDOM and self.random.random() < 0.6
-            self.call(few, self.random.uniform(4, 60) if at_random else None)
+            code, _ = self.call(few, self.random.uniform(4, 60) if at_random else None)
+            print(f"exit code {code}, {len(self.chosen) - len(waiting)} + {len(self.killed)} kills", flush=True)
             if not any((self.out / "runs").glob("*/checkpoint.pt")) and self.random.random() < 0.5: self.lose()
         raise AssertionError(f"these deaths did not happen: {waiting}")
 

@@ -39,7 +39,8 @@ class Commands(typer.core.TyperGroup):
         except OSError as error:
             if error.errno not in DISK:
                 raise
-            print(f"disk: {error}", file=sys.stderr)
+            hint = "" if "--out" in str(error) else "; choose another folder with --out"
+            print(f"disk: {error}{hint}", file=sys.stderr)
             ctx.exit(1)
 
 

@@ -75,12 +75,15 @@ def verify(
     from ldrld.experiments.profiles import PROFILES
     from ldrld.experiments.profiles import profile as profile_of
 
-    wrong, checked, missing = [], 0, []
+    wrong: list[str] = []
+    missing: list[str] = []
+    checked = 0
     for name in profile or [name for name in PROFILES if paths.tables(name).exists()]:
         folder = profile_of(name).name
-        wrong += [f"{folder}: {line}" for line in tell_odd(folder)]
         found, tables, absent = tables_of(name)
-        wrong, checked, missing = wrong + found, checked + tables, missing + absent
+        wrong += [*(f"{folder}: {line}" for line in tell_odd(folder)), *found]
+        missing += absent
+        checked += tables
         wrong += [f"{folder}: {line}" for line in wrong_teachers(folder)]
         wrong += [line for part in (folder, f"{folder}-tune") for line in hashes_of(part)]
     if not profile:

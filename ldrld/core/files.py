@@ -63,8 +63,11 @@ def write_whole(path: Path, content: str | bytes | memoryview) -> None:
         _sync(path.parent)
     except OSError as error:
         if error.errno not in DISK: raise
+        _discard(part)
         raise _told(error, path, len(data)) from None
-    finally: _discard(part)
+    except BaseException:  # such as Ctrl-C
+        _discard(part)
+        raise
 
 
 def _discard(part: Path) -> None:

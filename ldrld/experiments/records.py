@@ -348,7 +348,7 @@ def save_record(
     record: Record,
     profile: str,
 ) -> None:
-    "Write a record, whole or not at all."
+    "Write a record, whole or not at all; once this returns, it survives a power cut, see `ldrld.core.files`."
     write_whole(paths.records(profile) / f"{record.name}.json", record.model_dump_json(indent=1) + "\n")
 
 # %% ../../nbs/experiments/records.ipynb #1af0ca58

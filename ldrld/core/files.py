@@ -20,7 +20,7 @@ import os
 import shutil
 from pathlib import Path
 
-__all__ = ["DISK", "write_whole", "reserve", "sha256_of"]
+__all__ = ["DISK", "write_whole", "on_disk", "reserve", "sha256_of"]
 
 # errors of a disk rather than of the program: full, over quota or limit, read-only, not allowed, broken
 DISK = {errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO}
@@ -76,6 +76,13 @@ def _discard(part: Path) -> None:
     except OSError: pass
 
 
+def on_disk(path: Path) -> int:
+    """The bytes that a file takes on the disk: fewer than its size if it is sparse, 0 if it is missing."""
+    if not path.exists(): return 0
+    found = path.stat()
+    return found.st_blocks * 512 if hasattr(found, "st_blocks") else found.st_size
+
+
 def reserve(path: Path, size: int) -> None:
     """Give a file its size and the space for it, so that writing to it through a memory map cannot fail.
 
@@ -83,17 +90,16 @@ def reserve(path: Path, size: int) -> None:
     Without the space, a mapped file ends the process with SIGBUS. Raises `OSError` before anything is written if it is
     not there. File systems that cannot reserve space get a sparse file.
     """
-    there = path.stat() if path.exists() else None
-    held = there.st_blocks * 512 if there and hasattr(there, "st_blocks") else 0
-    if size - held > shutil.disk_usage(path.parent).free:
-        raise _told(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), path, size - held)
+    there, lacking = path.exists(), size - on_disk(path)
+    if lacking > shutil.disk_usage(path.parent).free:
+        raise _told(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), path, lacking)
     try:
         with open(path, "ab") as file:
             file.truncate(size)
             if hasattr(os, "posix_fallocate"): os.posix_fallocate(file.fileno(), 0, size)
     except OSError as error:
         if error.errno in (errno.EINVAL, errno.EOPNOTSUPP): return
-        if there is None: _discard(path)
+        if not there: _discard(path)
         raise _told(error, path, size) from None
 
 

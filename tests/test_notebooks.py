@@ -108,6 +108,17 @@ def test_notebook(path, tmp_path, monkeypatch):
             assert agree(a, b, numbers), f"stored:\n{a}\nnow:\n{b}\nof:\n{source}"
 
 
+@pytest.mark.parametrize("path", sorted(NBS.glob("lesson/*.ipynb")), ids=name_of)
+def test_a_lesson_says_what_one_will_know_and_ends_with_exercises(path):
+    cells = [(c["cell_type"], "".join(c["source"])) for c in json.loads(path.read_text(encoding="utf-8"))["cells"]]
+    prose = [source for kind, source in cells if kind == "markdown"]
+    assert any("At the end you" in source for source in prose[:3])
+    begin = next(k for k, (_, source) in enumerate(cells) if "## Exercises" in source)
+    solutions = [source for kind, source in cells[begin:] if kind == "code" and "nbdev_export" not in source]
+    assert len(solutions) >= 2 and all("assert" in source for source in solutions)
+    assert re.search(r"Next: \[.+\]\(.+\)", prose[-1])
+
+
 def test_nothing_is_left_behind():
     assert not [
         p

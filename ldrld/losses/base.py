@@ -165,7 +165,7 @@ class LossTraits(nn.Module):
 
     @property
     def differences(self) -> list[str]:
-        "What it uses or does besides one view of the images, the teacher's logits and constant terms."
+        "What it uses or does beyond one augmented crop per image, the teacher's logits and constant weights."
         found = {"features": self.needs_features, "warm-up": getattr(self, "warmup", 0.0) > 0,
                  "two views" if self.versions > 1 else "images of its own": self.alters_images}
         return [mark for mark, applies in found.items() if applies] + [m for m in (self.schedule, self.extra_work) if m]

@@ -27,8 +27,8 @@ def unequal(
     return marks + [f"{name} {value}" for name, value in other.items()]
 
 # %% ../../nbs/results/marks.ipynb #mk000008
-EXPLAINED = (" Unequal: what a method uses or does besides one view of the images, the common teacher's logits, and "
-             "constant terms with cross-entropy of weight 1.")
+EXPLAINED = (" Unequal: what a method has beyond plain KD, which sees one augmented crop per image and the common "
+             "teacher's logits, and keeps its weights constant, with cross-entropy at 1.")
 
 def marked(
     readable: pd.DataFrame,  # text, one row per cell of the experiment, in the order of its plan

@@ -339,7 +339,7 @@ def test_a_damaged_manifest_is_named(reported, content):
         with pytest.raises(ValueError, match=r"toy\.sha256, line 1: .* restore the file"): manifest.read_manifest("toy")
 
 
-@pytest.mark.parametrize("folder", ["quick", "quick-tune", "small", "paper", "bench"])
+@pytest.mark.parametrize("folder", ["quick", "quick-repeated", "quick-tune", "small", "paper", "bench"])
 def test_committed_results_have_their_hashes(folder):
     assert manifest.read_manifest(folder) and manifest.changed_results(folder) == []
     assert manifest.not_in_manifest(folder) == []

@@ -76,7 +76,7 @@ def report(p: str = "quick", only: tuple[str, ...] = (), jobs: int = 2) -> list[
 
     Arguments as in `reproduce`. Raises `NotReady` if notebooks or papermill are missing.
     """
-    from ldrld.results.manifest import stamps, update_manifest
+    from ldrld.results.manifest import folders_of, stamps, update_manifest
     from ldrld.results.tables import to_report  # not needed on machines that only train
 
     p = str(Path(p).resolve()) if p.endswith((".yaml", ".yml")) else p
@@ -86,9 +86,9 @@ def report(p: str = "quick", only: tuple[str, ...] = (), jobs: int = 2) -> list[
     def given(e: Experiment) -> dict:
         return {"profile": p, "experiment": e.path} if e.notebook in SHARED else {"profile": p}
     tasks = [([e.figure], execute_one, f"paper/{e.notebook}.ipynb", e.figure, given(e), folder) for e in chosen]
-    before = stamps(folder)
+    before = {part: stamps(part) for part in folders_of(folder)}
     outcomes = in_parallel("tables and figures", tasks, jobs)
-    update_manifest(folder, before)
+    for part, stamped in before.items(): update_manifest(part, stamped)
     return outcomes
 
 

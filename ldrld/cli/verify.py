@@ -74,6 +74,7 @@ def verify(
     from ldrld.experiments.model_cards import wrong_teachers
     from ldrld.experiments.profiles import PROFILES
     from ldrld.experiments.profiles import profile as profile_of
+    from ldrld.results.manifest import folders_of
 
     wrong: list[str] = []
     missing: list[str] = []
@@ -85,7 +86,7 @@ def verify(
         missing += absent
         checked += tables
         wrong += [f"{folder}: {line}" for line in wrong_teachers(folder)]
-        wrong += [line for part in (folder, f"{folder}-tune") for line in hashes_of(part)]
+        wrong += [line for part in folders_of(folder) for line in hashes_of(part)]
     if not profile:
         wrong += [*hashes_of("bench"), *readme()]
     if missing:

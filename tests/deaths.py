@@ -39,7 +39,8 @@ def die(who):
 def fsync_or_die(opened):
     path = os.readlink(f"/proc/self/fd/{opened}")
     if death := due(re.sub(r"[.][0-9]+[.]tmp$", "", path), ("before", "in")):
-        os.ftruncate(opened, 0 if death[0] == "before" else os.fstat(opened).st_size // 2)
+        if death[1] != "parent":  # else this process goes on writing
+            os.ftruncate(opened, 0 if death[0] == "before" else os.fstat(opened).st_size // 2)
         die(death[1])
     fsync(opened)
 

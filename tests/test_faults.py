@@ -448,9 +448,10 @@ class Campaign:
         for _ in range(80):
             waiting = [death for death in self.chosen if death.name not in deaths.happened(self.folder)]
             if not waiting and len(self.killed) >= AT_RANDOM: return
-            few = self.random.sample(waiting, min(6, len(waiting)))
+            ends_it = [death for death in waiting if death.who != "self"]
+            armed = [death for death in waiting if death not in ends_it] + ends_it[:1]
             at_random = len(self.killed) < AT_RANDOM and self.random.random() < 0.6
-            code, _ = self.call(few, self.random.uniform(4, 60) if at_random else None)
+            code, _ = self.call(self.random.sample(armed, len(armed)), self.random.uniform(10, 60) if at_random else None)
             print(f"exit code {code}, {len(self.chosen) - len(waiting)} + {len(self.killed)} kills", flush=True)
             if not any((self.out / "runs").glob("*/checkpoint.pt")) and self.random.random() < 0.5: self.lose()
         raise AssertionError(f"these deaths did not happen: {waiting}")

@@ -1,5 +1,5 @@
-"""Which tests take long (`make test` leaves them to `make test-all`, and one to `make campaign`), and what several files
-train on."""
+"""Which tests take long (`make test` leaves them to `make test-all`, and one to `make campaign`), and what several
+files train on."""
 
 import os
 import re

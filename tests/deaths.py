@@ -1,11 +1,12 @@
 """Processes that die at chosen moments of writing a file, for the tests of what a killed process leaves.
 
-`SITE` is the text of a `sitecustomize.py`: in a folder on PYTHONPATH it reaches every process of a batch, its workers and
-kernels too. FAULTS, a JSON list, says which file (a regular expression for its path), at which moment, and who dies; each
-death happens once, and leaves a file in the folder FAULTS_DONE.
+`SITE` is the text of a `sitecustomize.py`: in a folder on PYTHONPATH it reaches every process of a batch, its workers
+and kernels too. FAULTS, a JSON list, says which file (a regular expression for its path), at which moment, and who
+dies; each death happens once, and leaves a file in the folder FAULTS_DONE.
 
 Moments: "before" (the new file is empty), "in" (half of it is written), "whole" (it is complete, under its temporary
-name), "after" (it is in place).  Who: "self" (the process that writes), "parent" (the one that started it), "group" (all).
+name), "after" (it is in place).  Who: "self" (the process that writes), "parent" (the one that started it), "group"
+(all).
 """
 
 import json

@@ -2,17 +2,17 @@
 
 What a power cut can cost, and what it cannot:
 
-- Everything that cannot be made again, or not cheaply, is written by `write_whole`: records, divergences, weights, model
-  cards, checkpoints, kept logits and features, tables, figures and measurements. The bytes are on the disk (`fsync`)
-  before the file gets its name, and the name is (`fsync` of the folder) before the call returns. After a power cut, a
-  file therefore has its old or its new content, never half of it, and what came before it is there: a run's weights,
-  card and record, in that order, and only then is its checkpoint deleted. At most one epoch is lost. On a disk that
-  reports writes before they are durable, nothing in software helps.
-- A teacher's table of logits is mapped into memory and not synced: it is a cache. Each row has a 16-bit checksum, so a
-  row that was torn by a power cut is computed again, except for one in 65,536. After a power cut during training, delete
-  `runs/*/logits-*.bin` to exclude that as well; the tables are filled again.
-- Data sets that are generated or unpacked carry a fingerprint, checked whenever they are loaded. Executed notebooks are
-  logs and are not synced.
+- Everything that cannot be made again, or not cheaply, is written by `write_whole`: records, divergences, weights,
+  model cards, checkpoints, kept logits and features, tables, figures and measurements. The bytes are on the disk
+  (`fsync`) before the file gets its name, and the name is (`fsync` of the folder) before the call returns. After a
+  power cut, a file therefore has its old or its new content, never half of it, and what came before it is there: a
+  run's weights, card and record, in that order, and only then is its checkpoint deleted. At most the
+  work since the last checkpoint is lost. On a disk that reports writes before they are durable, no software helps.
+- A teacher's table of logits is mapped into memory and not synced: it is a cache. Each row has a 16-bit checksum,
+  so a row that was torn by a power cut is computed again, except for one in 65,536. After a power cut during
+  training, delete `runs/*/logits-*.bin` to exclude that as well; the tables are filled again.
+- Data sets that are generated or unpacked carry a fingerprint, checked whenever they are loaded. Executed
+  notebooks are logs and are not synced.
 """
 import errno
 import hashlib
@@ -22,8 +22,8 @@ from pathlib import Path
 
 __all__ = ["DISK", "write_whole", "on_disk", "reserve", "sha256_of"]
 
-# errors of a disk rather than of the program: full, over quota or limit, read-only, not allowed, broken
-DISK = {errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO}
+# errors of a disk rather than of the program: full, over a limit, read-only, not allowed, a file for a folder, broken
+DISK = {errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EIO}
 DISK |= {getattr(errno, "EDQUOT", errno.ENOSPC)}  # missing on Windows
 
 
@@ -45,6 +45,14 @@ def _sync(folder: Path) -> None:
     finally: os.close(opened)
 
 
+def _make(folder: Path) -> None:
+    """Create a folder with its parents, their names durable, too."""
+    if folder.is_dir(): return
+    _make(folder.parent)
+    folder.mkdir(exist_ok=True)
+    _sync(folder.parent)
+
+
 def write_whole(path: Path, content: str | bytes | memoryview) -> None:
     """Write a file atomically and durably: once this returns, it survives a power failure.
 
@@ -54,7 +62,7 @@ def write_whole(path: Path, content: str | bytes | memoryview) -> None:
     data = content.encode("utf-8") if isinstance(content, str) else content
     part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make(path.parent)
         with open(part, "wb") as file:
             file.write(data)
             file.flush()

@@ -69,12 +69,9 @@ def write_whole(path: Path, content: str | bytes | memoryview) -> None:
             os.fsync(file.fileno())
         os.replace(part, path)
         _sync(path.parent)
-    except OSError as error:
-        if error.errno not in DISK: raise
+    except BaseException as error:  # Ctrl-C, too, leaves no partial file
         _discard(part)
-        raise _told(error, path, len(data)) from None
-    except BaseException:  # such as Ctrl-C
-        _discard(part)
+        if isinstance(error, OSError) and error.errno in DISK: raise _told(error, path, len(data)) from None
         raise
 
 

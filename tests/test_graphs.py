@@ -168,6 +168,18 @@ def test_students_in_parallel(digits, teacher):
         assert_same(student, same)
 
 
+def test_students_in_parallel_share_the_time(digits, teacher, monkeypatch):
+    """Time stands still but for one second a landing: it is charged to all, not to the one that lands second."""
+    flights = [InFlight(student_of(ALL["CE"], digits, teacher), task_of(digits, teacher), called) for _ in range(2)]
+    now = iter(range(1, 1000))
+    monkeypatch.setattr("ldrld.training.in_flight.time.perf_counter", lambda: float(next(now)))
+    for flight in flights:
+        flight.landed_at = 0.0
+    rows = [row for _, row in train_in_flight(flights)]
+    both_train = [row["seconds"] for row in rows if row["epoch"] < EPOCHS]
+    assert both_train[2:] == [1.0] * (len(both_train) - 2) and sum(both_train[:2]) == 1.5
+
+
 def test_a_diverged_student_does_not_stop_the_others(digits, teacher):
     good, bad = student_of(ALL["CE"], digits, teacher), student_of(ALL["CE"], digits, teacher, lr=1e8)
     flights = [InFlight(s, task_of(digits, teacher), called) for s in (bad, good)]

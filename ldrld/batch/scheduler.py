@@ -7,8 +7,10 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TypeAlias
 
 from tqdm import tqdm
 
@@ -27,7 +29,9 @@ from ldrld.experiments.registry import SHARED, Experiment
 from ldrld.experiments.runner import Paused, run_together
 from ldrld.training.divergence import Diverged
 
-__all__ = ["reproduce", "report", "compare_with_committed"]
+__all__ = ["Elsewhere", "reproduce", "report", "compare_with_committed"]
+
+Elsewhere: TypeAlias = Callable[[list[tuple[RunConfig, tuple[str, ...]]], str, float], list[Outcome]]
 
 
 def execute_runs(runs: list[tuple[dict, tuple[str, ...]]], profile_name: str, notebooks: bool) -> list[Outcome]:
@@ -94,7 +98,7 @@ def report(p: str = "quick", only: tuple[str, ...] = (), jobs: int = 2) -> list[
 
 def reproduce(p: str = "quick", only: tuple[str, ...] = (), jobs: int = 2, seconds: float = math.inf,
               notebooks: bool = True, together: int = 5, plan: bool = False,
-              graphs: bool = False, at_once: int = 8) -> list[Outcome]:
+              graphs: bool = False, at_once: int = 8, elsewhere: Elsewhere | None = None) -> list[Outcome]:
     """Make the missing runs of a profile (see `missing`), the most valuable first, then its tables and figures.
 
     p: "quick", "small", "paper" or a YAML file.  only: names of experiments; by default those of the profile.
@@ -107,6 +111,8 @@ def reproduce(p: str = "quick", only: tuple[str, ...] = (), jobs: int = 2, secon
     plan: make the runs of the profile's plan (`ldrld.experiments.plan`) instead of its experiments, and no tables.
     graphs: train in this process with CUDA graphs on separate streams (`ldrld.training.graphs`), without notebooks.
     at_once: number of concurrent students for `graphs`.
+    elsewhere: trains the runs instead of processes here, given runs, the folder of their records and the seconds left;
+    returns one outcome per run, see `ldrld.batch.cluster`.
     Returns one outcome per run and notebook; a run with an invalid record is not repeated, and reported as failed.
     Raises `NotReady`, before anything is started, if data, notebooks, a teacher or disk space are missing.
     """
@@ -130,7 +136,8 @@ def reproduce(p: str = "quick", only: tuple[str, ...] = (), jobs: int = 2, secon
             given = [(c.model_dump(), k) for c, k in runs]
             return [name_of(c) for c, _ in runs], execute_runs, given, folder, notebooks
         needs = {name_of(c): {name_of(c.teacher)} for c, _ in todo if c.teacher}
-        if graphs: outcomes += in_flight(todo, folder, ends - time.monotonic(), at_once)
+        if elsewhere: outcomes += elsewhere(todo, folder, ends - time.monotonic())
+        elif graphs: outcomes += in_flight(todo, folder, ends - time.monotonic(), at_once)
         else: outcomes += in_parallel("runs", [task(runs) for runs in cohorts(todo, together)], jobs, needs)
         tried |= {name_of(c) for c, _ in todo} | not_tried
         # a finished search determines further runs

@@ -29,7 +29,7 @@ from .training import WARM_UP, Setting, teacher_table, compute_ahead, numerics, 
 from ..data.augmentation import Crops
 from ..models.evaluation import precision_used
 from ..training.graphs import Task
-from ..training.in_flight import InFlight, Lap
+from ..training.in_flight import InFlight
 from ..training.queries import Batch
 from ..training.student import Student
 from ..training.teacher import TeacherLogits
@@ -53,7 +53,7 @@ def one_epoch(
     flights: list[InFlight],
 ) -> None:
     "Every student's next epoch, completed."
-    goal, lap = flights[0].epoch + 1, Lap()
+    goal = flights[0].epoch + 1
     while any(len(flight.student.history) < goal for flight in flights):
         busy = False
         for flight in flights:
@@ -61,7 +61,7 @@ def one_epoch(
             if flight.has_room and not handed_out:
                 flight.advance()
                 busy = True
-            busy = bool(flight.landed(lap)) or busy
+            busy = bool(flight.landed(len(flights))) or busy
         if not busy:
             max(flights, key=lambda flight: len(flight.chunks)).wait()
 

@@ -143,7 +143,7 @@ def measure(
     "Run a benchmark on this machine and save the result, or return an earlier result."
     device, say = device or default_device(), report or (lambda line: None)
     made = provenance(device)
-    made["libraries"] |= {"torchvision": installed("torchvision"), "triton": installed("triton")}
+    made["libraries"] |= {name: installed(name) for name in ("torchvision", "triton", "simplejpeg", "torchcodec")}
     path = (
         paths.measurements(folder_for(scale))
         / machine_key(made["machine"])

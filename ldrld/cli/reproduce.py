@@ -1,12 +1,17 @@
 """`ldrld reproduce` and `ldrld report`: runs, then tables and figures."""
 
 import math
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ldrld.cli.app import Budget, Jobs, Only, Out, Profile, app, end, ready, seconds, start
+from ldrld.cli.verify import verify
+
+if TYPE_CHECKING:
+    from ldrld.batch.cluster import SlurmOptions
 
 
 def graphs_wanted(engine: str) -> bool:
@@ -19,6 +24,25 @@ def graphs_wanted(engine: str) -> bool:
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     return engine == "graph" or (engine == "auto" and default_device().startswith("cuda"))
+
+
+def slurm_options(
+    executor: str, job_time: str, partition: str | None, given: list[str] | None
+) -> "SlurmOptions | None":
+    """The options of Slurm's jobs; None for processes on this machine."""
+    from ldrld.batch.cluster import SlurmOptions
+    from ldrld.core.validation import known
+
+    try:
+        known("--executor", executor, ["local", "slurm"])
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    minutes = math.ceil(seconds(job_time) / 60)
+    for option in given or ():
+        if not all(option.partition("=")[::2]):
+            raise typer.BadParameter(f"--slurm {option}: expected name=value, an option of sbatch such as gres=gpu:1")
+    more = dict(option.split("=", 1) for option in given or ())
+    return SlurmOptions(minutes, partition, more) if executor == "slurm" else None
 
 
 @app.command()
@@ -61,30 +85,55 @@ def reproduce(
                  "tables and figures later with `ldrld report`.",
         ),
     ] = False,
+    executor: Annotated[
+        str, typer.Option(help="local: processes on this machine; slurm: every cohort is a job of Slurm.")
+    ] = "local",
+    job_time: Annotated[
+        str, typer.Option(help="Time limit of a Slurm job; one that needs longer requeues itself and resumes.")
+    ] = "4h",
+    partition: Annotated[str | None, typer.Option(help="Slurm's partition.")] = None,
+    slurm: Annotated[
+        list[str] | None, typer.Option(help="Another option of sbatch, e.g. gres=gpu:1; may be repeated.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the jobs and their order; start nothing.")] = False,
 ) -> None:
     """Train every unfinished run, then make all tables and figures."""
     budget = seconds(time_budget) if time_budget else math.inf
     chosen = start(profile, only, out)
-    from ldrld.batch import scheduler
+    from ldrld.batch import cluster, scheduler
+    from ldrld.batch.pending import missing
+    from ldrld.core import paths
     from ldrld.experiments.profiles import profile as profile_of
 
+    options = slurm_options(executor, job_time, partition, slurm)
+    size = together or cohort_size
+    if dry_run:
+        print(cluster.dry_run(missing(profile, chosen, planned), size, options))
+        return
+    if options and engine == "graph":
+        raise typer.BadParameter("--engine graph trains in this process; use --engine eager with --executor slurm")
+    notebooks = not (direct or no_notebooks)
     if needs := profile_of(profile).needs:
         print(f"profile {profile_of(profile).name}: {needs}")
+    on_slurm = partial(cluster.on_slurm, size=size, notebooks=notebooks, options=options) if options else None
     with ready():
         outcomes = scheduler.reproduce(
             profile,
             chosen,
             jobs,
             budget,
-            notebooks=not (direct or no_notebooks),
-            together=together or cohort_size,
+            notebooks=notebooks,
+            together=size,
             plan=planned,
             graphs=graphs_wanted(engine),
             at_once=at_once,
+            elsewhere=on_slurm,
         )
     if line := scheduler.compare_with_committed(Path(profile).stem):
         print(line)
     end(outcomes, profile)
+    if options and not planned and paths.tables(profile_of(profile).name).exists():
+        verify([profile])
 
 
 @app.command()

@@ -47,6 +47,7 @@ def status(profile: Profile = "quick", out: Out = None) -> None:
             }
         )
     print(pd.DataFrame(lines).to_string(index=False))
+    from ldrld.batch.cluster import job_states
     from ldrld.batch.pending import missing, taken_up_again
     from ldrld.experiments.catalog import batch as runs_of
     from ldrld.experiments.profiles import profile as profile_of
@@ -73,5 +74,5 @@ def status(profile: Profile = "quick", out: Out = None) -> None:
         print(pd.DataFrame(coming).to_string(index=False))
     if again := taken_up_again(todo, folder):
         print(again)
-    for line in tell_odd(folder):
+    for line in (*job_states(folder), *tell_odd(folder)):
         print(line)

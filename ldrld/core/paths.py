@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 __all__ = ["shown", "root", "out", "data_root", "records", "tables", "table", "figures", "weights", "work",
-           "executed", "manifest", "published", "plans", "notebooks", "measurements"]
+           "executed", "jobs", "manifest", "published", "plans", "notebooks", "measurements"]
 
 
 OURS = re.compile(rb"^lib_name\s*=\s*ldrld\s*$", re.M)
@@ -86,6 +86,11 @@ def work(name: str = "") -> Path:
 def executed(profile: str) -> Path:
     """Executed notebooks: logs, kept outside `nbs/`, where nbdev would treat them as sources."""
     return out() / "runs" / "executed" / profile
+
+
+def jobs(profile: str) -> Path:
+    """Jobs handed to a cluster, one folder each, with its log: see `ldrld.batch.cluster`."""
+    return out() / "runs" / "jobs" / profile
 
 
 def measurements(folder: str = "bench") -> Path:

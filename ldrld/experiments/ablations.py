@@ -33,15 +33,15 @@ def adw(p: Profile) -> Lines:
     "Pairs alone, the loss without each of its three terms, and the full loss",
     """Pairs describe how any two of the top classes relate, but neither all of them jointly nor the remaining
 classes. LLKI, one KL over the $d$ classes jointly, and RNTK, one over the remaining classes, fill these two gaps.
-Each of the three terms is removed once; `d-way + remaining` is the loss without the pairs that it is named after,
+Each of the three terms is removed once; `LLKI + RNTK` is the loss without the pairs that it is named after,
 and shows whether they are needed at all.""",
     caption="Paired difference to pairs alone"))
 def completeness(p: Profile) -> Lines:
     "Pairs alone, the loss without each of its three terms, and the full loss."
     steps = {
-        "pairs": dict(llki_weight=0.0, beta=0.0), "pairs + d-way": dict(beta=0.0),
-        "pairs + remaining": dict(llki_weight=0.0), "d-way + remaining": dict(pairs_weight=0.0),
-        "pairs + d-way + remaining": {}}
+        "pairs": dict(llki_weight=0.0, beta=0.0), "pairs + LLKI": dict(beta=0.0),
+        "pairs + RNTK": dict(llki_weight=0.0), "LLKI + RNTK": dict(pairs_weight=0.0),
+        "pairs + LLKI + RNTK": {}}
     for terms, args in steps.items(): yield from on_pair(p, ablation_pair(p), {"terms": terms}, "LDRLD", **args)
 
 # %% ../../nbs/experiments/ablations.ipynb #2eded35c

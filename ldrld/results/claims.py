@@ -39,7 +39,7 @@ class Comparison:
     dataset: str = "cifar100"  # of published numbers
     pairs: tuple[tuple[str, str], ...] = ()  # (teacher, student), if there is no experiment
 
-LDRLD, KD, WHOLE = {"method": "LDRLD"}, {"method": "KD"}, {"terms": "pairs + d-way + remaining"}
+LDRLD, KD, WHOLE = {"method": "LDRLD"}, {"method": "KD"}, {"terms": "pairs + LLKI + RNTK"}
 BASELINES = ("DKD", "NKD", "WTTM", "CTKD", "KD+LS", "SD-KD")  # named in the notes, except LCKA and TeKAP
 
 COMPARISONS = (
@@ -54,11 +54,11 @@ COMPARISONS = (
     *(Comparison("noise", "label_noise", LDRLD | {"noise": rate}, KD | {"noise": rate}) for rate in (0.2, 0.4, 0.6)),
     Comparison("gap", "probability_gap"),
     Comparison("relations", "relation_maps", LDRLD, KD),
-    Comparison("pairs", "completeness", WHOLE, {"terms": "d-way + remaining"}),
-    Comparison("llki", "completeness", WHOLE, {"terms": "pairs + remaining"}),
-    Comparison("llki", "completeness", {"terms": "pairs + d-way"}, {"terms": "pairs"}),
-    Comparison("rntk", "completeness", WHOLE, {"terms": "pairs + d-way"}),
-    Comparison("rntk", "completeness", {"terms": "pairs + remaining"}, {"terms": "pairs"}),
+    Comparison("pairs", "completeness", WHOLE, {"terms": "LLKI + RNTK"}),
+    Comparison("llki", "completeness", WHOLE, {"terms": "pairs + RNTK"}),
+    Comparison("llki", "completeness", {"terms": "pairs + LLKI"}, {"terms": "pairs"}),
+    Comparison("rntk", "completeness", WHOLE, {"terms": "pairs + LLKI"}),
+    Comparison("rntk", "completeness", {"terms": "pairs + RNTK"}, {"terms": "pairs"}),
     Comparison("ranking", "ranking", {"ranked by": "student"}, {"ranked by": "teacher"}),
     *(Comparison("alpha-beta", "alpha_beta", {"alpha": 10.5, "beta": 7.0}, {"alpha": a, "beta": b})
       for a, b in ((2.625, 7.0), (42.0, 7.0), (10.5, 1.75), (10.5, 28.0))),

@@ -1,0 +1,107 @@
+"""A batch on a real Slurm, on this machine: pre-empted, killed, drained, and in the end the same records."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+from slurm_cluster import NODE, cluster, missing, until
+
+from commands import ROOT, ldrld
+from ldrld.training.checkpoint import epochs_trained
+
+if lacking := missing() + ["submitit"] * (importlib.util.find_spec("submitit") is None):
+    pytest.skip(f"no {', '.join(lacking)} here: apt-get install slurm-wlm munge; pip install submitit",
+                allow_module_level=True)
+EPOCHS, PREEMPTIONS = 12, 10
+PROFILE = """\
+data: handwritten digits
+dataset: digits
+pairs: [[resnet14, resnet8]]
+teacher: {recipe: onecycle, epochs: 12, lr: 0.1}
+student: {recipe: onecycle, epochs: 12, lr: 0.1}
+seeds: [0, 1]
+depths: [2, 7]
+temperatures: [4.0]
+"""
+TIMES = {"seconds", "images_per_second", "finished"}
+
+
+def without_times(record):
+    """A record without what differs between two runs of the same training."""
+    rows = [{name: value for name, value in row.items() if name not in TIMES} for row in record["history"]]
+    return {name: value for name, value in record.items() if name not in TIMES} | {"history": rows}
+
+
+def records(out):
+    """The records below a folder, by name, without times."""
+    return {file.stem: without_times(json.loads(file.read_text())) for file in out.glob("data/runs/*/*.json")}
+
+
+class Batch:
+    """A batch on a cluster: `ldrld reproduce --executor slurm`, and how far its runs are."""
+
+    def __init__(self, slurm, profile, out):
+        self.slurm, self.out = slurm, out
+        self.words = ("reproduce", "--profile", profile, "--only", "same_architecture", "--no-notebooks", "--out", out)
+        command = "from ldrld.cli import main; main()"
+        self.log = open(out.with_suffix(".log"), "w+")
+        env = {**slurm.env, "PYTHONPATH": str(ROOT)}
+        self.process = subprocess.Popen([sys.executable, "-c", command, *map(str, self.words), "--executor", "slurm"],
+                                        env=env, stdout=self.log, stderr=self.log)
+
+    def said(self):
+        self.log.seek(0)
+        return self.log.read()
+
+    def preemptions(self):
+        """How often Slurm took a job's place from it, according to the jobs' logs."""
+        logs = self.out.glob("runs/jobs/*/*/log.txt")
+        return sum(file.read_text().count("DUE TO PREEMPTION") for file in logs)
+
+    def epochs(self):
+        """Epochs trained so far by every unfinished run."""
+        return {file.parent.name: epochs_trained(file) for file in self.out.glob("runs/*/checkpoint.pt")}
+
+    def progress(self):
+        """Wait until a running job has trained another epoch, and is not about to end."""
+        before = self.epochs()
+        more = lambda: [k for k, n in self.epochs().items() if before.get(k, 0) < n < EPOCHS - 4]
+        until(more, 120, f"another epoch after {before}; {self.slurm.jobs()}; {self.said()}")
+
+
+def test_ten_preemptions_a_dead_node_a_drained_one_and_a_killed_job_leave_the_same_records(tmp_path):
+    profile, alone, shared = tmp_path / "twelve.yaml", tmp_path / "alone", tmp_path / "shared"
+    profile.write_text(PROFILE)
+    shared.mkdir()
+    with cluster(grace=1) as slurm:
+        batch = Batch(slurm, profile, shared)
+        try:
+            batch.progress()
+            (killed, *_) = [number for number, state in slurm.jobs().items() if state == "RUNNING"]
+            slurm("scancel", "--signal=KILL", "--full", killed)
+            while batch.preemptions() < PREEMPTIONS:
+                batch.progress()
+                slurm.preempt()
+            batch.progress()
+            slurm.kill_node()
+            until(lambda: "down" in slurm.node_state(), 60, "the controller misses the node")
+            slurm.start_node()
+            batch.progress()
+            slurm("scontrol", "update", f"NodeName={NODE}", "State=DRAIN", "Reason=test")
+            until(lambda: slurm.node_state() in ("drain", "drng"), 20, "drained")
+            slurm("scontrol", "update", f"NodeName={NODE}", "State=RESUME")
+            assert batch.process.wait(400) == 0, batch.said()
+        finally:
+            batch.process.terminate()
+            batch.process.wait()
+        status = ldrld("status", "--profile", profile, "--out", shared, **slurm.env)
+    said = batch.said()
+    print(f"{batch.preemptions()} pre-emptions\n{said}")
+    assert "a job was lost" in said and "8 done, 0 paused, 0 failed" in said and "1 tables checked, 0 problems" in said
+    assert status.stdout.count(": finished, ") == 5, status.stdout + status.stderr
+    got = ldrld(*batch.words[:-1], alone, "--jobs", 2)
+    assert got.returncode == 0, got.stdout + got.stderr
+    assert len(records(alone)) == 7 and records(shared) == records(alone)
+    assert batch.preemptions() >= PREEMPTIONS

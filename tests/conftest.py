@@ -1,5 +1,7 @@
-"""Which tests take long (`make test` leaves them to `make test-all`), and what several files train on."""
+"""Which tests take long (`make test` leaves them to `make test-all`, and one to `make campaign`), and what several
+files train on."""
 
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -45,7 +47,11 @@ def pytest_configure():
             raise pytest.UsageError(f"tests/conftest.py: {missing} not found in {module}.py; correct the names in SLOW")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    by_name = [item for item in items if item.get_closest_marker("campaign")]
+    if by_name and "LDRLD_CAMPAIGN" not in os.environ:
+        config.hook.pytest_deselected(items=by_name)
+        items[:] = [item for item in items if item not in by_name]
     for item in items:
         module, function = item.path.stem, item.originalname
         if module in SLOW and (SLOW[module] is None or function in SLOW[module]):

@@ -18,7 +18,7 @@ import commands
 from ldrld import data, models
 from ldrld.batch import leftovers, notebooks, pending, preflight, scheduler
 from ldrld.core import paths
-from ldrld.core.files import write_whole
+from ldrld.core.files import reserve, write_whole
 from ldrld.data.augmentation import Crops
 from ldrld.experiments import records, runner, students
 from ldrld.experiments.catalog import batch as runs_of
@@ -159,6 +159,8 @@ def test_the_room_for_a_teachers_logits_is_counted_once(mine):
     folder.mkdir(parents=True)
     with open(folder / "logits-0.bin", "wb") as file:
         file.truncate(size)
+    assert preflight._table_bytes(config, images) == {folder: size}, "an earlier, sparse table still needs its space"
+    reserve(folder / "logits-0.bin", size)
     assert preflight._table_bytes(config, images) == {}
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path, PurePosixPath
 
+from ldrld.core.files import write_whole
+
 __all__ = ["MIB", "Limits", "collect", "joined", "members"]
 
 MIB = 2**20
@@ -103,9 +105,7 @@ def _replace(path: Path, content: bytes) -> None:
     """Write a file atomically, unless it has this content already."""
     if path.exists() and path.read_bytes() == content:
         return
-    part = path.with_name(f"{path.name}.tmp")
-    part.write_bytes(content)
-    part.replace(path)
+    write_whole(path, content)
 
 
 def _compressed(content: bytes) -> bytes:

@@ -36,8 +36,8 @@ def sweep(p: str | Profile, only: tuple[str, ...] = ()) -> list[Path]:
     """
     folder, swept = profile(p).name, []
     records = paths.records(folder)
-    results = (records, records / "logits", records / "insight",
-               paths.tables(folder), paths.figures(folder), paths.weights(folder))
+    results = (records, records / "diverged", records / "logits", records / "insight", paths.tables(folder),
+               paths.figures(folder), paths.weights(folder), paths.manifest(folder).parent)
     for place in (*results, *paths.work().glob("*")):
         if place.is_dir(): swept += [path for path in place.iterdir() if _is_left(path)]
     busy = {name_of(config) for config, _ in missing(p, only)}

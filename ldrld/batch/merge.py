@@ -108,7 +108,7 @@ def _take_record(kind: str, run: str, content: bytes, expected: dict, told: dict
         paths.records(told["profile"]) / f"{run}.json" if kind == "records" else divergence_path(run, told["profile"])
     )
     if not path.exists():
-        _write_new(path, content)
+        write_whole(path, content)
         (merged.added if kind == "records" else merged.diverged).append(run)
         if kind == "records" and not _loads(run, told["profile"]):
             path.unlink()
@@ -128,18 +128,10 @@ def _loads(run: str, profile: str) -> bool:
         return False
 
 
-def _write_new(path: Path, content: bytes) -> None:
-    """Write a new file atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.tmp")
-    part.write_bytes(content)
-    part.replace(path)
-
-
 def _take_kept(path: Path, content: bytes) -> None:
     """Add logits or features that are not here yet."""
     if not path.exists():
-        _write_new(path, content)
+        write_whole(path, content)
 
 
 def _take_weights(run: str, content: bytes, card: bytes | None, profile: str, merged: Merged) -> None:
@@ -150,11 +142,11 @@ def _take_weights(run: str, content: bytes, card: bytes | None, profile: str, me
     if card is None:
         return merged.refused.append(f"{run}: weights without a model card")
     place = card_path(run, profile)
-    _write_new(place, card)
+    write_whole(place, card)
     if read_card(place)["sha256"] != hash_of(content):
         place.unlink()
         return merged.refused.append(f"{run}: the weights are not those of their model card")
-    _write_new(path, content)
+    write_whole(path, content)
     if record := load_record(run, profile):
         _write_card(record, profile, read_card(place))
     merged.weights.append(run)
@@ -171,7 +163,7 @@ def _take_checkpoint(run: str, content: bytes, profile: str, merged: Merged) -> 
         return
     path = paths.work(run) / "checkpoint.pt"
     new = path.with_name("checkpoint-merged.pt")
-    _write_new(new, content)
+    write_whole(new, content)
     try:
         further = epochs_trained(new) > epochs_trained(path)
     except ValueError as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ldrld import data, losses, models
 from ldrld.core import paths
+from ldrld.core.files import on_disk
 from ldrld.experiments.config import Pretrained, RunConfig, file_of, name_of
 from ldrld.experiments.records import KEPT, load_record, read_record, same_images
 
@@ -87,8 +88,8 @@ def _table_bytes(config: RunConfig, images: data.ImageData) -> dict[Path, int]:
     folder = paths.work(name_of(config.teacher))
     per_image = (2 * images.padding + 1) ** 2 * (2 if images.flip else 1)
     size = len(images.train_labels) * per_image * (len(images.classes) + 1) * 2
-    there = any(path.stat().st_size >= 0.5 * size for path in folder.glob("logits-*.bin"))
-    return {} if there else {folder: size}
+    lacking = size - max(map(on_disk, folder.glob("logits-*.bin")), default=0)
+    return {folder: lacking} if lacking > 0 else {}
 
 
 def _disk(needed: float) -> list[str]:

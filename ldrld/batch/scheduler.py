@@ -76,8 +76,11 @@ def in_flight(runs: list[tuple[RunConfig, tuple[str, ...]]], folder: str, second
 def report(p: str = "quick", only: tuple[str, ...] = (), jobs: int = 2) -> list[Outcome]:
     """Make the tables and figures of a profile, see `ldrld.results.tables.to_report`; one outcome per notebook.
 
+    At the end, the hashes of all results are in `data/manifests`, see `ldrld.results.manifest`.
+
     Arguments as in `reproduce`. Raises `NotReady` if notebooks or papermill are missing.
     """
+    from ldrld.results.manifest import folders_of, stamps, update_manifest
     from ldrld.results.tables import to_report  # not needed on machines that only train
 
     p = str(Path(p).resolve()) if p.endswith((".yaml", ".yml")) else p
@@ -87,7 +90,10 @@ def report(p: str = "quick", only: tuple[str, ...] = (), jobs: int = 2) -> list[
     def given(e: Experiment) -> dict:
         return {"profile": p, "experiment": e.path} if e.notebook in SHARED else {"profile": p}
     tasks = [([e.figure], execute_one, f"paper/{e.notebook}.ipynb", e.figure, given(e), folder) for e in chosen]
-    return in_parallel("tables and figures", tasks, jobs)
+    before = {part: stamps(part) for part in folders_of(folder)}
+    outcomes = in_parallel("tables and figures", tasks, jobs)
+    for part, stamped in before.items(): update_manifest(part, stamped)
+    return outcomes
 
 
 def reproduce(p: str = "quick", only: tuple[str, ...] = (), jobs: int = 2, seconds: float = math.inf,

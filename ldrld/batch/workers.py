@@ -5,12 +5,10 @@ Plain code rather than a notebook, because it starts processes and has nothing t
 
 import multiprocessing
 import os
-import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -18,8 +16,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ldrld.core import paths
+from ldrld.core.signals import terminable
 
-__all__ = ["Outcome", "Terminated", "Workers", "in_parallel"]
+__all__ = ["Outcome", "Workers", "in_parallel"]
 
 
 @dataclass(frozen=True)
@@ -28,24 +27,6 @@ class Outcome:
     name: str
     status: str  # "done", "paused", "diverged" or "failed"
     detail: str = ""
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM: a batch stops its processes before it ends."""
-
-
-@contextmanager
-def terminable() -> Iterator[None]:
-    """Let SIGTERM raise `Terminated`, but only in the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def end(number: int, frame: object) -> None: raise Terminated
-
-    before = signal.signal(signal.SIGTERM, end)
-    try: yield
-    finally: signal.signal(signal.SIGTERM, before)
 
 
 def end_with_parent() -> None:

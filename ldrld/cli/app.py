@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -19,17 +20,28 @@ if TYPE_CHECKING:
 
 
 class Commands(typer.core.TyperGroup):
-    """The commands; if one is interrupted by Ctrl-C or SIGTERM, it prints how to resume."""
+    """The commands; one that is interrupted by Ctrl-C or SIGTERM prints how to resume, and a full disk takes a line."""
 
     def invoke(self, ctx: Any) -> Any:
+        from ldrld.core.files import DISK
+        from ldrld.core.signals import Terminated, terminable
+
         try:
-            return super().invoke(ctx)
+            with terminable():
+                return super().invoke(ctx)
         except KeyboardInterrupt as stop:
             print(
-                "\nstopped; finished runs and the epochs trained so far are kept: call again to resume",
+                "\nstopped; finished runs and the epochs trained so far are kept: call again to resume\n"
+                f"  {shlex.join(['ldrld', *sys.argv[1:]])}",
                 file=sys.stderr,
             )
-            ctx.exit(143 if type(stop).__name__ == "Terminated" else 130)
+            ctx.exit(143 if isinstance(stop, Terminated) else 130)
+        except OSError as error:
+            if error.errno not in DISK:
+                raise
+            hint = "" if "--out" in str(error) else "; choose another folder with --out"
+            print(f"disk: {error}{hint}", file=sys.stderr)
+            ctx.exit(1)
 
 
 app = typer.Typer(

@@ -39,6 +39,7 @@ def bench(
     from ldrld.bench.measurements import folder_for, measure
     from ldrld.core import paths
     from ldrld.core.validation import known
+    from ldrld.results.manifest import stamps, update_manifest
 
     benchmarks = registered()
     try:
@@ -46,9 +47,10 @@ def bench(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     scale = "small" if small else "full" if full else "usual"
+    folder = folder_for(scale)
+    before = stamps(folder)
     for b in chosen:
         measure(b.name, scale, again)
-    folder = folder_for(scale)
     notebooks = dict.fromkeys(b.notebook for b in chosen)
     if problems := notebooks_for(f"paper/{n}.ipynb" for n in notebooks):
         print(
@@ -66,6 +68,7 @@ def bench(
         ],
         1,
     )
+    update_manifest(folder, before)
     for what, place in {
         "measurements": paths.measurements(folder),
         "tables": paths.tables(folder),

@@ -59,6 +59,7 @@ def tune(
     from ldrld.experiments.profiles import ablation_pair
     from ldrld.experiments.profiles import profile as profile_of
     from ldrld.experiments.config import explain
+    from ldrld.results.manifest import stamps, update_manifest
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     p = profile_of(profile)
@@ -79,7 +80,9 @@ def tune(
     if table.empty:
         print("no trial is finished yet; call again to resume")
         return
+    before = stamps(search.folder)
     keep(search, table, p)
+    update_manifest(search.folder, before)
     print(f"\n{shown(search, table).head(10).to_string(index=False)}\n\n{caption(search, table)}\n")
     if (done := int(table["trial"].notna().sum())) < trials:
         print(f"{done} of {trials} trials are finished; call again to resume")

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 __all__ = ["shown", "root", "out", "data_root", "records", "tables", "table", "figures", "weights", "work",
-           "executed", "jobs", "published", "plans", "notebooks", "measurements"]
+           "executed", "jobs", "manifest", "published", "plans", "notebooks", "measurements"]
 
 
 OURS = re.compile(rb"^lib_name\s*=\s*ldrld\s*$", re.M)
@@ -96,6 +96,11 @@ def jobs(profile: str) -> Path:
 def measurements(folder: str = "bench") -> Path:
     """Benchmark measurements, one folder per machine and one JSON file per benchmark; `bench-small` for trials."""
     return out() / "data" / folder
+
+
+def manifest(folder: str) -> Path:
+    """The hashes of a profile's results, or of the benchmarks', see `ldrld.results.manifest`."""
+    return out() / "data" / "manifests" / f"{folder}.sha256"
 
 
 def published() -> Path:

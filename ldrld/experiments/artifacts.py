@@ -6,7 +6,7 @@
 __all__ = ['arrays_whole', 'save_artifacts', 'keep_from_weights']
 
 # %% ../../nbs/experiments/artifacts.ipynb #72189d09
-import os
+import io
 from copy import deepcopy
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from .. import data, models
+from ..core.files import write_whole
 from ..data import ImageData
 from .config import RunConfig, name_of
 from .model_cards import checked_weights
@@ -27,9 +28,9 @@ def arrays_whole(
     **arrays: np.ndarray,  # by name
 ) -> None:
     "Write arrays to a file atomically."
-    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(part, "wb") as file: np.savez_compressed(file, allow_pickle=True, **arrays)
-    os.replace(part, path)
+    whole = io.BytesIO()
+    np.savez_compressed(whole, allow_pickle=True, **arrays)
+    write_whole(path, whole.getbuffer())
 
 # %% ../../nbs/experiments/artifacts.ipynb #e869108b
 def save_artifacts(

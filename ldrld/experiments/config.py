@@ -9,10 +9,8 @@ __all__ = ['LARGEST', 'MOST', 'SCHEMA', 'ADDED', 'Pretrained', 'RunConfig', 'los
 # %% ../../nbs/experiments/config.ipynb #12a9d32e
 import hashlib
 import json
-import os
 import re
 import reprlib
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union
 
@@ -20,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from .. import data, losses, models
 from ..core import paths, validation
-from ..core.files import sha256_of
+from ..core.files import sha256_of, write_whole
 from ..core.validation import known
 from ..losses.base import LossBase
 from ..models.weights import identify, read_weights
@@ -241,10 +239,7 @@ def pretrained(
     teacher = Pretrained(model=network_in(path)[0], sha256=sha256_of(path))
     place = paths.work(name_of(teacher)) / "weights"
     if place.exists() and sha256_of(place) == teacher.sha256: return teacher
-    place.parent.mkdir(parents=True, exist_ok=True)
-    part = place.with_name(f"{place.name}.{os.getpid()}.tmp")
-    shutil.copyfile(path, part)
-    os.replace(part, place)
+    write_whole(place, Path(path).read_bytes())
     return teacher
 
 # %% ../../nbs/experiments/config.ipynb #9a32b0e5

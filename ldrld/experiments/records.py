@@ -199,6 +199,10 @@ def records(
     return [record for name in _names(profile) if (record := sound(name, profile))]
 
 # %% ../../nbs/experiments/records.ipynb #14da17db
+def _without_times(record: Record) -> str:
+    "The history of a record as text, without the seconds of its epochs, which are easily edited."
+    return json.dumps([{k: v for k, v in row.items() if k != "seconds"} for row in record.history], sort_keys=True)
+
 def odd_records(
     profile: str = "quick",
 ) -> dict[str, str]:  # name -> what is wrong
@@ -208,12 +212,12 @@ def odd_records(
     for name in _names(profile):
         try: record = read_record(name, profile)
         except ValueError as error: odd[name] = str(error)
-        else: by_history.setdefault(json.dumps(record.history, sort_keys=True), []).append(record)
+        else: by_history.setdefault(_without_times(record), []).append(record)
     for alike in by_history.values():
         if len({r.config.seed for r in alike}) == 1: continue  # other settings may have no effect, but seeds always do
         for r in alike:
             others = ", ".join(o.name for o in alike if o is not r)
-            odd[r.name] = f"{r.name}: exactly the same history, times included, as {others}: a copy"
+            odd[r.name] = f"{r.name}: exactly the same history as {others}, under another seed: a copy"
     return odd
 
 # %% ../../nbs/experiments/records.ipynb #b5745695
@@ -344,7 +348,7 @@ def save_record(
     record: Record,
     profile: str,
 ) -> None:
-    "Write a record, whole or not at all."
+    "Write a record, whole or not at all; once this returns, it survives a power cut, see `ldrld.core.files`."
     write_whole(paths.records(profile) / f"{record.name}.json", record.model_dump_json(indent=1) + "\n")
 
 # %% ../../nbs/experiments/records.ipynb #1af0ca58

@@ -172,7 +172,9 @@ def run_together(
             if not record and (found := load_divergence(name, profile)): failed[name] = found
             elif record and not _incomplete(config, keep, profile, device): done[name] = record
             else: todo.append((config, keep))
-        for name, record in done.items(): say(f"{name}: finished before, {record.last_accuracy:.2f} %")
+        for name, record in done.items():
+            say(f"{name}: finished before, {record.last_accuracy:.2f} %")
+            (paths.work(name) / "checkpoint.pt").unlink(missing_ok=True)  # killed between its record and this
         if todo: _train(todo, finished, failed, profile, device, say)
     for found in failed.values(): raise found.error
     return [record for config, _ in runs if (record := finished[name_of(config)])]

@@ -7,7 +7,6 @@ __all__ = ['WeightsError', 'read_weights', 'adapt', 'identify', 'load_weights', 
 
 # %% ../../nbs/models/weights.ipynb #de840fc0
 import json
-import os
 import re
 import tarfile
 import warnings
@@ -19,6 +18,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+from ..core.files import write_whole
 
 # %% ../../nbs/models/weights.ipynb #3b6007e6
 class WeightsError(ValueError):
@@ -307,15 +308,7 @@ def save_weights(
     except TypeError as error: raise ValueError(f"metadata={metadata!r}: not what JSON can hold ({error})") from None
     tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     content = save(tensors, {"ldrld": text})  # one entry: safetensors writes several in a random order
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally: part.unlink(missing_ok=True)
+    write_whole(path, content)
     return path
 
 # %% ../../nbs/models/weights.ipynb #7247236f

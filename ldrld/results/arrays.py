@@ -10,10 +10,10 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 from .. import data
 from ..core import paths
+from ..experiments import published
 from ..experiments.profiles import Profile, profile
 
 # %% ../../nbs/results/arrays.ipynb #6e4a0852
@@ -53,7 +53,7 @@ def superclasses(
     if profile(p).dataset != "cifar100":
         images = data.load(profile(p).dataset)
         return list(images.superclasses), images.superclass_of.numpy()
-    group = pd.read_csv(paths.published() / "cifar100_superclasses.csv")["superclass"].astype("category")
+    group = published.read("cifar100_superclasses.csv")["superclass"].astype("category")
     return list(group.cat.categories), group.cat.codes.to_numpy()
 
 # %% ../../nbs/results/arrays.ipynb #d77582c3
@@ -62,4 +62,4 @@ def class_names(
 ) -> list[str]:
     "Names of the classes, in the order of their numbers; CIFAR-100's from a list, as in `superclasses`."
     if profile(p).dataset != "cifar100": return list(data.load(profile(p).dataset).classes)
-    return pd.read_csv(paths.published() / "cifar100_superclasses.csv")["class"].str.replace("_", " ").tolist()
+    return published.read("cifar100_superclasses.csv")["class"].str.replace("_", " ").tolist()

@@ -16,7 +16,6 @@ import pandas as pd
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 
-from ..core import paths
 from ..experiments import published
 from ..experiments.catalog import EXPERIMENTS
 from ..experiments.config import name_of
@@ -27,9 +26,7 @@ from .statistics import FEWEST, ROUNDING, collect, paired
 # %% ../../nbs/results/claims.ipynb #330c708b
 def load() -> pd.DataFrame:  # by claim: text, said, trust, kind, low, high
     "The claims with their sources."
-    path = paths.published() / "claims.csv"
-    if path.exists(): return pd.read_csv(path).set_index("claim")
-    raise FileNotFoundError(f"{path}: the claims come with a checkout of ldrld; work in one or set LDRLD_ROOT")
+    return published.read("claims.csv").set_index("claim")
 
 # %% ../../nbs/results/claims.ipynb #30602807
 @dataclass(frozen=True)

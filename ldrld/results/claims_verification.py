@@ -63,7 +63,7 @@ def _seeds_again(line: dict, p: Profile, plans: dict) -> tuple[list[float], list
 # %% ../../nbs/results/claims_verification.ipynb #5e44ef94
 def _published_again(line: dict) -> float:
     "The difference of two published methods, from the file of results."
-    names = pd.read_csv(paths.published() / "architectures.csv").set_index("network")["paper_name"]
+    names = published.read("architectures.csv").set_index("network")["paper_name"]
     rows = published.load()
     rows = rows[(rows["source"] == NOTES) & (rows["metric"] == "top1_acc")]
     for role in ("teacher", "student"): rows = rows[rows[role] == names.get(line[role], line[role])]

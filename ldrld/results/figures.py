@@ -7,6 +7,7 @@ __all__ = ['STYLE', 'COLOURS', 'OTHER', 'NOT_RUN', 'save_figure', 'not_run', 'pa
            'line_with_band', 'reference_lines', 'interval_plot', 'quartile_lines']
 
 # %% ../../nbs/results/figures.ipynb #1ff9ee37
+import io
 import math
 
 import matplotlib as mpl
@@ -39,10 +40,10 @@ def save_figure(
     "Write a figure as SVG and PNG, and its caption as text."
     if any(t.get_text() == NOT_RUN for ax in fig.axes for t in ax.texts): return
     folder = paths.figures(folder_of(p))
-    folder.mkdir(parents=True, exist_ok=True)
-    with mpl.rc_context(STYLE):
-        fig.savefig(folder / f"{name}.svg", metadata={"Date": None}, bbox_inches="tight")
-        fig.savefig(folder / f"{name}.png", metadata={"Software": None}, bbox_inches="tight")
+    for kind, undated in (("svg", "Date"), ("png", "Software")):
+        whole = io.BytesIO()
+        with mpl.rc_context(STYLE): fig.savefig(whole, format=kind, metadata={undated: None}, bbox_inches="tight")
+        write_whole(folder / f"{name}.{kind}", whole.getbuffer())
     write_whole(folder / f"{name}.md", text + "\n")
 
 # %% ../../nbs/results/figures.ipynb #b93d97be

@@ -6,12 +6,16 @@
 __all__ = ['save', 'read_checkpoint', 'resume', 'same_rates', 'epochs_trained']
 
 # %% ../../nbs/training/checkpoint.ipynb #09113661
+import io
 import os
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
+
+from ..core.files import write_whole
 
 # %% ../../nbs/training/checkpoint.ipynb #a8899eb6
 def save(
@@ -22,12 +26,13 @@ def save(
     settings: dict[str, Any] | None = None,  # of the training; must be equal when resuming
     legs: list[dict[str, Any]] | None = None,  # code, libraries and machine, with the first epoch trained under them
 ) -> None:
-    "Write a checkpoint atomically."
+    "Write a checkpoint atomically and durably; `OSError` in one line if there is no room for it."
     if checkpoint is None: return
     held = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in state.items()}
     content = {"history": history, "note": note, "settings": settings, "legs": legs or [], **held}
-    torch.save(content, f"{checkpoint}.tmp")
-    os.replace(f"{checkpoint}.tmp", checkpoint)
+    whole = io.BytesIO()
+    torch.save(content, whole)
+    write_whole(Path(checkpoint), whole.getbuffer())
 
 # %% ../../nbs/training/checkpoint.ipynb #94b493bc
 def read_checkpoint(

@@ -14,6 +14,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
+from ..core.files import reserve
 from ..data.augmentation import Crops, draw
 from ..models.evaluation import autocast
 from ..models.parts import Features
@@ -40,12 +41,12 @@ def mapped(
     path: Path,
     shape: tuple[int, int],  # rows, numbers per row
 ) -> np.memmap:  # int16
-    "The memory-mapped table; created if it is missing or has another shape."
+    "The memory-mapped table; created if it is missing or has another shape. `OSError` if there is no room for it."
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         size = shape[0] * shape[1] * 2
-        if not path.exists() or path.stat().st_size != size:
-            with open(path, "wb") as file: file.truncate(size)
+        if path.exists() and path.stat().st_size != size: path.unlink()
+        reserve(path, size)
     return np.memmap(path, np.int16, "r+", shape=shape)
 
 # %% ../../nbs/training/teacher.ipynb #4f4d4440

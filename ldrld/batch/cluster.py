@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from tqdm import tqdm
 
@@ -134,7 +134,7 @@ class Submitted:
         """The outcomes of its runs; None without a result.  A run fails if its record is invalid or not in `folder`."""
         from submitit.slurm.slurm import SlurmJob
 
-        job = SlurmJob(self.home, self.number)
+        job: Any = SlurmJob(self.home, self.number)
         if not job.paths.result_pickle.exists(): return None
         if error := job.exception(): return self.failed(str(error))
         outcomes = []

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # One thread per process: results repeat to the last bit, and two processes on two cores do not starve each other.
 export OMP_NUM_THREADS := 1
 
-.PHONY: reproduce test test-all campaign lab readme notebooks clean
+.PHONY: reproduce test test-all campaign slurm lab readme notebooks clean
 
 reproduce: $(VENV)/ready  ## every table and figure of the quick profile, from scratch, in reproduced/
 	$(BIN)/ldrld reproduce --profile quick --jobs 2 --out reproduced
@@ -22,6 +22,9 @@ test-all: $(VENV)/extras test  ## also every notebook, complete batches, killed 
 
 campaign: $(VENV)/ready  ## more than fifty processes killed while batches run; the results must not differ (up to an hour)
 	LDRLD_CAMPAIGN=1 $(BIN)/python -m pytest -s -m campaign tests/test_faults.py
+
+slurm: $(VENV)/extras  ## a batch on a Slurm of this machine (apt-get install slurm-wlm munge): pre-empted, killed, drained
+	LDRLD_CAMPAIGN=1 $(BIN)/python -m pytest -s -m campaign tests/test_slurm.py
 
 lab: $(VENV)/ready  ## read and run the notebooks
 	$(BIN)/jupyter lab nbs/index.ipynb $(if $(filter 0,$(shell id -u)),--allow-root)

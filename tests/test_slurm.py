@@ -1,4 +1,7 @@
-"""A batch on a real Slurm, on this machine: pre-empted, killed, drained, and in the end the same records."""
+"""A batch on a real Slurm, on this machine: pre-empted, killed, drained, and in the end the same records.
+
+`make slurm` runs it; it takes several minutes, of which the trainings are the smaller part.
+"""
 
 import importlib.util
 import json
@@ -14,13 +17,13 @@ from ldrld.training.checkpoint import epochs_trained
 if lacking := missing() + ["submitit"] * (importlib.util.find_spec("submitit") is None):
     pytest.skip(f"no {', '.join(lacking)} here: apt-get install slurm-wlm munge; pip install submitit",
                 allow_module_level=True)
-EPOCHS, PREEMPTIONS = 12, 10
-PROFILE = """\
+EPOCHS, PREEMPTIONS = 100, 10  # fewer would end before the tenth pre-emption on a quiet machine
+PROFILE = f"""\
 data: handwritten digits
 dataset: digits
 pairs: [[resnet14, resnet8]]
-teacher: {recipe: onecycle, epochs: 12, lr: 0.1}
-student: {recipe: onecycle, epochs: 12, lr: 0.1}
+teacher: {{recipe: onecycle, epochs: {EPOCHS}, lr: 0.1}}
+student: {{recipe: onecycle, epochs: {EPOCHS}, lr: 0.1}}
 seeds: [0, 1]
 depths: [2, 7]
 temperatures: [4.0]
@@ -68,11 +71,12 @@ class Batch:
         """Wait until a running job has trained another epoch, and is not about to end."""
         before = self.epochs()
         more = lambda: [k for k, n in self.epochs().items() if before.get(k, 0) < n < EPOCHS - 4]
-        until(more, 120, f"another epoch after {before}; {self.slurm.jobs()}; {self.said()}")
+        until(more, 300, f"another epoch after {before}; {self.slurm.jobs()}; {self.said()}")
 
 
+@pytest.mark.campaign
 def test_ten_preemptions_a_dead_node_a_drained_one_and_a_killed_job_leave_the_same_records(tmp_path):
-    profile, alone, shared = tmp_path / "twelve.yaml", tmp_path / "alone", tmp_path / "shared"
+    profile, alone, shared = tmp_path / "hundred.yaml", tmp_path / "alone", tmp_path / "shared"
     profile.write_text(PROFILE)
     shared.mkdir()
     with cluster(grace=1) as slurm:
@@ -92,7 +96,7 @@ def test_ten_preemptions_a_dead_node_a_drained_one_and_a_killed_job_leave_the_sa
             slurm("scontrol", "update", f"NodeName={NODE}", "State=DRAIN", "Reason=test")
             until(lambda: slurm.node_state() in ("drain", "drng"), 20, "drained")
             slurm("scontrol", "update", f"NodeName={NODE}", "State=RESUME")
-            assert batch.process.wait(400) == 0, batch.said()
+            assert batch.process.wait(900) == 0, batch.said()
         finally:
             batch.process.terminate()
             batch.process.wait()

@@ -9,7 +9,7 @@ root = Path(__file__).parent
 config = ConfigParser(delimiters=["="], interpolation=None)
 config.read(root / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
-names = ("run", "lab", "dev", "hf", "timm", "torchdistill", "slurm")
+names = ("run", "lab", "dev", "hf", "timm", "torchdistill", "slurm", "lightning", "onnx", "site")
 extras = {name: cfg[f"{name}_requirements"].split() for name in names}
 extras["lab"] = extras["run"] + extras["lab"]
 extras["dev"] = extras["lab"] + extras["dev"]

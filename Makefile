@@ -35,7 +35,8 @@ readme: $(VENV)/ready  ## README.md from nbs/index.ipynb
 	cat -s README.md > README.md.tmp && mv README.md.tmp README.md  # hidden cells leave many blank lines
 
 # notebooks about libraries that nothing else needs: each is run where they are installed
-GUIDES := tutorials/hugging_face:transformers,accelerate tutorials/timm:timm tutorials/torchdistill:torchdistill \
+GUIDES := tutorials/hugging_face:transformers,accelerate tutorials/language_models:transformers,accelerate \
+	tutorials/timm:timm tutorials/torchdistill:torchdistill \
 	models/timm_networks:timm
 notebooks: $(VENV)/ready  ## export, run and clean all library notebooks, their outputs kept
 	$(BIN)/nbdev_export

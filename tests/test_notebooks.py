@@ -20,6 +20,7 @@ NBS = ROOT / "nbs"
 NOTEBOOKS = sorted(p for p in NBS.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 OPTIONAL = {  # without these libraries a notebook's cells are skipped
     "tutorials/hugging_face": ("transformers", "accelerate"),
+    "tutorials/language_models": ("transformers", "accelerate"),
     "tutorials/timm": ("timm",),
     "tutorials/torchdistill": ("torchdistill",),
     "models/timm_networks": ("timm",),

@@ -161,13 +161,14 @@ def _check_layer(who: str, hidden: Tensor, weight: Tensor | None, lead: torch.Si
         raise ValueError(f"{who}_hidden must have shape {(*lead, width)}, got {tuple(hidden.shape)}")
 
 # %% ../../../nbs/lesson/06_language_models.ipynb #d1a00016
-def _shared(student: int, teacher: int, vocabulary: int | None) -> int:
-    "Number of classes to compare, given those of both networks. ValueError if they differ and nobody said what to do."
+def _shared(student: int, teacher: int, vocabulary: int | None, given: bool) -> int:
+    "Number of classes to compare, of those of both networks; `given`: the teacher's logits are. ValueError if unclear."
     if vocabulary is None and student == teacher: return student
     if vocabulary is None:
-        raise ValueError(f"student and teacher must have the same vocabulary, got {student} and {teacher} classes; if "
-                         "their first classes are the same tokens (see shared_vocabulary) and the rest is padding, "
-                         f"pass vocabulary={min(student, teacher)}")
+        hint = " (teacher_weight is None, so teacher_hidden was taken as logits)" if given else ""
+        raise ValueError(f"student and teacher must have the same vocabulary, got {student} and {teacher} classes"
+                         f"{hint}; if their first classes are the same tokens (see shared_vocabulary) and the rest is "
+                         f"padding, pass vocabulary={min(student, teacher)}")
     if validation.integer("vocabulary", vocabulary, at_least=2) > min(student, teacher):
         raise ValueError(f"vocabulary must be at most the number of classes of each network, {student} of the student "
                          f"and {teacher} of the teacher, got {vocabulary}")
@@ -235,7 +236,7 @@ def linear_loss(
     lead = student_hidden.shape[:-1]
     _check_layer("student", student_hidden, student_weight, lead)
     if not isinstance(teacher_hidden, TopK): _check_layer("teacher", teacher_hidden, teacher_weight, lead)
-    n = _shared(len(student_weight), _teacher_classes(teacher_hidden, head), vocabulary)
+    n = _shared(len(student_weight), _teacher_classes(teacher_hidden, head), vocabulary, weight is None)
     teacher, head = _cut(teacher_hidden, head, n)
     if n < len(student_weight):
         student_weight, student_bias = student_weight[:n], None if student_bias is None else student_bias[:n]

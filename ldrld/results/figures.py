@@ -77,15 +77,18 @@ def heat_map(
     ax: plt.Axes,
     grid: pd.DataFrame,  # values by the two settings
     rows: str, columns: str, what: str,  # labels
+    reach: float | None = None,  # differences on a scale from −reach to reach; None: values on the grid's own scale
 ) -> None:
     "A heat map with numbers; missing cells are white."
     values = grid.to_numpy(float)
     if not np.isfinite(values).any(): return not_run(ax)
-    image = ax.imshow(values, cmap="Blues", vmin=np.nanmin(values), vmax=np.nanmax(values), aspect="auto")
-    middle = (np.nanmin(values) + np.nanmax(values)) / 2
+    low, high = (np.nanmin(values), np.nanmax(values)) if reach is None else (-reach, reach)
+    image = ax.imshow(values, cmap="Blues" if reach is None else "RdBu", vmin=low, vmax=high, aspect="auto")
     for (i, j), v in np.ndenumerate(values):
         if math.isnan(v): continue
-        ax.text(j, i, f"{v:.1f}", ha="center", va="center", fontsize=8, color="white" if v > middle else "black")
+        dark = v > (low + high) / 2 if reach is None else abs(v) > 0.6 * reach
+        number = f"{v:.1f}" if reach is None else f"{v:+.1f}"
+        ax.text(j, i, number, ha="center", va="center", fontsize=8, color="white" if dark else "black")
     ax.set(xlabel=columns, ylabel=rows, xticks=range(grid.shape[1]), yticks=range(grid.shape[0]),
            xticklabels=[f"{c:g}" for c in grid.columns], yticklabels=[f"{r:g}" for r in grid.index])
     ax.figure.colorbar(image, ax=ax, label=what)

@@ -51,7 +51,8 @@ class Batch:
         self.profile = out.with_suffix(".yaml")
         self.profile.write_text(PROFILE.format(epochs=epochs, seeds=seeds))
         out.mkdir()
-        self.words = ("reproduce", "--profile", self.profile, "--only", "same_architecture", "--no-notebooks", "--out", out)
+        self.words = ("reproduce", "--profile", self.profile, "--only", "same_architecture", "--no-notebooks",
+                      "--out", out)
         command = "from ldrld.cli import main; main()"
         self.log = open(out.with_suffix(".log"), "w+")
         env = {**slurm.env, "PYTHONPATH": str(ROOT)}

@@ -48,4 +48,8 @@ html_theme_options = {
     "use_download_button": False,
     "use_fullscreen_button": False,
     "show_toc_level": 2,
+    "navbar_start": [],  # the bar above the page would repeat the search
+    "navbar_center": [],
+    "navbar_end": [],
+    "navbar_persistent": [],
 }

@@ -104,8 +104,9 @@ def cell(text: str) -> str:
 def described(value: ast.expr | None) -> str:
     """The description or help within a default or a type, of pydantic's `Field` or of typer's options."""
     calls = ast.walk(value) if value else ()
-    keywords = [k for call in calls if isinstance(call, ast.Call) for k in call.keywords if k.arg in ("description", "help")]
-    return next((str(k.value.value) for k in keywords if isinstance(k.value, ast.Constant)), "")
+    keywords = [k for call in calls if isinstance(call, ast.Call) for k in call.keywords]
+    texts = (k.value for k in keywords if k.arg in ("description", "help"))
+    return next((str(text.value) for text in texts if isinstance(text, ast.Constant)), "")
 
 
 def default_of(value: ast.expr | None) -> str:
@@ -145,9 +146,9 @@ def parameters(module: Module, function: ast.FunctionDef) -> Iterator[Parameter]
         if argument.arg in ("self", "cls"):
             continue
         end = default.end_lineno if default else argument.end_lineno
-        alone = lines.count(argument.lineno) == 1
-        meaning = module.comments.get(end, "") if alone or argument is pairs[-1][0] else ""
-        meaning = "" if end >= function.body[0].lineno else meaning or described(argument.annotation) or described(default)
+        own_line = lines.count(argument.lineno) == 1 and end < (function.returns or function.body[0]).lineno
+        meaning = module.comments.get(end, "") if own_line else ""
+        meaning = meaning or described(argument.annotation) or described(default)
         stars = "*" * (argument is given.vararg) + "**" * (argument is given.kwarg)
         yield Parameter(stars + argument.arg, type_of(argument.annotation), default_of(default), meaning)
 
@@ -234,7 +235,7 @@ def entry(module: Module, name: str, statement: ast.stmt, label: str | None) -> 
 
 def section(module: Module, labels: dict[str, str]) -> list[str]:
     """A module's part of a page. labels: full name → label of the cell that defines it."""
-    lines = [f"## {module.name}", "", f"```{{py:module}} {module.name}", "```", ""]
+    lines = [f"```{{py:module}} {module.name}", "```", ""]
     lines += [markdown(ast.get_docstring(module.tree) or ""), ""]
     if module.notebook:
         lines += [f"Notebook: [](/{module.notebook})", ""]
@@ -252,9 +253,11 @@ def api_pages(found: list[Module], labels: dict[str, str]) -> dict[str, str]:
     packages = sorted({m.name for m in found if any(o.name.startswith(f"{m.name}.") for o in found)})
     pages = {}
     for package in packages:
-        parts = [m for m in found if m.name == package or m.name.rpartition(".")[0] == package and m.name not in packages]
-        parts.sort(key=lambda m: m.name)
-        pages[f"api/{package}.md"] = "\n".join([f"# {package}", "", *(line for m in parts for line in section(m, labels))])
+        inside = [m for m in found if m.name.rpartition(".")[0] == package and m.name not in packages]
+        lines = []
+        for module in [*(m for m in found if m.name == package), *inside]:
+            lines += [f"{'#' if module.name == package else '##'} {module.name}", "", *section(module, labels)]
+        pages[f"api/{package}.md"] = "\n".join(lines)
     tree = "\n".join(["```{toctree}", ":maxdepth: 1", ":titlesonly:", "", *packages, "```"])
     intro = (
         "Every public name with the meaning, shape and unit of its parameters, as the comments behind them say. "

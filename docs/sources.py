@@ -158,14 +158,15 @@ def main(folder: Path) -> None:
     texts = {str(notebook): json.dumps(page, ensure_ascii=False, indent=1) for notebook, page in pages.items()}
     modules = reference.modules(ROOT)
     texts |= reference.api_pages(modules, labels)
-    paper = {".": "Of one shape"} | {p.name: p.name.replace("_", " ").capitalize() for p in sorted((NOTEBOOKS / "paper").iterdir()) if p.is_dir()}
-    paper = {f"paper/{name}".removesuffix("/."): title for name, title in paper.items()}
-    for page, title, folders in (("library", "Notebooks of the library", ROOMS), ("tables", "Notebooks of the tables and figures", paper)):
-        texts[f"{page}.md"] = f"# {title}\n\n{listing(folders, tree)}"
+    paper = sorted(p.name for p in (NOTEBOOKS / "paper").iterdir() if p.is_dir() and not p.name.startswith("."))
+    parts = {"paper": "Of one shape"} | {f"paper/{name}": name.replace("_", " ").capitalize() for name in paper}
+    texts["library.md"] = f"# Notebooks of the library\n\n{listing(ROOMS, tree)}"
+    texts["tables.md"] = f"# Notebooks of the tables and figures\n\n{listing(parts, tree)}"
     cite = linked("[CITATION.cff](../CITATION.cff)", Path("index.ipynb"), folder)
     start = (Path(__file__).with_name("references.md")).read_text(encoding="utf-8").replace("CITATION.cff", cite)
     texts["references.md"] = f"{start}\n{reference.references(modules)}\n"
-    for stale in {str(p.relative_to(folder)) for p in folder.rglob("*") if p.suffix in (".ipynb", ".md")} - texts.keys():
+    written = {str(p.relative_to(folder)) for ending in ("*.ipynb", "*.md") for p in folder.rglob(ending)}
+    for stale in written - texts.keys():
         if not stale.startswith("files/"):
             (folder / stale).unlink()
     for name, text in texts.items():

@@ -42,6 +42,7 @@ mathjax3_config: dict = {}
 
 html_theme = "sphinx_book_theme"
 html_css_files = ["site.css"]
+html_context = {"default_mode": "auto"}  # light or dark, as the reader's system is set
 html_copy_source = False
 html_theme_options = {
     "show_navbar_depth": 1,

@@ -90,8 +90,8 @@ def test_parameters_are_explained(site):
     entry = text[text.index('id="ldrld.losses.ldrld.loss.LDRLD"') :]
     rows = [re.sub(r"<[^>]+>", "", row) for row in re.findall(r"<tr.*?</tr>", entry, re.S)]
     for name, parameter in inspect.signature(LDRLD).parameters.items():
-        row = next(row.split("\n") for row in rows if row.split("\n")[1:2] == [name])
-        assert row[3].strip("'\"‘’“”") == str(parameter.default) and len(row[4]) > 2, row
+        row = next(row.split("\n") for row in rows if row.split("\n")[0] == name)
+        assert row[2].strip("'\"‘’“”") == str(parameter.default) and len(row[3]) > 2, row
 
 
 def test_formula_and_code_are_linked_both_ways(site):

@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "nbs"
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 WITHOUT_INPUT = ("index.ipynb", "pages")  # for reading only
-ROOMS = {
+TRACKS = {"lesson": "Understand", "tutorials": "Use", "pages": "Reproduce"}  # where the rest of a folder goes
+ROOMS = {  # folders of the library; another one has its name as its title
     "methods": "Losses",
     "models": "Networks",
     "data": "Data sets",
@@ -129,6 +130,9 @@ def navigation(front: dict) -> str:
     tracks = {}
     for paragraph in re.findall(r"^\*\*(\w+)\.\*\* (.+)", text, re.M):
         tracks[paragraph[0]] = [f"/{target.removesuffix('.ipynb')}" for _, _, target in LINK.findall(paragraph[1])]
+    for folder, track in TRACKS.items():
+        found = sorted(f"/{folder}/{p.stem}" for p in (NOTEBOOKS / folder).glob("*.ipynb"))
+        tracks[track] += [page for page in found if page not in sum(tracks.values(), [])]
     tracks["Reproduce"].append("/tables")
     tracks["API"] = ["/api/index", "/library", "/references"]
     assert len(tracks) == 4, f"the front page names the tracks Understand, Use and Reproduce; found {list(tracks)}"
@@ -158,9 +162,11 @@ def main(folder: Path) -> None:
     texts = {str(notebook): json.dumps(page, ensure_ascii=False, indent=1) for notebook, page in pages.items()}
     modules = reference.modules(ROOT)
     texts |= reference.api_pages(modules, labels)
+    rooms = sorted(p.name for p in NOTEBOOKS.iterdir() if p.is_dir() and not p.name.startswith("."))
+    rooms = ROOMS | {name: name.capitalize() for name in rooms if name not in (*ROOMS, *TRACKS, "paper")}
     paper = sorted(p.name for p in (NOTEBOOKS / "paper").iterdir() if p.is_dir() and not p.name.startswith("."))
     parts = {"paper": "Of one shape"} | {f"paper/{name}": name.replace("_", " ").capitalize() for name in paper}
-    texts["library.md"] = f"# Notebooks of the library\n\n{listing(ROOMS, tree)}"
+    texts["library.md"] = f"# Notebooks of the library\n\n{listing(rooms, tree)}"
     texts["tables.md"] = f"# Notebooks of the tables and figures\n\n{listing(parts, tree)}"
     cite = linked("[CITATION.cff](../CITATION.cff)", Path("index.ipynb"), folder)
     start = (Path(__file__).with_name("references.md")).read_text(encoding="utf-8").replace("CITATION.cff", cite)

@@ -1,6 +1,7 @@
 """What people install: the wheel has everything, needs torch alone, imports quickly, and brings the command."""
 
 import email
+import json
 import os
 import re
 import shutil
@@ -80,25 +81,34 @@ def run(words, folder, **env):
     return subprocess.run(list(map(str, words)), cwd=folder, env=given, capture_output=True, text=True)
 
 
+def links(folder, *names):
+    """A folder with links to some distributions, and to what these require."""
+    folder.mkdir()
+    for distribution in [d for name in names for d in required(name).values()]:
+        for name in {file.parts[0] for file in distribution.files} - {"..", "__pycache__"}:
+            if not (folder / name).exists():
+                (folder / name).symlink_to(SITE_PACKAGES / name)
+    return folder
+
+
+def environment(folder, visible):
+    """The python of a new virtual environment that also sees the packages in another folder."""
+    venv.create(folder, with_pip=False)
+    (there,) = (folder / "lib").glob("python*/site-packages")
+    (there / "visible.pth").write_text(f"{visible}\n")
+    return folder / "bin" / "python"
+
+
 @pytest.fixture(scope="module")
 def environments(built, tmp_path_factory):
     """Two virtual environments with the wheel: one with torch and what torch requires, one with everything else."""
     folder = tmp_path_factory.mktemp("environments")
-    links = folder / "torch and what it requires"
-    links.mkdir()
-    for distribution in required("torch").values():
-        for name in {file.parts[0] for file in distribution.files} - {"..", "__pycache__"}:
-            if not (links / name).exists():
-                (links / name).symlink_to(SITE_PACKAGES / name)
     pythons = {}
-    for name, visible in (("torch", links), ("all", SITE_PACKAGES)):
-        venv.create(folder / name, with_pip=False)
-        pythons[name] = folder / name / "bin" / "python"
+    for name, visible in (("torch", links(folder / "links", "torch")), ("all", SITE_PACKAGES)):
+        pythons[name] = environment(folder / name, visible)
         install = [sys.executable, "-m", "pip", "--python", pythons[name], "install", "-q", "--no-deps", "--no-index"]
         got = run([*install, built["wheel"]], folder)
         assert got.returncode == 0, got.stderr
-        (there,) = (folder / name / "lib").glob("python*/site-packages")
-        (there / "visible.pth").write_text(f"{visible}\n")
     return pythons
 
 
@@ -153,6 +163,23 @@ assert all(profiles.profile(name).name == name for name in profiles.PROFILES) an
     settings = "dataset=digits model=resnet8 loss=kd teacher=resnet8 recipe=onecycle epochs=1 lr=0.1".split()
     got = run([command, "run", *settings], tmp_path)
     assert got.returncode == 0 and list(tmp_path.glob("data/runs/try/*.json")), got.stderr
+
+
+def test_the_lesson_for_colab_installs_the_wheel_and_ends_soon(built, tmp_path):
+    """In an environment with torch, scikit-learn and pip; two minutes of CPU time at most."""
+    python = environment(tmp_path / "colab", links(tmp_path / "links", "torch", "scikit-learn", "pip"))
+    notebook = json.loads((ROOT / "nbs" / "tutorials" / "colab.ipynb").read_text(encoding="utf-8"))
+    code = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    (tmp_path / "lesson.py").write_text("\n".join(code), encoding="utf-8")
+    got = run([python, "lesson.py"], tmp_path)
+    assert got.returncode == 1 and "set ADDRESS" in got.stderr
+    before = os.times()
+    got = run([python, "lesson.py"], tmp_path, LDRLD_ADDRESS=str(built["wheel"]))
+    after = os.times()
+    assert got.returncode == 0 and re.search(r"LDRLD +\d", got.stdout), got.stderr
+    seconds = after.children_user - before.children_user + after.children_system - before.children_system
+    print(f"the lesson takes {seconds:.0f} s of CPU time")
+    assert seconds < 120
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -5,14 +5,14 @@ BIN := $(VENV)/bin
 # One thread per process: results repeat to the last bit, and two processes on two cores do not starve each other.
 export OMP_NUM_THREADS := 1
 
-.PHONY: reproduce test test-all campaign slurm lab readme notebooks clean
+.PHONY: reproduce test test-all campaign slurm lab site readme notebooks clean
 
 reproduce: $(VENV)/ready  ## every table and figure of the quick profile, from scratch, in reproduced/
 	$(BIN)/ldrld reproduce --profile quick --jobs 2 --out reproduced
 	$(BIN)/ldrld verify --profile quick --out reproduced
 
 test: $(VENV)/ready  ## the checks that every change must pass
-	$(BIN)/ruff check ldrld tests setup.py
+	$(BIN)/ruff check ldrld tests docs setup.py
 	$(BIN)/lint-imports --no-cache --no-logo
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
@@ -28,6 +28,12 @@ slurm: $(VENV)/extras  ## a batch on a Slurm of this machine (apt-get install sl
 
 lab: $(VENV)/ready  ## read and run the notebooks
 	$(BIN)/jupyter lab nbs/index.ipynb $(if $(filter 0,$(shell id -u)),--allow-root)
+
+SITE := build/site
+site: $(VENV)/extras  ## the web pages, from the notebooks' stored outputs, in build/site; needs no network
+	$(BIN)/python docs/sources.py $(SITE)-source
+	$(BIN)/sphinx-build -q -W --keep-going -j auto -c docs $(SITE)-source $(SITE)
+	@echo "open $(SITE)/index.html"
 
 readme: $(VENV)/ready  ## README.md from nbs/index.ipynb
 	$(BIN)/jupyter nbconvert --log-level=ERROR --to markdown --no-input --output-dir . --output README nbs/index.ipynb

@@ -1,9 +1,11 @@
 """Package metadata, all of it read from settings.ini."""
 
+import shutil
 from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 root = Path(__file__).parent
 config = ConfigParser(delimiters=["="], interpolation=None)
@@ -14,7 +16,19 @@ extras = {name: cfg[f"{name}_requirements"].split() for name in names}
 extras["lab"] = extras["run"] + extras["lab"]
 extras["dev"] = extras["lab"] + extras["dev"]
 
+
+class WithPublishedNumbers(build_py):
+    """Copies `data/published` into the package, where `ldrld.core.paths.published` finds it without a checkout."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            target = Path(self.build_lib, cfg["lib_path"], "published")
+            shutil.copytree(root / "data" / "published", target, dirs_exist_ok=True)
+
+
 setup(
+    cmdclass={"build_py": WithPublishedNumbers},
     name=cfg["lib_name"],
     version=cfg["version"],
     description=cfg["description"],

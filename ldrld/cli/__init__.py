@@ -4,9 +4,10 @@ import codecs
 import sys
 import warnings
 
+from ldrld.cli.app import app  # first: without typer, it says what to install
+
 # in the order of --help
 from ldrld.cli import reproduce, run, status, verify, tune, pack, teachers, bench, data  # noqa: F401
-from ldrld.cli.app import app
 
 __all__ = ["app", "main"]
 

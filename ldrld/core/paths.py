@@ -104,8 +104,9 @@ def manifest(folder: str) -> Path:
 
 
 def published() -> Path:
-    """Numbers from the literature, one source per row."""
-    return root() / "data" / "published"
+    """Numbers from the literature, one source per row: the project's, or without one those in the installed package."""
+    there = root() / "data" / "published"
+    return there if there.is_dir() else Path(__file__).parents[1] / "published"
 
 
 def plans() -> Path:

@@ -29,7 +29,7 @@ BIN = Path(sys.executable).parent
 TOKEN = "0" * 16
 LESSONS = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("nbs/lesson/*.ipynb"))
 FRONT, EXPLORERS = "nbs/index.ipynb", "nbs/tutorials/explore.ipynb"
-PATIENCE = 300  # seconds for a notebook; a lesson takes ten on a quiet machine
+PATIENCE = 180  # seconds for a notebook; a lesson takes ten on a quiet machine
 NEWS = '{"fetchNews": "false", "checkForUpdates": false}'  # else a question about news covers a corner
 
 # what a reader of the notebook sees, cell by cell
@@ -85,7 +85,7 @@ class Lab:
             page.goto(f"{self.url}/lab/workspaces/{workspace}/tree/{notebook}?reset&token={TOKEN}")
             try:
                 page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
-                page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=60_000)
+                page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=60_000)
                 return page
             except Exception:
                 if attempt:
@@ -193,6 +193,7 @@ def screenshot(page, name, whole=False):
     if whole:
         height = page.evaluate("document.querySelector('.jp-WindowedPanel-outer').scrollHeight")
         page.set_viewport_size({"width": 1400, "height": min(height + 150, 16_000)})
+        page.evaluate("document.querySelector('.jp-WindowedPanel-outer').scrollTop = 0")
         page.wait_for_timeout(500)
     page.screenshot(path=folder / f"{name}.png")
     page.set_viewport_size({"width": 1400, "height": 900})
@@ -263,22 +264,21 @@ def follow_last_link(page):
 def test_make_lab_opens_the_front_page_in_both_themes(lab):
     page = lab.browser.new_page(viewport={"width": 1400, "height": 900})
     page.goto(f"{lab.url}/?token={TOKEN}")
-    page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=60_000)
+    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=60_000)
     assert page.locator(".lm-DockPanel .lm-TabBar-tabLabel").all_text_contents() == ["index.ipynb"]
     page.wait_for_selector("mjx-container")
     screenshot(page, "front-page")
     choose(page, "Settings", "Theme", "JupyterLab Dark")
-    page.wait_for_selector('body[data-jp-theme-light="false"]')
+    page.wait_for_selector('body[data-jp-theme-light="false"]', state="attached")
     page.wait_for_timeout(1000)
     screenshot(page, "front-page-dark")
     choose(page, "Settings", "Theme", "JupyterLab Light")
-    page.wait_for_selector('body[data-jp-theme-light="true"]')
+    page.wait_for_selector('body[data-jp-theme-light="true"]', state="attached")
 
 
-def figure_of(page, call):
-    """The image below the cell that makes a call."""
-    cell = page.locator(".jp-CodeCell").filter(has_text=re.compile(rf"^\[\d+\]:\s*{re.escape(call)}|{re.escape(call)}"))
-    return cell.last.locator("img")
+def cell_of(page, call):
+    """The cell that makes a call."""
+    return page.locator(".jp-CodeCell").filter(has_text=call)
 
 
 def changes(page, image, before):
@@ -293,17 +293,17 @@ def changes(page, image, before):
 def test_explorers_follow_their_controls(lab):
     page = lab.open(EXPLORERS)
     run_all(page)
-    for call, control in (("explore(draw_weights", 0), ("explore(partial(draw_image", 0)):
-        image = figure_of(page, call)
-        cell = page.locator(".jp-CodeCell").filter(has=image)
+    for call in ("explore(draw_weights", "explore(partial(draw_image"):
+        cell = cell_of(page, call)
+        image = cell.locator("img")
         before = image.get_attribute("src")
-        cell.locator(".noUi-handle").nth(control).press("ArrowRight")
+        cell.locator(".noUi-handle").first.press("ArrowRight")
         changes(page, image, before)
         image.scroll_into_view_if_needed()
         page.wait_for_timeout(300)
         screenshot(page, f"explore-{call.split('draw_')[1]}")
-    image = figure_of(page, "explore_training()")
-    cell = page.locator(".jp-CodeCell").filter(has=image)
+    cell = cell_of(page, "explore_training()")
+    image = cell.locator("img")
     bar, before = cell.locator(".widget-hprogress .progress-bar"), image.get_attribute("src")
     cell.locator("select").select_option("KD")
     cell.get_by_role("button", name="Train").click()

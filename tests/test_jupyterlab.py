@@ -27,6 +27,7 @@ pytestmark = [
 ]
 BIN = Path(sys.executable).parent
 TOKEN = "0" * 16
+SCREENSHOTS = ROOT / "runs" / "screenshots"
 LESSONS = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("nbs/lesson/*.ipynb"))
 FRONT, EXPLORERS = "nbs/index.ipynb", "nbs/tutorials/explore.ipynb"
 PATIENCE = 180  # seconds for a notebook; a lesson takes ten on a quiet machine
@@ -155,11 +156,12 @@ def lab(project):
 @pytest.fixture(autouse=True)
 def no_kernels_are_left(lab, request):
     """Close what the test opened; a screenshot shows where it failed."""
-    failed_before = request.session.testsfailed
+    failed_before, name = request.session.testsfailed, f"failed-{request.node.name}"
+    (SCREENSHOTS / f"{name}.png").unlink(missing_ok=True)
     yield
     for context in lab.browser.contexts:
         if request.session.testsfailed > failed_before:
-            screenshot(context.pages[0], f"failed-{request.node.name}")
+            screenshot(context.pages[0], name)
         context.close()
     lab.stop_kernels()
 
@@ -188,14 +190,13 @@ def save(page, notebook, lab):
 
 def screenshot(page, name, whole=False):
     """Leave a screenshot in runs/screenshots; `whole` shows the notebook from its first cell to its last."""
-    folder = ROOT / "runs" / "screenshots"
-    folder.mkdir(parents=True, exist_ok=True)
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     if whole:
         height = page.evaluate("document.querySelector('.jp-WindowedPanel-outer').scrollHeight")
         page.set_viewport_size({"width": 1400, "height": min(height + 150, 16_000)})
         page.evaluate("document.querySelector('.jp-WindowedPanel-outer').scrollTop = 0")
         page.wait_for_timeout(500)
-    page.screenshot(path=folder / f"{name}.png")
+    page.screenshot(path=SCREENSHOTS / f"{name}.png")
     page.set_viewport_size({"width": 1400, "height": 900})
 
 

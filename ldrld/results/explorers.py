@@ -259,7 +259,7 @@ def draw_image(
     pi, s, t = top_d(z_s, z_t, depth)
     names = [r.classes[c] for c in pi.tolist()]
     with mpl.rc_context(STYLE):
-        fig = Figure(figsize=(9.2, 3.9))
+        fig = Figure(figsize=(8.6, 3.9))
         left, middle, right = fig.subplots(1, 3, width_ratios=(1, 1.35, 1.1))
         logit_panel(left, s, t, names)
         pair_panel(middle, pair_table(z_s, z_t, depth, temperature), names)

@@ -95,7 +95,8 @@ def test_networks_without_logits_are_named():
 def test_figures_say_what_they_show(logits, depth):
     figures = [draw_weights(depth, epsilon=0.0, weighting="irw"), draw_image(logits, 9, depth, temperature=1.0)]
     figures.append(draw_run([row(1), row(2)], 3, "KD", earlier=[[row(1)]]))
-    for figure, said in zip(figures, (f"d = {depth}, ε = 0", f"labelled “apple”, d = {depth}", "KD: accuracy and loss")):
+    texts = [f"d = {depth}, ε = 0", f"labelled “apple”, d = {depth}", "KD: accuracy and loss"]
+    for figure, said in zip(figures, texts):
         image = image_of(figure)
         assert said in image["text/plain"] and min(size_of(image)) > 250
 

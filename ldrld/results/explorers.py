@@ -151,7 +151,8 @@ def recorded(
     arrays = []
     for network in (student, teacher):
         found = sorted(folder.glob(f"cifar100-{network}-ce-s0-*.npz"))
-        if not found: raise FileNotFoundError(f"no logits of {network} in {paths.shown(folder)}; choose another network")
+        if not found:
+            raise FileNotFoundError(f"no logits of {network} in {paths.shown(folder)}; choose another network")
         arrays.append(np.load(found[0]))
     z_s, z_t = (torch.from_numpy(a["logits"]).double() for a in arrays)
     return Recorded(z_s, z_t, torch.from_numpy(arrays[0]["labels"]).long(), class_names("small"))
@@ -172,7 +173,7 @@ def pair_table(
     depth: int = 7,  # d
     temperature: float = 4.0,  # T
 ) -> pd.DataFrame:  # a row per pair: i and j (class numbers), student and teacher (probability of i), kl, weight, loss
-    "The two-way softmaxes of every pair of the selected classes, and what each pair adds to the loss before its factor."
+    "The two-way softmaxes of every pair of selected classes, and what each pair adds to the loss before its factor."
     pi, s, t = top_d(z_s, z_t, depth)
     i, j = pair_indices(depth)
     kl = pair_kl(s, t, temperature)
@@ -222,7 +223,8 @@ def pair_panel(
     ax.imshow(added, cmap="Reds", vmin=0, vmax=max(pairs["loss"].max(), 1e-9), aspect="auto")
     for i, j, s, t in zip(*np.triu_indices(d, 1), pairs["student"], pairs["teacher"]):
         colour = "white" if added[i, j] > 0.6 * np.nanmax(added) else "black"
-        ax.text(int(j), int(i), f"{100 * s:.0f}|{100 * t:.0f}", ha="center", va="center", fontsize=8 - d / 4, color=colour)
+        text = f"{100 * s:.0f}|{100 * t:.0f}"
+        ax.text(int(j), int(i), text, ha="center", va="center", fontsize=8 - d / 4, color=colour)
     ax.set(ylabel="rank", xticks=range(d), yticks=range(d), xticklabels=names, yticklabels=range(1, d + 1))
     ax.tick_params(axis="x", rotation=60)
     ax.set_title(f"student|teacher, %; loss of all pairs {pairs['loss'].sum():.2f}")
@@ -316,7 +318,8 @@ def draw_run(
         left, right = fig.subplots(1, 2)
         x = [row["epoch"] for row in rows]
         for run in earlier:
-            left.plot([row["epoch"] for row in run], [row["test_accuracy"] for row in run], color="#c4c4c4", linewidth=1)
+            before = [row["test_accuracy"] for row in run]
+            left.plot(range(1, len(run) + 1), before, color="#c4c4c4", linewidth=1)
         colour = {**COLOURS, "DKD": DKD}[method]
         left.plot(x, [row["test_accuracy"] for row in rows], marker="o", markersize=3, color=colour, label="test")
         left.plot(x, [row["train_accuracy"] for row in rows], ":", color=colour, label="training")

@@ -93,9 +93,6 @@ class Lab:
                     raise
                 self.stop_kernels()
 
-    def read(self, notebook):
-        return json.loads((self.folder / notebook).read_text(encoding="utf-8"))["cells"]
-
 
 def free_port():
     with socket.socket() as s:
@@ -178,14 +175,19 @@ def run_all(page):
 
 
 def save(page, notebook, lab):
-    """Save from the menu, and wait for the file."""
+    """Save from the menu; the cells in the file, once it is written."""
     file = lab.folder / notebook
     before = file.stat().st_mtime_ns
     choose(page, "File", "Save Notebook")
     end = time.monotonic() + 30
-    while file.stat().st_mtime_ns == before:
-        assert time.monotonic() < end, "the notebook was not saved"
+    while time.monotonic() < end:
         page.wait_for_timeout(100)
+        try:
+            if file.stat().st_mtime_ns != before:
+                return json.loads(file.read_text(encoding="utf-8"))["cells"]
+        except (ValueError, FileNotFoundError):
+            continue  # half written
+    raise AssertionError(f"{notebook} was not saved")
 
 
 def screenshot(page, name, whole=False):
@@ -205,10 +207,9 @@ def has_formula(source):
     return re.search(r"\$[^$]+\$", re.sub(r"```.*?```|`[^`]*`", "", source, flags=re.S)) is not None
 
 
-def check(lab, page, notebook):
+def check(lab, page, notebook, fresh):
     """What was run has outputs and no errors; formulas, images and links are shown and lead somewhere."""
     stored = json.loads((ROOT / notebook).read_text(encoding="utf-8"))["cells"]
-    fresh = lab.read(notebook)
     for before, now in zip(stored, fresh, strict=True):
         if now["cell_type"] == "markdown":
             continue
@@ -245,8 +246,7 @@ def check(lab, page, notebook):
 def test_a_notebook_runs_and_is_shown(lab, notebook):
     page = lab.open(notebook)
     run_all(page)
-    save(page, notebook, lab)
-    seen = check(lab, page, notebook)
+    seen = check(lab, page, notebook, save(page, notebook, lab))
     screenshot(page, Path(notebook).stem, whole=True)
     follow_last_link(page)
     assert notebook == FRONT or any(cell["formulas"] for cell in seen["cells"])
@@ -314,8 +314,7 @@ def test_explorers_follow_their_controls(lab):
     image.scroll_into_view_if_needed()
     screenshot(page, "explore-training")
     cell.get_by_text("epoch 8/8").wait_for(timeout=PATIENCE * 1000)
-    save(page, EXPLORERS, lab)
-    shown = [list(o["data"]) for c in lab.read(EXPLORERS) for o in c.get("outputs", []) if "data" in o]
+    shown = [list(o["data"]) for c in save(page, EXPLORERS, lab) for o in c.get("outputs", []) if "data" in o]
     assert sum("image/png" in kinds for kinds in shown) == 3
     assert sum("application/vnd.jupyter.widget-view+json" in kinds for kinds in shown) == 3
     seen = page.evaluate(LOOK)

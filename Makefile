@@ -26,8 +26,10 @@ campaign: $(VENV)/ready  ## more than fifty processes killed while batches run; 
 slurm: $(VENV)/extras  ## a batch on a Slurm of this machine (apt-get install slurm-wlm munge): ten pre-emptions, killed, drained
 	LDRLD_CAMPAIGN=1 $(BIN)/python -m pytest -s -m campaign tests/test_slurm.py
 
+# the server's folder is the whole project: the notebooks show its figures and link to its records
 lab: $(VENV)/ready  ## read and run the notebooks
-	$(BIN)/jupyter lab nbs/index.ipynb $(if $(filter 0,$(shell id -u)),--allow-root)
+	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/index.ipynb \
+		$(if $(filter 0,$(shell id -u)),--allow-root)
 
 SITE := build/site
 site: $(VENV)/extras  ## the web pages, from the notebooks' stored outputs, in build/site; needs no network

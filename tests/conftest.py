@@ -15,6 +15,7 @@ SLOW = {  # file: its tests, or all of them
     "test_queue": None,
     "test_site": None,
     "test_package": None,
+    "test_jupyterlab": None,
     "test_cluster": {"test_the_job_array_trains_its_task_in_a_notebook"},
     "test_slurm": {"test_a_preempted_and_a_killed_job_leave_the_same_records"},
     "test_evidence": {"test_tables_and_figures_are_made_again", "test_open_questions_without_any_record"},

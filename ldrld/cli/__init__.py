@@ -5,7 +5,7 @@ import sys
 import warnings
 
 # in the order of --help
-from ldrld.cli import reproduce, run, status, verify, tune, pack, teachers, bench, data  # noqa: F401
+from ldrld.cli import reproduce, run, distill, status, verify, tune, pack, teachers, bench, data  # noqa: F401
 from ldrld.cli.app import app
 
 __all__ = ["app", "main"]

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from ldrld.experiments.runner import run
 from ldrld.losses.base import LossBase
 from ldrld.models.evaluation import logits_of
 from ldrld.models.weights import WeightsError
+from ldrld.training.recipes import usual_sgd
 
 __all__ = ["PROFILE", "Request", "Distilled", "distill"]
 
@@ -48,7 +49,8 @@ class Request:
     size: height and width in pixels.  holdout: fraction of every class that is held out where there is no split.
     baseline: whether the student is also trained without a teacher.
     recipe: learning-rate schedule; by default onecycle, and deit for networks of timm.
-    batch_size, lr, seed, flip: as in a run; lr is the network's own by default.
+    batch_size, lr, seed, flip: as in a run; lr is the student's, by default the usual one of its
+    network, as the teacher's is.
     """
 
     data: Path
@@ -215,13 +217,15 @@ def configured(request: Request, own: OwnImages) -> tuple[RunConfig, RunConfig]:
     run_of = {**shared, "model": student, "recipe": recipe_of(request, student), "epochs": request.epochs}
     if request.lr is not None: run_of["lr"] = request.lr
     plain = RunConfig(**run_of, loss="ce")
-    of_teacher = {**shared, "model": network, "recipe": recipe_of(request, network), "loss": "ce",
+    recipe = recipe_of(request, network)
+    of_teacher = {**shared, **usual_sgd(network, recipe), "model": network, "recipe": recipe, "loss": "ce",
                   "epochs": request.teacher_epochs or request.epochs}
-    made = RunConfig(**run_of, loss=request.method, loss_args=args, teacher=of_teacher)
+    distilled = {**run_of, "loss": request.method, "loss_args": args}
+    made = RunConfig.model_validate({**distilled, "teacher": of_teacher})
     remember(request)  # everything fits: the folder is made
     if trained_here: return made, plain
     kept = kept_teacher(Path(request.teacher).expanduser(), network, len(classes))
-    return RunConfig(**run_of, loss=request.method, loss_args=args, teacher=kept), plain
+    return RunConfig(**distilled, teacher=kept), plain
 
 
 def network_named(option: str, name: str) -> str:
@@ -273,7 +277,7 @@ def describe(own: OwnImages, say: Say) -> None:
     n, tests = len(own.train_files), len(own.test_files)
     say(f"{n} training and {tests} test images ({own.split}), {len(own.images.classes)} classes")
     for file, why in list(own.unreadable.items())[:5]: say(f"  left out: {file}: {why}")
-    if own.unreadable: say(f"{len(own.unreadable)} files cannot be read and are left out")
+    if own.unreadable: say(f"left out because they cannot be read: {len(own.unreadable)}")
     if own.repeated: say(f"{own.repeated} test images are also training images: accuracies will be too high")
 
 

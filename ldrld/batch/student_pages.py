@@ -7,12 +7,13 @@ from typing import Any
 
 import pandas as pd
 import yaml
+from torch import nn
 
 from ldrld import __version__, models
 from ldrld.batch.distillation import PROFILE, Distilled, remember
 from ldrld.bench.deployment import latency, macs, parameters
 from ldrld.core.files import write_whole
-from ldrld.results import student_report as student_report
+from ldrld.results import student_report
 
 __all__ = ["write_pages", "command_of"]
 
@@ -46,8 +47,13 @@ def costs(made: Distilled) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Parameters, multiply-accumulates and bytes of teacher and student, and their latencies."""
     size, networks = made.request.size, {who: made.networks[who] for who in ("teacher", "student")}
     rows = [{"network": who, "name": name, "parameters": parameters(networks[who]), "MACs": macs(networks[who], size),
-             "bytes": made.weights[who].stat().st_size} for who, name in names_of(made).items() if who in networks]
+             "bytes": stored(networks[who])} for who, name in names_of(made).items() if who in networks]
     return pd.DataFrame(rows), latency(networks, size)
+
+
+def stored(network: nn.Module) -> int:
+    """Bytes of a network's weights in half precision, as the student's are stored."""
+    return sum(2 * value.numel() for value in network.state_dict().values())
 
 
 def names_of(made: Distilled) -> dict[str, str]:
@@ -113,7 +119,7 @@ def cost_table(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
     rows = []
     for _, line in tables["cost"].iterrows():
         row = {"network": f"{line['name']} ({line['network']})", "parameters": f"{line['parameters']:,}",
-               "multiply-accumulates": f"{line['MACs'] / 1e6:,.1f} M", "file": f"{line['bytes'] / 1e6:.2f} MB"}
+               "multiply-accumulates": f"{line['MACs'] / 1e6:,.1f} M", "weights in half precision": f"{line['bytes'] / 1e6:.2f} MB"}
         times = tables["latency"]
         for _, t in times[times["network"] == line["network"]].iterrows():
             row[f"ms, batch of {t['batch']}"] = f"{t['median']:.2f} [{t['q1']:.2f}, {t['q3']:.2f}]"
@@ -128,7 +134,7 @@ def caveats(made: Distilled, tables: dict[str, pd.DataFrame]) -> list[str]:
             f"{len(own.test_files)} test images, not the seed."]
     if own.split.endswith("held out by ldrld"):
         said.append(f"The test images are {own.split}, at random; images of one scene or person may be on both sides.")
-    if isinstance(made.config.teacher, object) and "teacher" not in made.records:
+    if "teacher" not in made.records:
         said.append("The teacher is a file: whether it was trained on test images is not known. It sees images "
                     "normalised by the mean and deviation of the training images here, whatever it was trained with.")
         teacher = tables["comparison"].set_index("network").loc["teacher", "accuracy"]
@@ -136,7 +142,7 @@ def caveats(made: Distilled, tables: dict[str, pd.DataFrame]) -> list[str]:
             said.append(f"**The teacher reaches only {teacher:.1f} %, near chance**: it was probably trained on other "
                         "classes, on the same ones in another order, or on images prepared in another way.")
     if own.repeated: said.append(f"{own.repeated} test images are also training images, pixel for pixel.")
-    if own.unreadable: said.append(f"{len(own.unreadable)} files cannot be read and are left out (`left_out.csv`).")
+    if own.unreadable: said.append(f"Files left out because they cannot be read: {len(own.unreadable)} (`left_out.csv`).")
     return said
 
 
@@ -223,11 +229,11 @@ def machine_of(made: Distilled) -> str:
 HOW = """```python
 import torch
 from ldrld import models
-from ldrld.data.image_files import read_image
+from ldrld.data.image_files import read_image  # fits the image into the size, as in training
 
 note = models.read_metadata("{weights}")
 student = models.load_weights(models.build(note["model"], len(note["classes"])), "{weights}").eval()
-pixels = torch.from_numpy(read_image("image.jpg", tuple(note["image_size"]))).permute(2, 0, 1)[None] / 255
+pixels = torch.tensor(read_image("image.jpg", tuple(note["image_size"]))).permute(2, 0, 1)[None] / 255
 mean, std = (torch.tensor(note[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
 with torch.no_grad(): probabilities = student((pixels - mean) / std).softmax(1)[0]
 print(note["classes"][probabilities.argmax()], probabilities.max())

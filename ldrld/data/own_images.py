@@ -93,7 +93,7 @@ def _parts(read: Read, holdout: float) -> tuple[Read, Read]:
     aside = set(fraction_of_each(torch.tensor(read.labels), holdout, torch.Generator().manual_seed(0)).tolist())
     def part(of_test: bool) -> Read:
         chosen = [i for i in range(len(read.files)) if (i in aside) == of_test]
-        return Read(*([values[i] for i in chosen] for values in read))
+        return Read([read.images[i] for i in chosen], [read.labels[i] for i in chosen], [read.files[i] for i in chosen])
     return part(False), part(True)
 
 def _repeated(train: Read, test: Read) -> int:
@@ -116,7 +116,8 @@ def own_images(
     root = Path(root).expanduser().resolve()
     if not 0 < holdout < 1: raise ValueError(f"holdout={holdout!r}: expected a fraction between 0 and 1")
     train_folder, test_folder = splits_of(root)
-    folders, unreadable = _class_folders(train_folder), {}
+    folders = _class_folders(train_folder)
+    unreadable: dict[str, str] = {}
     if test_folder is None:
         train, test = _parts(_read(root, folders, size, 2, unreadable), holdout)
         split = f"{100 * holdout:g} % of every class, held out by ldrld"

@@ -76,18 +76,18 @@ def differences(
 ) -> pd.DataFrame:  # index into the images, file, true, student, teacher, confidences, right; the surest student first
     "The images on which student and teacher predict different classes, and which of the two is right."
     p = {name: logits[name].double().softmax(1).max(1) for name in ("student", "teacher")}
-    s, t = p["student"].indices, p["teacher"].indices
-    rows = [{"index": i, "file": files[i], "true": classes[labels[i]], "student": classes[s[i]],
-             "teacher": classes[t[i]], "student's confidence": round(p["student"].values[i].item(), 4),
-             "teacher's confidence": round(p["teacher"].values[i].item(), 4),
-             "right": _who_is_right(s[i] == labels[i], t[i] == labels[i])}
-            for i in (s != t).nonzero().flatten().tolist()]
+    sure = {name: found.values.tolist() for name, found in p.items()}
+    predicted = zip(labels.tolist(), p["student"].indices.tolist(), p["teacher"].indices.tolist())
+    rows = [{"index": i, "file": files[i], "true": classes[y], "student": classes[s], "teacher": classes[t],
+             "student's confidence": round(sure["student"][i], 4),
+             "teacher's confidence": round(sure["teacher"][i], 4), "right": _who_is_right(y, s, t)}
+            for i, (y, s, t) in enumerate(predicted) if s != t]
     columns = ["index", "file", "true", "student", "teacher", "student's confidence", "teacher's confidence", "right"]
     return pd.DataFrame(rows, columns=columns).sort_values("student's confidence", ascending=False, ignore_index=True)
 
-def _who_is_right(student: Tensor, teacher: Tensor) -> str:
-    if student: return "student"
-    return "teacher" if teacher else "neither"
+def _who_is_right(true: int, student: int, teacher: int) -> str:
+    if student == true: return "student"
+    return "teacher" if teacher == true else "neither"
 
 # %% ../../nbs/results/student_report.ipynb #440f43b3
 def reliability_table(

@@ -22,6 +22,8 @@ OPTIONAL = {  # without these libraries a notebook's cells are skipped
     "tutorials/hugging_face": ("transformers", "accelerate"),
     "tutorials/timm": ("timm",),
     "tutorials/torchdistill": ("torchdistill",),
+    "tutorials/lightning": ("lightning",),
+    "tutorials/export": ("onnx", "onnxscript", "onnxruntime"),
     "models/timm_networks": ("timm",),
 }
 READ_RECORDS = (

@@ -14,6 +14,7 @@ SLOW = {  # file: its tests, or all of them
     "test_files": {"test_a_run_by_torchrun", "test_a_profile_with_a_teacher_from_a_file"},
     "test_queue": None,
     "test_cluster": {"test_the_job_array_trains_its_task_in_a_notebook"},
+    "test_slurm": {"test_a_preempted_and_a_killed_job_leave_the_same_records"},
     "test_evidence": {"test_tables_and_figures_are_made_again", "test_open_questions_without_any_record"},
     "test_bench": {
         "test_a_measurement_is_kept_until_repeated",

@@ -1,6 +1,7 @@
 """A batch on a real Slurm, on this machine: pre-empted, killed, drained, and in the end the same records.
 
-`make slurm` runs it; it takes several minutes, of which the trainings are the smaller part.
+The short form is part of `make test-all`; `make slurm` runs the long one, which takes several minutes, of which the
+trainings are the smaller part.
 """
 
 import importlib.util
@@ -17,14 +18,14 @@ from ldrld.training.checkpoint import epochs_trained
 if lacking := missing() + ["submitit"] * (importlib.util.find_spec("submitit") is None):
     pytest.skip(f"no {', '.join(lacking)} here: apt-get install slurm-wlm munge; pip install submitit",
                 allow_module_level=True)
-EPOCHS, PREEMPTIONS = 100, 10  # fewer would end before the tenth pre-emption on a quiet machine
-PROFILE = f"""\
+PREEMPTIONS = 10
+PROFILE = """\
 data: handwritten digits
 dataset: digits
 pairs: [[resnet14, resnet8]]
-teacher: {{recipe: onecycle, epochs: {EPOCHS}, lr: 0.1}}
-student: {{recipe: onecycle, epochs: {EPOCHS}, lr: 0.1}}
-seeds: [0, 1]
+teacher: {{recipe: onecycle, epochs: {epochs}, lr: 0.1}}
+student: {{recipe: onecycle, epochs: {epochs}, lr: 0.1}}
+seeds: {seeds}
 depths: [2, 7]
 temperatures: [4.0]
 """
@@ -45,9 +46,13 @@ def records(out):
 class Batch:
     """A batch on a cluster: `ldrld reproduce --executor slurm`, and how far its runs are."""
 
-    def __init__(self, slurm, profile, out):
-        self.slurm, self.out = slurm, out
-        self.words = ("reproduce", "--profile", profile, "--only", "same_architecture", "--no-notebooks", "--out", out)
+    def __init__(self, slurm, out, epochs, seeds):
+        self.slurm, self.out, self.epochs = slurm, out, epochs
+        self.profile = out.with_suffix(".yaml")
+        self.profile.write_text(PROFILE.format(epochs=epochs, seeds=seeds))
+        out.mkdir()
+        self.words = ("reproduce", "--profile", self.profile, "--only", "same_architecture", "--no-notebooks",
+                      "--out", out)
         command = "from ldrld.cli import main; main()"
         self.log = open(out.with_suffix(".log"), "w+")
         env = {**slurm.env, "PYTHONPATH": str(ROOT)}
@@ -63,28 +68,58 @@ class Batch:
         logs = self.out.glob("runs/jobs/*/*/log.txt")
         return sum(file.read_text().count("DUE TO PREEMPTION") for file in logs)
 
-    def epochs(self):
+    def trained(self):
         """Epochs trained so far by every unfinished run."""
         return {file.parent.name: epochs_trained(file) for file in self.out.glob("runs/*/checkpoint.pt")}
 
     def progress(self):
         """Wait until a running job has trained another epoch, and is not about to end."""
-        before = self.epochs()
-        more = lambda: [k for k, n in self.epochs().items() if before.get(k, 0) < n < EPOCHS - 4]
+        before = self.trained()
+        more = lambda: [k for k, n in self.trained().items() if before.get(k, 0) < n < self.epochs - 4]
         until(more, 300, f"another epoch after {before}; {self.slurm.jobs()}; {self.said()}")
+
+    def kill_job(self):
+        """Kill the processes of a running job."""
+        (killed, *_) = [number for number, state in self.slurm.jobs().items() if state == "RUNNING"]
+        self.slurm("scancel", "--signal=KILL", "--full", killed)
+
+    def end(self):
+        """Stop waiting for the jobs, if the batch still does."""
+        self.process.terminate()
+        self.process.wait()
+
+    def same_as_local(self, out, finished):
+        """Assert that local processes make the same records, `finished` of them."""
+        got = ldrld(*self.words[:-1], out, "--jobs", 2)
+        assert got.returncode == 0, got.stdout + got.stderr
+        assert len(records(out)) == finished and records(self.out) == records(out)
+
+
+def test_a_preempted_and_a_killed_job_leave_the_same_records(tmp_path):
+    with cluster(grace=1) as slurm:
+        batch = Batch(slurm, tmp_path / "shared", epochs=20, seeds=[0])
+        try:
+            batch.progress()
+            batch.kill_job()
+            batch.progress()
+            slurm.preempt()
+            assert batch.process.wait(300) == 0, batch.said()
+        finally:
+            batch.end()
+    said = batch.said()
+    assert "a job was lost" in said and "1 tables checked, 0 problems" in said, said
+    assert batch.preemptions() >= 1, said
+    batch.same_as_local(tmp_path / "alone", finished=4)
 
 
 @pytest.mark.campaign
 def test_ten_preemptions_a_dead_node_a_drained_one_and_a_killed_job_leave_the_same_records(tmp_path):
-    profile, alone, shared = tmp_path / "hundred.yaml", tmp_path / "alone", tmp_path / "shared"
-    profile.write_text(PROFILE)
-    shared.mkdir()
     with cluster(grace=1) as slurm:
-        batch = Batch(slurm, profile, shared)
+        # with fewer epochs, the trainings would end before the tenth pre-emption on a quiet machine
+        batch = Batch(slurm, tmp_path / "shared", epochs=100, seeds=[0, 1])
         try:
             batch.progress()
-            (killed, *_) = [number for number, state in slurm.jobs().items() if state == "RUNNING"]
-            slurm("scancel", "--signal=KILL", "--full", killed)
+            batch.kill_job()
             while batch.preemptions() < PREEMPTIONS:
                 batch.progress()
                 slurm.preempt()
@@ -98,14 +133,11 @@ def test_ten_preemptions_a_dead_node_a_drained_one_and_a_killed_job_leave_the_sa
             slurm("scontrol", "update", f"NodeName={NODE}", "State=RESUME")
             assert batch.process.wait(900) == 0, batch.said()
         finally:
-            batch.process.terminate()
-            batch.process.wait()
-        status = ldrld("status", "--profile", profile, "--out", shared, **slurm.env)
+            batch.end()
+        status = ldrld("status", "--profile", batch.profile, "--out", batch.out, **slurm.env)
     said = batch.said()
     print(f"{batch.preemptions()} pre-emptions\n{said}")
     assert "a job was lost" in said and "8 done, 0 paused, 0 failed" in said and "1 tables checked, 0 problems" in said
     assert status.stdout.count(": finished, ") == 5, status.stdout + status.stderr
-    got = ldrld(*batch.words[:-1], alone, "--jobs", 2)
-    assert got.returncode == 0, got.stdout + got.stderr
-    assert len(records(alone)) == 7 and records(shared) == records(alone)
     assert batch.preemptions() >= PREEMPTIONS
+    batch.same_as_local(tmp_path / "alone", finished=7)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'COLOURS', 'OTHER', 'NOT_RUN', 'save_figure', 'not_run', 'pair_map', 'heat_map', 'accuracies',
-           'line_with_band', 'reference_lines', 'interval_plot', 'quartile_lines']
+           'line_with_band', 'reference_lines', 'interval', 'colours_of', 'edge_of', 'interval_plot', 'quartile_lines']
 
 # %% ../../nbs/results/figures.ipynb #1ff9ee37
 import io
@@ -77,15 +77,18 @@ def heat_map(
     ax: plt.Axes,
     grid: pd.DataFrame,  # values by the two settings
     rows: str, columns: str, what: str,  # labels
+    reach: float | None = None,  # differences on a scale from −reach to reach; None: values on the grid's own scale
 ) -> None:
     "A heat map with numbers; missing cells are white."
     values = grid.to_numpy(float)
     if not np.isfinite(values).any(): return not_run(ax)
-    image = ax.imshow(values, cmap="Blues", vmin=np.nanmin(values), vmax=np.nanmax(values), aspect="auto")
-    middle = (np.nanmin(values) + np.nanmax(values)) / 2
+    low, high = (np.nanmin(values), np.nanmax(values)) if reach is None else (-reach, reach)
+    image = ax.imshow(values, cmap="Blues" if reach is None else "RdBu", vmin=low, vmax=high, aspect="auto")
     for (i, j), v in np.ndenumerate(values):
         if math.isnan(v): continue
-        ax.text(j, i, f"{v:.1f}", ha="center", va="center", fontsize=8, color="white" if v > middle else "black")
+        dark = v > (low + high) / 2 if reach is None else abs(v) > 0.6 * reach
+        number = f"{v:.1f}" if reach is None else f"{v:+.1f}"
+        ax.text(j, i, number, ha="center", va="center", fontsize=8, color="white" if dark else "black")
     ax.set(xlabel=columns, ylabel=rows, xticks=range(grid.shape[1]), yticks=range(grid.shape[0]),
            xticklabels=[f"{c:g}" for c in grid.columns], yticklabels=[f"{r:g}" for r in grid.index])
     ax.figure.colorbar(image, ax=ax, label=what)
@@ -128,6 +131,39 @@ def reference_lines(
         ax.axhline(pair.loc[method, "mean"], linestyle="--", linewidth=1, color=COLOURS[method], label=method)
 
 # %% ../../nbs/results/figures.ipynb #1a68c37e
+def interval(
+    ax: plt.Axes,
+    y: float,
+    line: pd.Series,  # difference, low and high; an interval of one run is NaN
+    colour: str,
+    edge: float = math.inf,  # what reaches further is written at the edge, so that it does not squeeze the rest
+) -> None:
+    "A difference and its 95 % interval, or an arrow with the numbers."
+    difference, low, high = line["difference"], line["low"], line["high"]
+    if not max(-low, high) > edge:  # also true without an interval
+        reach = None if math.isnan(low) else [[difference - low], [high - difference]]
+        ax.errorbar(difference, y, xerr=reach, fmt="o", markersize=4, capsize=2, color=colour, zorder=3)
+        return
+    side = 1 if difference > 0 else -1
+    ax.plot(side * edge, y, marker=">" if side > 0 else "<", markersize=4, color=colour, clip_on=False)
+    ax.annotate(f"{difference:+.1f} [{low:+.1f}, {high:+.1f}]", (side * edge, y), (-8 * side, 0), fontsize=7,
+                textcoords="offset points", ha="right" if side > 0 else "left", va="center", color=colour)
+
+# %% ../../nbs/results/figures.ipynb #79e6876a
+def colours_of(names: list[str]) -> list[str]:
+    "A colour for each line of a comparison: where methods are compared, LDRLD and the baselines stand out."
+    if "KD" not in names: return [COLOURS["LDRLD"]] * len(names)
+    return [COLOURS["LDRLD"] if "LDRLD" in name else COLOURS.get(name, "#6e6e6e") for name in names]
+
+# %% ../../nbs/results/figures.ipynb #e03e482a
+def edge_of(
+    table: pd.DataFrame,  # from `summarise`
+) -> float:
+    "Where a plot of many differences ends: 2.5 times as far as the middle one reaches."
+    reach = table[["low", "high"]].abs().max(axis=1).dropna()
+    return 2.5 * reach.median() if len(reach) > 12 else math.inf
+
+# %% ../../nbs/results/figures.ipynb #1b35a1fe
 def interval_plot(
     table: pd.DataFrame,  # from `summarise`
     column: str,  # what varies
@@ -137,22 +173,22 @@ def interval_plot(
     def by_seed(line: pd.Series) -> dict[int, float]:
         made = [read_record(name, profile(p).name) for name in line["runs"].split()]
         return {r.config.seed: r.last_accuracy for r in made}
-    fig, ax = plt.subplots(figsize=(5.5, 0.8 + 0.5 * len(table)))
+    row = 0.5 if len(table) <= 12 else 0.24
+    fig, ax = plt.subplots(figsize=(5.5, 0.8 + row * len(table)))
     if not table["pairs"].any(): not_run(ax)
     candidates = table[(table["n"] > 0) & table["difference"].isna()]
     baseline = (candidates if len(candidates) else table).iloc[0]
-    base = by_seed(baseline)
-    for y, (_, line) in enumerate(table.iterrows()):
+    base, edge = by_seed(baseline), edge_of(table)
+    for y, ((_, line), colour) in enumerate(zip(table.iterrows(), colours_of(list(table[column])))):
         compared = line[column] != baseline[column]
         seeds = [a - base[seed] for seed, a in by_seed(line).items() if seed in base] if compared else []
-        ax.scatter(seeds, [y] * len(seeds), s=12, color="#9a9a9a", zorder=2)
-        reach = None if math.isnan(line["low"]) else line["high"] - line["difference"]
-        x = line["difference"] if compared else 0
-        ax.errorbar(x, y, xerr=reach, fmt="o", color=COLOURS["LDRLD"], capsize=3, zorder=3)
+        if not max(-line["low"], line["high"]) > edge: ax.scatter(seeds, [y] * len(seeds), s=12, color="#c4c4c4")
+        interval(ax, y, line if compared else line.fillna({"difference": 0}), colour, edge)
     ax.axvline(0, color="#444444", linewidth=0.8)
     ax.set(yticks=range(len(table)), yticklabels=table[column],
            xlabel=f"difference to “{baseline[column]}”, points")
     ax.set_ylim(len(table) - 0.4, -0.6)
+    if edge < math.inf: ax.set_xlim(-edge, edge)
     return fig
 
 # %% ../../nbs/results/figures.ipynb #0214ad59

@@ -43,7 +43,7 @@ class Request:
 
     data: folder of images, see `ldrld.data.own_images`.  out: folder of the results, new or from the same request.
     teacher: a file of weights, or the name of a network, which is trained with cross-entropy first.
-    student: the name of a network.  teacher_network: of a file whose network cannot be told from its weights.
+    student: the name of a network.  teacher_network: of a file whose weights are not one of ldrld's networks.
     method: name of a loss.  loss_args: its hyper-parameters; the defaults otherwise.
     epochs, teacher_epochs: passes over the images; the teacher's are the student's by default.
     size: height and width in pixels.  holdout: fraction of every class that is held out where there is no split.
@@ -146,8 +146,9 @@ def checked_method(request: Request, classes: int) -> dict[str, Any]:
     if request.method == "ldrld" and "depth" not in args and classes <= FEW_CLASSES: args["depth"] = classes
     loss = losses.build(request.method, **args)
     if not loss.needs_teacher:
+        others = [name for name in losses.available("logits") if losses.needs_teacher(name)]
         raise ValueError(f"--method {request.method}: needs no teacher, so nothing would be distilled; choose one of "
-                         f"{', '.join(name for name in losses.available('logits') if losses.build(name).needs_teacher)}")
+                         f"{', '.join(others)}")
     if type(loss).deployed is not LossBase.deployed:
         raise ValueError(f"--method {request.method}: deploys more than the student's network, which a report of one "
                          "network cannot show; use `ldrld run`")
@@ -202,7 +203,8 @@ def is_network(name: str) -> bool:
     if path.exists() or path.suffix or len(path.parts) > 1:
         try: models.canonical(name)
         except ValueError: return False
-        if path.is_file(): raise ValueError(f"--teacher {name}: a network and also a file here; for the file say ./{name}")
+        if path.is_file():
+            raise ValueError(f"--teacher {name}: a network and also a file here; for the file say ./{name}")
     return bool(network_named("--teacher", name))
 
 

@@ -119,7 +119,8 @@ def cost_table(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
     rows = []
     for _, line in tables["cost"].iterrows():
         row = {"network": f"{line['name']} ({line['network']})", "parameters": f"{line['parameters']:,}",
-               "multiply-accumulates": f"{line['MACs'] / 1e6:,.1f} M", "weights in half precision": f"{line['bytes'] / 1e6:.2f} MB"}
+               "multiply-accumulates": f"{line['MACs'] / 1e6:,.1f} M",
+               "weights in half precision": f"{line['bytes'] / 1e6:.2f} MB"}
         times = tables["latency"]
         for _, t in times[times["network"] == line["network"]].iterrows():
             row[f"ms, batch of {t['batch']}"] = f"{t['median']:.2f} [{t['q1']:.2f}, {t['q3']:.2f}]"
@@ -142,7 +143,8 @@ def caveats(made: Distilled, tables: dict[str, pd.DataFrame]) -> list[str]:
             said.append(f"**The teacher reaches only {teacher:.1f} %, near chance**: it was probably trained on other "
                         "classes, on the same ones in another order, or on images prepared in another way.")
     if own.repeated: said.append(f"{own.repeated} test images are also training images, pixel for pixel.")
-    if own.unreadable: said.append(f"Files left out because they cannot be read: {len(own.unreadable)} (`left_out.csv`).")
+    if own.unreadable:
+        said.append(f"Files left out because they cannot be read: {len(own.unreadable)} (`{FOLDER}/left_out.csv`).")
     return said
 
 
@@ -172,7 +174,7 @@ def settings_table(made: Distilled) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def picture(name: str, said: str, there: Sequence[str]) -> str:
+def figure_link(name: str, said: str, there: Sequence[str]) -> str:
     """A figure of the report in Markdown; empty if it was not drawn."""
     return f"![{said}]({FOLDER}/{name}.png)" if name in there else ""
 
@@ -196,17 +198,17 @@ def report_page(made: Distilled, tables: dict[str, pd.DataFrame], figures: Seque
         "\n".join(f"- {line}" for line in caveats(made, tables)),
         "## Calibration",
         "A calibrated network is right as often as its confidence says; ECE is the mean distance from that.",
-        picture("reliability", "Accuracy against confidence", figures),
+        figure_link("reliability", "Accuracy against confidence", figures),
         "## Training",
-        picture("curves", "Accuracy and loss after each epoch", figures),
+        figure_link("curves", "Accuracy and loss after each epoch", figures),
         "## Confusions",
         as_markdown(largest) if len(largest) else "The student makes no mistake on the test images.",
-        picture("confusions", "Confusion matrix of the student", figures),
+        figure_link("confusions", "Confusion matrix of the student", figures),
         "## Where student and teacher differ",
         f"On {len(apart)} of {n} test images. The student is right on {count('student')} of them, the teacher on "
         f"{count('teacher')}, neither on {count('neither')}. Those on which the student is surest:",
         as_markdown(differ) if len(differ) else "",
-        picture("differences", "Test images on which student and teacher differ", figures),
+        figure_link("differences", "Test images on which student and teacher differ", figures),
         "## Cost",
         as_markdown(cost_table(tables)),
         f"Latency of a forward pass on {machine_of(made)}: median [quartiles] of "
@@ -269,8 +271,8 @@ def card_page(made: Distilled, tables: dict[str, pd.DataFrame]) -> str:
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True, default_flow_style=None)}---",
         f"# {names['student']} for {own.images.name.partition(':')[2]}",
         f"An image classifier, trained by distillation (`{c.loss}`) from {names['teacher']} with ldrld {__version__}.",
-        f"## Data\n\n{len(own.train_files):,} training and {len(own.test_files):,} test images ({own.split}), scaled to "
-        f"cover {made.request.size[0]}×{made.request.size[1]} pixels and cropped in the middle; "
+        f"## Data\n\n{len(own.train_files):,} training and {len(own.test_files):,} test images ({own.split}), scaled "
+        f"to cover {made.request.size[0]}×{made.request.size[1]} pixels and cropped in the middle; "
         f"{'random crops and horizontal flips' if own.images.flip else 'random crops'} in training. "
         f"Classes: {', '.join(own.images.classes)}.",
         f"## Settings\n\n{c.epochs} epochs, recipe `{c.recipe}`, learning rate {c.lr:g}, batch size {c.batch_size}, "

@@ -15,7 +15,7 @@ def pixels(text: str) -> tuple[int, int]:
 
     found = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
     if not found:
-        raise typer.BadParameter(f"--image-size {text!r}: expected a number of pixels, or height x width, such as 48x64")
+        raise typer.BadParameter(f"--image-size {text!r}: expected pixels, or height x width, such as 48x64")
     try:
         return height_and_width((int(found[1]), int(found[2] or found[1])))
     except ValueError as error:

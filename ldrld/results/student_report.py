@@ -165,7 +165,8 @@ def confusion_figure(
     with mpl.rc_context(STYLE): fig, ax = plt.subplots(figsize=(side, side))
     ax.imshow(values, cmap="Blues", vmin=0, vmax=100)
     for (i, j), v in np.ndenumerate(values) if n <= 15 else ():
-        if v >= 0.5: ax.text(j, i, f"{v:.0f}", ha="center", va="center", fontsize=7, color="white" if v > 60 else "black")
+        colour = "white" if v > 60 else "black"
+        if v >= 0.5: ax.text(j, i, f"{v:.0f}", ha="center", va="center", fontsize=7, color=colour)
     ticks = {"xticks": range(n), "yticks": range(n), "yticklabels": classes}
     ax.set(xlabel="predicted", ylabel="true class", title="Predictions of the student, % of the class", **ticks)
     ax.set_xticks(range(n), classes, rotation=90)

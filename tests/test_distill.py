@@ -17,7 +17,7 @@ from PIL import Image
 from commands import ldrld
 from ldrld import data, models
 from ldrld.batch import distillation
-from ldrld.batch.distillation import PROFILE, Request, configured, distill, results_in
+from ldrld.batch.distillation import PROFILE, Request, check_folder, configured, distill, results_in
 from ldrld.batch.student_pages import as_markdown, write_pages
 from ldrld.data.own_images import own_images
 from ldrld.data.registry import LOADERS, registered
@@ -311,11 +311,13 @@ def test_a_second_call_trains_nothing_and_other_settings_are_refused(made):
     assert "without a teacher)" not in (place / "out" / "report.md").read_text()
     other = ldrld(*words, "--epochs", "4", cwd=place)
     assert other.returncode == 2 and "epochs was 3, now 4" in " ".join(other.stderr.split())
-    with open(place / "out" / "report.md", "a", encoding="utf-8") as page:
+    request = Request(place / "shapes", place / "out", "resnet14", "resnet8", epochs=3, size=(16, 16), batch_size=16,
+                      lr=0.1, flip=False)
+    check_folder(request)
+    with open(request.out / "report.md", "a", encoding="utf-8") as page:
         page.write("A note of my own.\n")
-    edited = ldrld(*words, cwd=place)
-    assert edited.returncode == 2 and "edited since" in " ".join(edited.stderr.replace("│", " ").split())
-    assert "A note of my own." in (place / "out" / "report.md").read_text()
+    with pytest.raises(ValueError, match="report.md: was edited since"):
+        check_folder(request)
 
 
 def test_an_interrupted_training_resumes_with_the_same_result(plain, monkeypatch):

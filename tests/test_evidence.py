@@ -137,13 +137,17 @@ def test_open_questions_without_any_record(tmp_path):
 
 @pytest.mark.parametrize("name, base", [("newer_methods", "KD"), ("adw", "none")])
 def test_a_plot_of_differences_has_the_baseline_of_its_table(name, base):
-    """Wherever its line is: the seeds' differences average to the interval's centre."""
+    """Wherever its line is: the seeds' differences average to the interval's centre; far out there is an arrow."""
     e = EXPERIMENTS[name]
     table = statistics.summarise(statistics.collect(e, "quick"), e)
     figure = figures.interval_plot(table, e.by[-1], "quick")
     (ax,) = figure.axes
     assert ax.get_xlabel() == f"difference to “{base}”, points"
     dots = {float(y): xs for c in ax.collections if len(xs := c.get_offsets()) for y in [xs[0][1]] if len(xs) > 1}
+    edge, arrows = figures.edge_of(table), {text.xy[1] for text in ax.texts}
     for y, line in enumerate(table.itertuples()):
-        if line.pairs: assert dots[y][:, 0].mean() == pytest.approx(line.difference, abs=1e-6)
+        if not line.pairs: continue
+        far = max(-line.low, line.high) > edge
+        assert (y in arrows) == far
+        if not far: assert dots[y][:, 0].mean() == pytest.approx(line.difference, abs=1e-6)
     plt.close(figure)

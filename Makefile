@@ -44,8 +44,8 @@ readme: $(VENV)/ready  ## README.md from nbs/index.ipynb
 
 # notebooks about libraries that nothing else needs: each is run where they are installed
 GUIDES := tutorials/hugging_face:transformers,accelerate tutorials/language_models:transformers,accelerate \
-	tutorials/timm:timm tutorials/torchdistill:torchdistill \
-	models/timm_networks:timm
+	tutorials/timm:timm tutorials/torchdistill:torchdistill tutorials/lightning:lightning \
+	tutorials/export:onnx,onnxscript,onnxruntime models/timm_networks:timm
 notebooks: $(VENV)/ready  ## export, run and clean all library notebooks, their outputs kept
 	$(BIN)/nbdev_export
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace $(filter-out $(foreach guide,$(GUIDES),nbs/$(firstword $(subst :, ,$(guide))).ipynb) nbs/run/%,$(wildcard nbs/*.ipynb nbs/*/*.ipynb nbs/*/*/*.ipynb))

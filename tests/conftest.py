@@ -33,6 +33,13 @@ SLOW = {  # file: its tests, or all of them
     "test_outcomes": {"test_tables_say_diverged"},
     "test_records": {"test_the_commands_name_the_odd_one_and_continue"},
     "test_methods": {"test_a_method_trains_and_resumes"},
+    "test_distill": {
+        "test_from_a_folder_to_the_report",
+        "test_the_card_s_lines_load_the_student",
+        "test_a_second_call_trains_nothing_and_other_settings_are_refused",
+        "test_an_interrupted_training_resumes_with_the_same_result",
+        "test_a_teacher_of_timm_in_a_file",
+    },
     "test_extension": {
         "test_it_trains_resumes_and_is_tabulated_through_papermill",
         "test_one_file_each_trains_resumes_and_is_tabulated",

@@ -23,6 +23,8 @@ OPTIONAL = {  # without these libraries a notebook's cells are skipped
     "tutorials/language_models": ("transformers", "accelerate"),
     "tutorials/timm": ("timm",),
     "tutorials/torchdistill": ("torchdistill",),
+    "tutorials/lightning": ("lightning",),
+    "tutorials/export": ("onnx", "onnxscript", "onnxruntime"),
     "models/timm_networks": ("timm",),
 }
 READ_RECORDS = (

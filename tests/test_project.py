@@ -52,7 +52,7 @@ def test_extras_are_pinned_and_bring_no_other_torch():
     assert not pins.keys() & (here | {"torch", "torchvision"}) and not [name for name in pins if "nvidia" in name]
     settings = configparser.ConfigParser(delimiters=["="], interpolation=None)
     settings.read(ROOT / "settings.ini", encoding="utf-8")
-    for extra in ("hf", "timm", "torchdistill", "slurm"):
+    for extra in ("hf", "timm", "torchdistill", "lightning", "onnx", "slurm"):
         for requirement in settings["DEFAULT"][f"{extra}_requirements"].split():
             assert re.split(r"[<>=;]", requirement)[0] in pins, requirement
 
@@ -191,7 +191,7 @@ def test_importing_the_loss_needs_torch_alone():
     code = (
         "import sys, ldrld; ldrld.LDRLD(); bad = "
         "{'pandas', 'torchvision', 'matplotlib', 'pydantic', 'scipy', 'papermill', 'safetensors', 'PIL', 'sklearn', "
-        "'typer', 'transformers', 'timm', 'torchdistill', 'submitit'} "
+        "'typer', 'transformers', 'timm', 'torchdistill', 'submitit', 'lightning', 'onnx', 'onnxruntime'} "
         "& set(sys.modules); "
         "assert not bad, bad"
     )

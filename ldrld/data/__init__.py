@@ -17,7 +17,7 @@ from .folders import folder, height_and_width, tiny_imagenet
 from .handwritten import digits
 from .images import ImageData, fingerprint, image_data, mean_and_std, some_of, with_groups
 from .image_list import ImageList
-from .registry import CLASSES, LISTS, LOADERS, Loader, import_all, register
+from .registry import CLASSES, LISTS, LOADERS, OWN, Loader, import_all, register
 from .subsets import altered
 
 _all_ = ["CIFAR100_MEAN", "CLASSES", "LISTS", "LOADERS", "CIFAR100_STD", "ImageData", "altered", "cifar100",
@@ -87,6 +87,9 @@ def load(
     if places: return folder(places[0], within or size)
     for place in (Path(plain), root / plain):
         if place.is_dir(): return folder(place)  # says what is missing
+    if plain.startswith(OWN):
+        raise ValueError(f"{plain!r} are a user's images, which only `ldrld distill` has, while it runs; "
+                         "ldrld.data.own_images reads them from their folder")
     known = ", ".join(map(repr, sorted(LOADERS)))
     raise ValueError(f'name is "{name}"; expected {known}, or a folder with '
                      f"train/<class>/ and test/<class>/ in it, here or in {in_project(root)}")

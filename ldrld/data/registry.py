@@ -1,5 +1,6 @@
 """Registry of data sets by name. A new data set is a file in `ldrld/data` that calls `register`."""
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
@@ -7,7 +8,9 @@ from pkgutil import iter_modules
 from ldrld.data.image_list import ImageList
 from ldrld.data.images import ImageData
 
-__all__ = ["LOADERS", "CLASSES", "LISTS", "Loader", "import_all", "register", "register_list"]
+__all__ = ["OWN", "LOADERS", "CLASSES", "LISTS", "Loader", "import_all", "register", "register_list", "registered"]
+
+OWN = "own:"  # begins the name of a user's images, see `ldrld.data.own_images`; known only while they are in memory
 
 Loader = Callable[[Path, bool], ImageData]  # (folder of the data sets, whether to download) -> the data
 ListLoader = Callable[[Path], ImageList]  # folder of the data sets -> the files
@@ -41,6 +44,19 @@ def register_list(name: str, classes: int) -> Callable[[ListLoader], ListLoader]
         LISTS[name], CLASSES[name] = load, classes
         return load
     return add
+
+
+@contextmanager
+def registered(images: ImageData) -> Iterator[str]:
+    """Context in which images that are in memory are a data set, under their own name, which begins with `own:`.
+
+    images: with the name that runs and records use.  Yields the name. ValueError for a name without `own:`.
+    """
+    name = images.name
+    if not name.startswith(OWN): raise ValueError(f"images.name={name!r}: expected a name that begins with {OWN!r}")
+    LOADERS[name], CLASSES[name] = lambda root, download: images, len(images.classes)
+    try: yield name
+    finally: del LOADERS[name], CLASSES[name]
 
 
 def import_all(leave: tuple[str, ...] = ()) -> None:

@@ -20,6 +20,7 @@ from .. import data, losses, models
 from ..core import paths, validation
 from ..core.files import sha256_of, write_whole
 from ..core.validation import known
+from ..data.registry import OWN
 from ..losses.base import LossBase
 from ..models.weights import identify, read_weights
 from ..training.recipes import RECIPES, usual_sgd
@@ -100,6 +101,7 @@ class RunConfig(BaseModel):
     def _dataset_is_known(cls, name: str) -> str:
         plain, _ = data.name_and_size(name)  # own@32: a folder and its image size
         if name in data.LOADERS or name in data.LISTS or Path(plain).is_absolute(): return name
+        if name.startswith(OWN): return name  # of `ldrld distill`: readable where the images are not
         if (paths.data_root() / plain).is_dir(): return name
         if not Path(plain).is_dir(): return known("dataset", name, [*data.LOADERS, *data.LISTS])
         return str(Path(plain).resolve()) + name.removeprefix(plain)

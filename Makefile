@@ -39,7 +39,7 @@ site: $(VENV)/extras  ## the web pages, from the notebooks' stored outputs, in b
 
 readme: $(VENV)/ready  ## README.md from nbs/index.ipynb
 	$(BIN)/jupyter nbconvert --log-level=ERROR --to markdown --no-input --output-dir . --output README nbs/index.ipynb
-	sed -i -e "s,](\.\./,](,g" -e "s,](\([0-9a-z_/]*\.ipynb\)),](nbs/\1),g" README.md
+	sed -i -e "s,](\.\./,](,g" -e "s,](\([0-9a-z_/]*\.ipynb[^)]*\)),](nbs/\1),g" README.md
 	cat -s README.md > README.md.tmp && mv README.md.tmp README.md  # hidden cells leave many blank lines
 
 # notebooks about libraries that nothing else needs: each is run where they are installed

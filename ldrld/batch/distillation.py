@@ -260,6 +260,17 @@ def evaluated(config: RunConfig, own: OwnImages, weights: dict[str, Path]) -> tu
     return networks, logits
 
 
+def check_teacher(config: RunConfig, own: OwnImages, say: Say) -> None:
+    """Report the accuracy of a teacher from a file before a student learns from it, with a warning near chance."""
+    if not isinstance(config.teacher, Pretrained): return
+    _, logits = evaluated(config, own, {"teacher": file_of(config.teacher)})
+    right = (logits["teacher"].argmax(1) == own.images.test_labels).double().mean().item()
+    say(f"teacher: {100 * right:.2f} % of the test images")
+    if right < 2 / len(own.images.classes):
+        say("  this is near chance: are these weights of a network trained on these classes, in alphabetical order, on "
+            "images of this size, with the mean and deviation of the training images subtracted and divided by?")
+
+
 def train(config: RunConfig, plain: RunConfig | None, say: Say) -> tuple[dict[str, Record], dict[str, Path]]:
     """Train what is not trained yet, the teacher first; records and files of weights by name."""
     keep, teacher = ("weights",), config.teacher
@@ -293,6 +304,7 @@ def distill(request: Request, say: Say = print) -> Distilled:
     describe(own, say)
     with results_in(request.out), registered(own.images):
         config, plain = configured(request, own)
+        check_teacher(config, own, say)
         records, weights = train(config, plain if request.baseline else None, say)
         networks, logits = evaluated(config, own, weights)
     return Distilled(request, own, config, records, networks, logits, weights)

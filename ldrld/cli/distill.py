@@ -37,7 +37,7 @@ def distill(
     out: Annotated[
         Path | None, typer.Option(help="New folder for the results. Default: distilled-FOLDER here.")
     ] = None,
-    method: Annotated[str, typer.Option(help="Name of a loss, see `ldrld.losses.available()`.")] = "ldrld",
+    method: Annotated[str, typer.Option(help="Name of a loss: ldrld, kd, dkd, …; an unknown one lists all.")] = "ldrld",
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", help="name=value: a hyper-parameter of the loss, e.g. temperature=2; may be repeated."),

@@ -214,6 +214,16 @@ def test_a_teacher_in_a_file_is_identified(plain, tmp_path):
         settings(request_for(plain, teacher=str(other)))
 
 
+def test_the_accuracy_of_a_teacher_in_a_file_is_said_before_training(plain, tmp_path):
+    request = request_for(plain, teacher=str(weights_of("resnet8", 3, tmp_path / "teacher.safetensors")))
+    own, lines = own_images(request.data, request.size), []
+    with results_in(request.out), registered(own.images):
+        distillation.check_teacher(configured(request, own)[0], own, lines.append)
+    accuracy = float(re.match(r"teacher: ([\d.]+) % of the test images", lines[0])[1])
+    assert ("near chance" in lines[-1]) == (accuracy < 200 / 3)
+    assert not request.out.exists() or not list(request.out.rglob("*.json"))
+
+
 @needs_timm
 def test_a_teacher_of_timm_in_a_file(plain, tmp_path):
     """Saved by ldrld, or by timm itself, whose names lack the wrapper's."""

@@ -33,6 +33,7 @@ __all__ = ["PROFILE", "Request", "Distilled", "distill"]
 
 PROFILE = "distill"  # folder of the records
 MEMORY = "distill.json"  # the settings of a folder, and the hashes of the pages in it
+CHANCE = 2  # a teacher from a file below so many times chance has other classes, or saw other images
 FEW_CLASSES = 12  # up to here LDRLD compares all classes, see nbs/paper/open_questions/depth_classes
 Say = Callable[[str], object]
 
@@ -266,7 +267,7 @@ def check_teacher(config: RunConfig, own: OwnImages, say: Say) -> None:
     _, logits = evaluated(config, own, {"teacher": file_of(config.teacher)})
     right = (logits["teacher"].argmax(1) == own.images.test_labels).double().mean().item()
     say(f"teacher: {100 * right:.2f} % of the test images")
-    if right < 2 / len(own.images.classes):
+    if right < CHANCE / len(own.images.classes):
         say("  this is near chance: are these weights of a network trained on these classes, in alphabetical order, on "
             "images of this size, with the mean and deviation of the training images subtracted and divided by?")
 

@@ -10,7 +10,7 @@ import yaml
 from torch import nn
 
 from ldrld import __version__, models
-from ldrld.batch.distillation import PROFILE, Distilled, remember
+from ldrld.batch.distillation import CHANCE, PROFILE, Distilled, remember
 from ldrld.bench.deployment import latency, macs, parameters
 from ldrld.core.files import write_whole
 from ldrld.results import student_report
@@ -18,7 +18,6 @@ from ldrld.results import student_report
 __all__ = ["write_pages", "command_of"]
 
 WEIGHTS, REPORT, CARD, FOLDER = "student.safetensors", "report.md", "model_card.md", "report"
-CHANCE = 2  # a teacher from a file below so many times chance has other classes, or saw other images
 
 
 def command_of(made: Distilled) -> str:

@@ -129,7 +129,8 @@ def navigation(front: dict) -> str:
     text = "\n".join(cell["source"] for cell in front["cells"] if cell["cell_type"] == "markdown")
     tracks = {}
     for paragraph in re.findall(r"^\*\*(\w+)\.\*\* (.+)", text, re.M):
-        tracks[paragraph[0]] = [f"/{target.removesuffix('.ipynb')}" for _, _, target in LINK.findall(paragraph[1])]
+        pages = [target.partition("#")[0].removesuffix(".ipynb") for _, _, target in LINK.findall(paragraph[1])]
+        tracks[paragraph[0]] = [f"/{page}" for page in dict.fromkeys(pages)]
     for folder, track in TRACKS.items():
         found = sorted(f"/{folder}/{p.stem}" for p in (NOTEBOOKS / folder).glob("*.ipynb"))
         tracks[track] += [page for page in found if page not in sum(tracks.values(), [])]

@@ -15,7 +15,10 @@ from test_project import BIN, NOTEBOOKS, ROOT
 
 needed = ("sphinx", "myst_nb", "sphinx_book_theme", "sphinx-mathjax-offline")
 missing = [name for name in needed if importlib.util.find_spec(name) is None]
-pytestmark = pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missing)}: requirements-extras.txt")
+pytestmark = [
+    pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missing)}: requirements-extras.txt"),
+    pytest.mark.xdist_group("site"),  # built once
+]
 
 
 class Page(HTMLParser):

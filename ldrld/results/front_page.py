@@ -147,12 +147,13 @@ def front_verdicts() -> str:  # Markdown; empty without the table of decisions
     path = paths.tables("quick") / "decisions.csv"
     if not path.exists(): return ""
     table = pd.read_csv(path).query("kind == 'primary' and verdict != 'waiting'").set_index("claim")
-    lines = ["| part of the loss | effect on accuracy, points [95 % CI] | verdict |", "|---|---|---|"]
+    lines = ["| part of the loss | effect on accuracy, points [95 % CI] | seeds | verdict |", "|---|---|---|---|"]
     for claim, part in PARTS.items():
         if claim not in table.index: continue
         r = table.loc[claim]
         verdict = "equivalent: no difference that matters" if r["verdict"] == "equivalent" else r["verdict"]
-        lines.append(f"| {part} | {r['difference']:+.2f} [{r['low']:+.2f}, {r['high']:+.2f}] | {verdict} |")
+        effect = f"{r['difference']:+.2f} [{r['low']:+.2f}, {r['high']:+.2f}]"
+        lines.append(f"| {part} | {effect} | {r['n']} | {verdict} |")
     return "\n".join(lines)
 
 # %% ../../nbs/results/front_page.ipynb #4cfedd47

@@ -4,14 +4,16 @@ What a parameter means stands in a comment behind it (nbdev's docments), which a
 """
 
 import ast
+import csv
 import io
 import re
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 PACKAGE = "ldrld"
+CONVENTIONS = Path(__file__).with_name("parameters.csv")  # what a name means wherever nothing else is said
 Definition = ast.FunctionDef | ast.ClassDef
 
 
@@ -153,6 +155,46 @@ def parameters(module: Module, function: ast.FunctionDef) -> Iterator[Parameter]
         yield Parameter(stars + argument.arg, type_of(argument.annotation), default_of(default), meaning)
 
 
+def bases_of(definition: ast.ClassDef, found: list[Module]) -> Iterator[tuple[Module, ast.ClassDef]]:
+    """The classes of the package that a class is derived from, nearest first."""
+    for base in definition.bases:
+        name = ast.unparse(base).partition("[")[0].rpartition(".")[2]
+        for module in found:
+            base_class = module.defined.get(name)
+            if isinstance(base_class, ast.ClassDef) and base_class is not definition:
+                yield module, base_class
+                yield from bases_of(base_class, found)
+
+
+def method_of(definition: ast.ClassDef, name: str) -> ast.FunctionDef | None:
+    """A class's own method."""
+    return next((m for m in definition.body if isinstance(m, ast.FunctionDef) and m.name == name), None)
+
+
+def inherited(definition: ast.ClassDef, method: str, found: list[Module]) -> dict[str, str]:
+    """What the parameters of a method mean in the classes that a class is derived from; the nearest one counts."""
+    meanings = {}
+    for module, base in bases_of(definition, found):
+        function = method_of(base, method)
+        for parameter in parameters(module, function) if function else ():
+            if parameter.meaning:
+                meanings.setdefault(parameter.name, parameter.meaning)
+    return meanings
+
+
+def conventions() -> dict[tuple[str, str], str]:
+    """What a parameter of a name and a type means throughout the package, if nothing else is said."""
+    with CONVENTIONS.open(encoding="utf-8", newline="") as file:
+        return {(row["name"], row["type"]): row["meaning"] for row in csv.DictReader(file)}
+
+
+def explained(given: Iterable[Parameter], above: dict[str, str]) -> list[Parameter]:
+    """Parameters with what they mean: as said there, else in the classes above, else by convention."""
+    usual = conventions()
+    meaning = lambda p: p.meaning or above.get(p.name, "") or usual.get((p.name, p.type), "")
+    return [p._replace(meaning=meaning(p)) for p in given]
+
+
 def fields(module: Module, definition: ast.ClassDef) -> Iterator[Parameter]:
     """The annotated fields of a class."""
     for statement in definition.body:
@@ -194,46 +236,78 @@ def directive(kind: str, title: str, body: list[str], depth: int) -> list[str]:
     return [f"{fence}{{py:{kind}}} {title}", "", *body, fence, ""]
 
 
-def function_entry(module: Module, function: ast.FunctionDef, before: list[str], within: bool = False) -> list[str]:
-    """The entry of a function, or of a method."""
+def function_entry(
+    module: Module, function: ast.FunctionDef, before: list[str], above: dict[str, str] | None = None
+) -> list[str]:
+    """The entry of a function; with `above`, what its parameters mean in the classes above, of a method."""
+    within = above is not None
     decorators = [ast.unparse(d) for d in function.decorator_list]
     body = [*before, *markdown(ast.get_docstring(function) or "").split("\n"), ""]
-    body += table(list(parameters(module, function)), "parameter")
+    body += table(explained(parameters(module, function), above or {}), "parameter")
     if result := returned(module, function):
         body += [f"Returns {markdown(result)}.", ""]
     if any(d in ("property", "cached_property") for d in decorators):
         return directive("property", function.name, body, 0)
-    plain = within and "staticmethod" not in decorators
-    return directive("method" if within else "function", function.name + signature(function, plain), body, 0)
+    bound = within and "staticmethod" not in decorators
+    return directive("method" if within else "function", function.name + signature(function, bound), body, 0)
 
 
-def class_entry(module: Module, definition: ast.ClassDef, before: list[str]) -> list[str]:
-    """The entry of a class: its parameters, and the public methods that say what they do."""
-    methods = [part for part in definition.body if isinstance(part, ast.FunctionDef)]
-    start = next((m for m in methods if m.name == "__init__"), None)
+def class_parameters(module: Module, definition: ast.ClassDef, found: list[Module]) -> list[Parameter]:
+    """What a class is made from: the parameters of its `__init__`, or else its fields."""
+    start = method_of(definition, "__init__")
+    if start is None:
+        return explained(fields(module, definition), {})
+    return explained(parameters(module, start), inherited(definition, "__init__", found))
+
+
+def methods_of(module: Module, definition: ast.ClassDef) -> list[ast.FunctionDef]:
+    """The public methods that say what they do, or what a parameter means."""
+    methods = [m for m in definition.body if isinstance(m, ast.FunctionDef) and not m.name.startswith("_")]
+    return [m for m in methods if ast.get_docstring(m) or any(p.meaning for p in parameters(module, m))]
+
+
+def class_entry(module: Module, definition: ast.ClassDef, before: list[str], found: list[Module]) -> list[str]:
+    """The entry of a class: its parameters and its methods."""
+    start = method_of(definition, "__init__")
     bases = ", ".join(f"`{ast.unparse(base)}`" for base in definition.bases)
     body = [*before, *markdown(ast.get_docstring(definition) or "").split("\n"), ""]
     body += [f"A subclass of {bases}.", ""] if bases else []
-    body += table(list(parameters(module, start)) if start else list(fields(module, definition)), "parameter")
-    for method in methods:
-        said = ast.get_docstring(method) or any(p.meaning for p in parameters(module, method))
-        if said and not method.name.startswith("_"):
-            body += function_entry(module, method, [], within=True)
+    body += table(class_parameters(module, definition, found), "parameter")
+    for method in methods_of(module, definition):
+        body += function_entry(module, method, [], inherited(definition, method.name, found))
     return directive("class", definition.name + (signature(start, True) if start else ""), body, 1)
 
 
-def entry(module: Module, name: str, statement: ast.stmt, label: str | None) -> list[str]:
+def unexplained(found: list[Module]) -> Iterator[str]:
+    """The parameters of public functions, classes and methods of which nothing says what they mean."""
+    for module in found:
+        for name in filter(module.defined.get, module.exported):
+            shown = {}
+            statement = module.defined[name]
+            if isinstance(statement, ast.FunctionDef):
+                shown[name] = explained(parameters(module, statement), {})
+            elif isinstance(statement, ast.ClassDef):
+                shown[name] = class_parameters(module, statement, found)
+                for method in methods_of(module, statement):
+                    above = inherited(statement, method.name, found)
+                    shown[f"{name}.{method.name}"] = explained(parameters(module, method), above)
+            for owner, given in shown.items():
+                yield from (f"{module.name}.{owner}({p.name}: {p.type})" for p in given if not p.meaning)
+
+
+def entry(module: Module, name: str, label: str | None, found: list[Module]) -> list[str]:
     """The entry of one public name, with a link to the cell that defines it."""
+    statement = module.defined[name]
     before = [f"{{ref}}`Defined in the notebook <{label}>`", ""] if label else []
     if isinstance(statement, ast.FunctionDef):
         return function_entry(module, statement, before)
     if isinstance(statement, ast.ClassDef):
-        return class_entry(module, statement, before)
+        return class_entry(module, statement, before, found)
     comment = module.comments.get(statement.end_lineno, "") or module.comments.get(statement.lineno, "")
     return directive("data", name, [*before, markdown(comment), ""], 0)
 
 
-def section(module: Module, labels: dict[str, str]) -> list[str]:
+def section(module: Module, labels: dict[str, str], found: list[Module]) -> list[str]:
     """A module's part of a page. labels: full name → label of the cell that defines it."""
     lines = [f"```{{py:module}} {module.name}", "```", ""]
     lines += [markdown(ast.get_docstring(module.tree) or ""), ""]
@@ -242,9 +316,9 @@ def section(module: Module, labels: dict[str, str]) -> list[str]:
     if module.imported:
         here = ", ".join(f"{{py:obj}}`{name} <{home}>`" for name, home in sorted(module.imported.items()))
         lines += [f"Also importable from here: {here}", ""]
-    for name, statement in module.defined.items():
+    for name in module.defined:
         if name in module.exported:
-            lines += entry(module, name, statement, labels.get(f"{module.name}.{name}"))
+            lines += entry(module, name, labels.get(f"{module.name}.{name}"), found)
     return lines
 
 
@@ -256,7 +330,7 @@ def api_pages(found: list[Module], labels: dict[str, str]) -> dict[str, str]:
         inside = [m for m in found if m.name.rpartition(".")[0] == package and m.name not in packages]
         lines = []
         for module in [*(m for m in found if m.name == package), *inside]:
-            lines += [f"{'#' if module.name == package else '##'} {module.name}", "", *section(module, labels)]
+            lines += [f"{'#' if module.name == package else '##'} {module.name}", "", *section(module, labels, found)]
         pages[f"api/{package}.md"] = "\n".join(lines)
     tree = "\n".join(["```{toctree}", ":maxdepth: 1", ":titlesonly:", "", *packages, "```"])
     intro = (

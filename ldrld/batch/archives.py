@@ -21,15 +21,11 @@ RECORDS, MANIFEST, LOG = "records.tar.gz", "summary.json", "log.txt"
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of a transfer.
+    """Limits of a transfer."""
 
-    delivery: bytes of one delivery to the machine, at least 8 MiB.  files: number of files returned, at least 4.
-    file: bytes of each.
-    """
-
-    delivery: int = 64 * MIB
-    files: int = 8
-    file: int = 16 * MIB
+    delivery: int = 64 * MIB  # bytes of one delivery to the machine, at least 8 MiB
+    files: int = 8  # number of files returned, at least 4
+    file: int = 16 * MIB  # bytes of each returned file
 
 
 def hash_of(content: bytes) -> str:
@@ -46,14 +42,18 @@ def tar_of(files: dict[str, Path]) -> bytes:
     return room.getvalue()
 
 
-def collect(out: Path, profile: str, home: Path, limits: Limits, names: list[str], log: str = "") -> list[str]:
+def collect(
+    out: Path,  # where runs save their results
+    profile: str,  # folder of the records
+    home: Path,  # folder to be fetched; made if missing
+    limits: Limits,
+    names: list[str],  # of the runs of this batch
+    log: str = "",  # the log so far, of which the end is kept
+) -> list[str]:  # names and sizes of the files that do not fit
     """Write the results so far to the folder that will be fetched: at most `limits.files` files, each complete and
     within `limits.file`.
 
-    out: where runs save their results.  profile: folder of records.  home: folder to be fetched.
-    names: of the runs of this batch.  log: the log so far.
-    Records come first, then weights, then checkpoints, the most advanced first. Files that do not fit are listed in
-    `summary.json`. Returns their names.
+    Records come first, then weights, then arrays and checkpoints. Files that do not fit are listed in `summary.json`.
     """
     home.mkdir(parents=True, exist_ok=True)
     records = out / "data" / "runs" / profile
@@ -153,7 +153,10 @@ def _cut(name: str, content: bytes, pieces: int) -> list[bytes]:
     return made
 
 
-def members(content: bytes, where: str) -> dict[str, bytes]:
+def members(
+    content: bytes,  # of the archive
+    where: str,  # its name, for error messages
+) -> dict[str, bytes]:  # name in the archive -> content
     """The files of an archive; ValueError for anything else in it, such as a link or a path outside the archive."""
     found = {}
     try:
@@ -169,7 +172,9 @@ def members(content: bytes, where: str) -> dict[str, bytes]:
     return found
 
 
-def joined(found: dict[str, bytes]) -> dict[str, bytes]:
+def joined(
+    found: dict[str, bytes],  # name -> content, from `members`; parts of a file end in .0-of-2, .1-of-2
+) -> dict[str, bytes]:  # a file of which a part is missing is left out
     """The files of all archives, with split files joined."""
     whole = {name: content for name, content in found.items() if not re.search(r"\.\d+-of-\d+$", name)}
     cut: dict[str, dict[int, bytes]] = {}

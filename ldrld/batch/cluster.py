@@ -47,17 +47,16 @@ LATE = 20.0  # seconds in which a network file system shows the result of a job 
 
 @dataclass(frozen=True)
 class SlurmOptions:
-    """Options of the jobs.
+    """Options of the jobs."""
+    minutes: int = 240  # time limit; runs pause when 90 % of it are over, and the job requeues itself
+    partition: str | None = None  # None: the cluster's default
+    more: dict[str, str] = field(default_factory=dict)  # options of sbatch by long names, such as {"gres": "gpu:1"}
 
-    minutes: time limit; runs pause when 90 % of it are over, and the job requeues itself.  partition: name, or None
-    for the cluster's default.  more: further options of sbatch by their long names, such as `{"gres": "gpu:1"}`.
-    """
-    minutes: int = 240
-    partition: str | None = None
-    more: dict[str, str] = field(default_factory=dict)
-
-    def sbatch(self, after: list[str]) -> dict[str, str | bool]:
-        """The options of sbatch for a job that starts after others, given by their numbers."""
+    def sbatch(
+        self,
+        after: list[str],  # numbers of the jobs that must have ended before, with whatever outcome
+    ) -> dict[str, str | bool]:  # long name -> value; True for a flag
+        """The options of sbatch for a job that starts after others."""
         options: dict[str, str | bool] = {"time": str(self.minutes), "requeue": True}
         if self.partition: options["partition"] = self.partition
         if after: options["dependency"] = "afterany:" + ":".join(after)
@@ -67,8 +66,8 @@ class SlurmOptions:
 @dataclass(frozen=True)
 class Cohort:
     """Runs that one job trains together, and the names of the runs that must be finished before."""
-    runs: Runs
-    needs: list[str]
+    runs: Runs  # configurations, each with what to keep
+    needs: list[str]  # names of the runs that train its teacher, if they are not finished
 
     @property
     def names(self) -> list[str]:
@@ -82,8 +81,12 @@ class Cohort:
         return f"{first}-and-{len(others)}-more" if others else first
 
 
-def graph(todo: Runs, size: int, queued: Set[str] = frozenset()) -> list[Cohort]:
-    """The cohorts of some runs, each after those that train its teacher; `queued` are runs of earlier jobs, by name."""
+def graph(
+    todo: Runs,  # configurations, each with what to keep
+    size: int,  # runs of a cohort, at most
+    queued: Set[str] = frozenset(),  # names of the runs of earlier jobs, still in the queue
+) -> list[Cohort]:
+    """The cohorts of some runs, each after those that train its teacher."""
     packed = cohorts(todo, size)
     place = {name_of(config): i for i, cohort in enumerate(packed) for config, _ in cohort}
     teachers = [{name_of(config.teacher) for config, _ in cohort if config.teacher} for cohort in packed]
@@ -92,8 +95,12 @@ def graph(todo: Runs, size: int, queued: Set[str] = frozenset()) -> list[Cohort]
     return [Cohort(packed[i], needs[i]) for i in order.static_order()]
 
 
-def dry_run(todo: Runs, size: int, options: SlurmOptions | None = None) -> str:
-    """The jobs that would train some runs, in their order, with the options of sbatch if any are given."""
+def dry_run(
+    todo: Runs,  # configurations, each with what to keep
+    size: int,  # runs of a cohort, at most
+    options: SlurmOptions | None = None,  # None: the lines with the options of sbatch are left out
+) -> str:  # a line or two per job, and the number of jobs
+    """The jobs that would train some runs, in their order."""
     lines, job_of = [], dict[str, int]()
     for number, cohort in enumerate(graph(todo, size), 1):
         job_of |= dict.fromkeys(cohort.names, number)
@@ -106,12 +113,14 @@ def dry_run(todo: Runs, size: int, options: SlurmOptions | None = None) -> str:
     return "\n".join([*lines, f"{len(todo)} runs in {len(set(job_of.values()))} jobs; nothing was started"])
 
 
-def train_cohort(runs: list[tuple[dict, tuple[str, ...]]], needs: list[str], folder: str, notebooks: bool,
-                 seconds: float) -> list[Outcome]:
-    """What a job does: train its runs, and requeue itself if its time limit comes first; one outcome per run.
-
-    runs: settings and what to keep.  needs: names of the runs whose weights must exist.  seconds: the job's time limit.
-    """
+def train_cohort(
+    runs: list[tuple[dict, tuple[str, ...]]],  # settings of `RunConfig`, each with what to keep
+    needs: list[str],  # names of the runs whose weights must exist
+    folder: str,  # of the records, below `data/runs`
+    notebooks: bool,  # whether to train in a notebook
+    seconds: float,  # the job's time limit
+) -> list[Outcome]:  # one per run
+    """What a job does: train its runs, and requeue itself if its time limit comes first."""
     if any(not KEPT["weights"](name, folder).exists() for name in needs):
         return [Outcome(name_of(RunConfig(**config)), "paused", WAITS) for config, _ in runs]
     ends = float(os.environ.get("LDRLD_DEADLINE", "inf"))  # of the whole batch
@@ -163,7 +172,9 @@ def submitted(folder: str) -> list[Submitted]:
     return [Submitted(job["number"], home, job["names"]) for home, job in told.items()]
 
 
-def job_states(folder: str) -> list[str]:
+def job_states(
+    folder: str,  # of the profile's records, below `data/runs`
+) -> list[str]:
     """One line per job of a profile: its number, its state, its log; empty without jobs."""
     states = queue() or {}
     ended = lambda job: "finished" if (job.home / f"{job.number}_0_result.pkl").exists() else "not in the queue"
@@ -219,15 +230,19 @@ def follow(jobs: list[Submitted], folder: str, seconds: float, pause: float) -> 
     return outcomes + [Outcome(name, "paused", QUEUED) for job in left for name in job.names], lost
 
 
-def on_slurm(todo: Runs, folder: str, seconds: float = math.inf, size: int = 5, notebooks: bool = True,
-             options: SlurmOptions = SlurmOptions(), pause: float = 5.0) -> list[Outcome]:
-    """Train runs as jobs of Slurm and wait for them; one outcome per run.
+def on_slurm(
+    todo: Runs,  # configurations, each with what to keep
+    folder: str,  # of the records, below `data/runs`, which all machines must share
+    seconds: float = math.inf,  # how long to wait; the jobs go on after that
+    size: int = 5,  # runs of a cohort, at most
+    notebooks: bool = True,  # whether to train in notebooks
+    options: SlurmOptions = SlurmOptions(),  # of each job
+    pause: float = 5.0,  # seconds between two looks at the queue
+) -> list[Outcome]:  # one per run
+    """Train runs as jobs of Slurm and wait for them.
 
     A job that dies costs its own runs; at the end it is submitted once more, with those that needed it. If this process
-    ends, the jobs stay, and the next call follows them.
-    todo: the runs and what to keep.  folder: of the records, which all machines must share.  seconds: how long to
-    wait.  size: of a cohort, at most.  notebooks: train in notebooks.  pause: seconds between two looks at the queue.
-    Raises `NotReady` without Slurm or submitit.
+    ends, the jobs stay, and the next call follows them. Raises `NotReady` without Slurm or submitit.
     """
     problems = []
     if not shutil.which("sbatch"):

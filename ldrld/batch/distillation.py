@@ -40,54 +40,37 @@ Say = Callable[[str], object]
 
 @dataclass(frozen=True)
 class Request:
-    """What to train, on which images.
+    """What to train, on which images."""
 
-    data: folder of images, see `ldrld.data.own_images`.  out: folder of the results, new or from the same request.
-    teacher: a file of weights, or the name of a network, which is trained with cross-entropy first.
-    student: the name of a network.  teacher_network: of a file whose weights are not one of ldrld's networks.
-    method: name of a loss.  loss_args: its hyper-parameters; the defaults otherwise.
-    epochs, teacher_epochs: passes over the images; the teacher's are the student's by default.
-    size: height and width in pixels.  holdout: fraction of every class that is held out where there is no split.
-    baseline: whether the student is also trained without a teacher.
-    recipe: learning-rate schedule; by default onecycle, and deit for networks of timm.
-    batch_size, lr, seed, flip: as in a run; lr is the student's, by default the usual one of its
-    network, as the teacher's is.
-    """
-
-    data: Path
-    out: Path
-    teacher: str
-    student: str
-    method: str = "ldrld"
-    loss_args: dict[str, Any] = field(default_factory=dict)
-    epochs: int = 30
-    teacher_epochs: int | None = None
-    size: tuple[int, int] = (32, 32)
-    holdout: float = 0.2
-    baseline: bool = False
-    teacher_network: str | None = None
-    recipe: str | None = None
-    batch_size: int = 64
-    lr: float | None = None
-    seed: int = 0
-    flip: bool = True
+    data: Path  # folder of images, see `ldrld.data.own_images`
+    out: Path  # folder of the results, new or from the same request
+    teacher: str  # a file of weights, or the name of a network, which is trained with cross-entropy first
+    student: str  # name in `ldrld.models`
+    method: str = "ldrld"  # name in `ldrld.losses`, of a loss that needs a teacher
+    loss_args: dict[str, Any] = field(default_factory=dict)  # hyper-parameters of the loss; the defaults otherwise
+    epochs: int = 30  # the student's passes over the training images
+    teacher_epochs: int | None = None  # of a teacher that is trained here; None: the student's
+    size: tuple[int, int] = (32, 32)  # height and width in pixels
+    holdout: float = 0.2  # fraction of every class that is held out, where the folder has no test images
+    baseline: bool = False  # whether the student is also trained without a teacher
+    teacher_network: str | None = None  # network in the teacher's file; None: one of ldrld's, recognized by its weights
+    recipe: str | None = None  # learning-rate schedule; None: onecycle, or deit for networks of timm
+    batch_size: int = 64  # images per step
+    lr: float | None = None  # the student's learning rate; None: the usual one of its network, as for the teacher
+    seed: int = 0  # of the initial weights, data order and augmentation
+    flip: bool = True  # whether training images are flipped at random; not for letters and digits
 
 
 class Distilled(NamedTuple):
-    """What `distill` made: the request, the images, the records, and the networks in evaluation mode.
-
-    records: by "student", and "teacher" and "baseline" where they were trained here.
-    logits: (test images, classes) of every network, computed in float32 from the stored weights.
-    weights: the files of weights.
-    """
+    """What `distill` made, by "student", "teacher" and, if requested, "baseline"."""
 
     request: Request
-    own: OwnImages
-    config: RunConfig
-    records: dict[str, Record]
-    networks: dict[str, nn.Module]
-    logits: dict[str, Tensor]
-    weights: dict[str, Path]
+    own: OwnImages  # the images, and the files they come from
+    config: RunConfig  # the student's
+    records: dict[str, Record]  # of the networks that were trained here
+    networks: dict[str, nn.Module]  # with their stored weights, in evaluation mode
+    logits: dict[str, Tensor]  # (test images, classes) float32, computed from the stored weights
+    weights: dict[str, Path]  # files of weights
 
 
 def settings_of(request: Request) -> dict[str, Any]:
@@ -295,7 +278,10 @@ def describe(own: OwnImages, say: Say) -> None:
     if own.repeated: say(f"{own.repeated} test images are also training images: accuracies will be too high")
 
 
-def distill(request: Request, say: Say = print) -> Distilled:
+def distill(
+    request: Request,
+    say: Say = print,
+) -> Distilled:
     """Train a student, and its teacher where it is not a file; a second call with the same request resumes.
 
     ValueError, before anything is trained, for settings that do not fit the images or each other.

@@ -30,10 +30,7 @@ def _is_left(path: Path) -> bool:
 
 
 def sweep(p: str | Profile, only: tuple[str, ...] = ()) -> list[Path]:
-    """Remove and return leftovers of killed processes: partial files and checkpoints of finished runs.
-
-    Arguments as in `reproduce`.
-    """
+    """Remove and return leftovers of killed processes: partial files and checkpoints of finished runs."""
     folder, swept = profile(p).name, []
     records = paths.records(folder)
     results = (records, records / "diverged", records / "logits", records / "insight", paths.tables(folder),

@@ -23,19 +23,21 @@ class Merged:
 
     added: list[str] = field(default_factory=list)  # records that are new here
     same: list[str] = field(default_factory=list)  # records that were here already
-    diverged: list[str] = field(default_factory=list)
+    diverged: list[str] = field(default_factory=list)  # runs that diverged there, new here
     weights: list[str] = field(default_factory=list)  # that were added, with their cards
     checkpoints: list[str] = field(default_factory=list)  # of unfinished runs, which can be resumed here or there
     refused: list[str] = field(default_factory=list)  # rejected files, with reasons
     left_out: list[str] = field(default_factory=list)  # files that the machine did not return
 
 
-def merge(home: str | Path, packed: str | Path, say: Callable[[str], object] = print) -> Merged:
+def merge(
+    home: str | Path,  # folder with the returned files
+    packed: str | Path,  # the folder that was packed, or its `packed.json`
+    say: Callable[[str], object] = print,  # called with each line of the outcome
+) -> Merged:  # the outcome of every file
     """Merge results: every file is checked, existing files are kept, damaged or foreign ones are rejected by name.
 
-    home: folder with the returned files.  packed: the folder that was packed, or its `packed.json`.
-    say: called with each line.
-    Returns the outcome of every file. Raises ValueError if nothing can be read at all.
+    Raises ValueError if nothing can be read at all.
     """
     home, packed = Path(home), Path(packed)
     told = json.loads((packed / PACKED if packed.is_dir() else packed).read_text(encoding="utf-8"))

@@ -13,12 +13,15 @@ T = TypeVar("T")
 TRAIN, COHORT = "run/train.ipynb", "run/cohort.ipynb"
 
 
-def with_kernel(call: Callable[..., T], *arguments: object, **options: object) -> T:
+def with_kernel(
+    call: Callable[..., T],  # must start from scratch each time
+    *arguments: object,  # of `call`
+    **options: object,  # of `call`, by name
+) -> T:  # what `call` returns
     """Call a function that starts a Jupyter kernel and executes a notebook; retry at most twice if the kernel fails.
 
     A kernel gets five ports before it binds them. If several kernels start at once, another may take one of the ports;
     the kernel then dies of "Address already in use" before the first cell.
-    call: called with `arguments` and `options`; must start from scratch each time.
     """
     from tenacity import Retrying, retry_if_exception_message, stop_after_attempt
     again = retry_if_exception_message(match="Kernel died before replying to kernel_info")
@@ -39,11 +42,13 @@ def own_kernel() -> type:
     return OwnKernel
 
 
-def execute(notebook: str, name: str, parameters: dict, folder: str) -> Outcome:
-    """Execute a source notebook with papermill; failures are reported with cell and traceback.
-
-    notebook: path under `nbs/`.  name: of the executed copy.  parameters: injected.  folder: below `runs/executed/`.
-    """
+def execute(
+    notebook: str,  # path under `nbs/`, such as "run/train.ipynb"
+    name: str,  # of the executed copy, without ending
+    parameters: dict,  # name -> value, injected; each must be in the cell tagged `parameters`
+    folder: str,  # of the executed copy, below `runs/executed/`
+) -> Outcome:
+    """Execute a source notebook with papermill; failures are reported with cell and traceback."""
     try: import papermill
     except ModuleNotFoundError:
         why = 'papermill is not installed; pip install "ldrld[run]", or train with --no-notebooks'
@@ -69,6 +74,11 @@ def execute(notebook: str, name: str, parameters: dict, folder: str) -> Outcome:
     return Outcome(name, "done")
 
 
-def execute_one(notebook: str, name: str, parameters: dict, folder: str) -> list[Outcome]:
+def execute_one(
+    notebook: str,  # path under `nbs/`
+    name: str,  # of the executed copy, without ending
+    parameters: dict,  # name -> value, injected
+    folder: str,  # of the executed copy, below `runs/executed/`
+) -> list[Outcome]:
     """`execute`, as a task: a list with one outcome."""
     return [execute(notebook, name, parameters, folder)]

@@ -108,11 +108,12 @@ def with_teachers(runs: list[tuple[RunConfig, tuple[str, ...]]]) -> list[tuple[R
 
 
 def chosen_runs(
-    runs: list[tuple[RunConfig, tuple[str, ...]]], pairs: list[tuple[str, str]], methods: list[str]
+    runs: list[tuple[RunConfig, tuple[str, ...]]],  # configurations, each with what to keep, by priority
+    pairs: list[tuple[str, str]],  # (teacher, student); empty: all
+    methods: list[str],  # names in `ldrld.losses`; empty: all
 ) -> list[tuple[RunConfig, tuple[str, ...]]]:
-    """The runs of given pairs and methods, in the order of the pairs; by default of all.
+    """The runs of given pairs and methods, in the order of the pairs.
 
-    runs: by priority.  pairs: (teacher, student).  methods: names of losses in `ldrld.losses`.
     A pair's teacher comes first, then its students from labels alone, then the others; for teachers the method does
     not count.
     """
@@ -133,21 +134,17 @@ def chosen_runs(
 
 
 def pack(
-    folder: str | Path,
-    runs: list[tuple[RunConfig, tuple[str, ...]]],
-    profile: str,
-    limits: Limits = Limits(),  # noqa: B008
-    python: str | None = None,
-    platform: str = "manylinux2014_x86_64",
+    folder: str | Path,  # new or empty
+    runs: list[tuple[RunConfig, tuple[str, ...]]],  # configurations, each with what to keep; teachers are added
+    profile: str,  # folder of the records here
+    limits: Limits = Limits(),
+    python: str | None = None,  # version there, such as "3.12", to fetch the wheels it needs; None if it has them
+    platform: str = "manylinux2014_x86_64",  # the machine's, as pip names it
     say: Callable[[str], object] = print,
-) -> Path:
+) -> Path:  # the folder
     """Create a folder with runs for another machine: copy it there, and call `python run.py`.
 
-    folder: new or empty.  runs: configurations and what to keep of each, by priority; teachers are added.
-    profile: folder of records here.  limits: of a delivery, and of the returned files.
-    python: version of Python there, to fetch the wheels that it needs; None if it has them.  platform: as pip names it.
-    say: called with each line of progress.
-    Returns the folder. Raises ValueError for a folder that is not empty, or data that cannot be packed.
+    Raises ValueError for a folder that is not empty, or data that cannot be packed.
     """
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
@@ -233,7 +230,10 @@ def _write_pieces(path: Path, folder: Path, size: int) -> dict:
     return {"pieces": names, "sha256": sha256_of(path)}
 
 
-def deliveries(folder: str | Path, size: int = Limits().delivery) -> list[list[str]]:
+def deliveries(
+    folder: str | Path,  # made by `pack`
+    size: int = Limits().delivery,  # bytes
+) -> list[list[str]]:  # names below `folder`
     """A packed folder's files in deliveries of at most `size` bytes, each file, largest first, in the first with room.
 
     The files needed to begin (everything except pieces of data) are in the first one, if they fit.

@@ -14,14 +14,19 @@ from ldrld.experiments.runner import batch_key
 __all__ = ["missing", "taken_up_again", "wanted", "cohorts", "free", "odd"]
 
 
-def free(name: str) -> bool:
+def free(
+    name: str,  # a run's name
+) -> bool:
     """Whether no process, here or on a machine sharing this folder, holds the lock of a run."""
     try:
         with lock_of(name, timeout=0): return True
     except Timeout: return False
 
 
-def cohorts(runs: list[tuple[RunConfig, tuple[str, ...]]], size: int) -> list[list[tuple[RunConfig, tuple[str, ...]]]]:
+def cohorts(
+    runs: list[tuple[RunConfig, tuple[str, ...]]],  # configurations, each with what to keep, by priority
+    size: int,  # runs of a cohort, at most
+) -> list[list[tuple[RunConfig, tuple[str, ...]]]]:
     """Group runs of one network that can share a data pass and a teacher into similar cohorts of at most `size`.
 
     Cohorts are in the order of their first runs in `runs`; a run whose weights others need is alone. Other networks
@@ -40,24 +45,33 @@ def cohorts(runs: list[tuple[RunConfig, tuple[str, ...]]], size: int) -> list[li
     return [[(config, keep) for _, config, keep in cohort] for cohort in packed]
 
 
-def odd(name: str, folder: str) -> str:
+def odd(
+    name: str,  # a run's name
+    folder: str,  # of the records, below `data/runs`
+) -> str:
     """What is wrong with a run's record; empty if it is valid or missing."""
     try: load_record(name, folder)
     except ValueError as error: return str(error)
     return ""
 
 
-def wanted(p: str | Profile, only: tuple[str, ...] = (), plan: bool = False) -> list[tuple[RunConfig, tuple[str, ...]]]:
-    """The runs of a profile's experiments, or of its plan; arguments as in `reproduce`."""
+def wanted(
+    p: str | Profile,
+    only: tuple[str, ...] = (),
+    plan: bool = False,  # the runs of the profile's plan instead of its experiments
+) -> list[tuple[RunConfig, tuple[str, ...]]]:
+    """The runs of a profile's experiments, or of its plan."""
     if not plan: return batch(p, only)
     from ldrld.experiments.plan import planned  # here, since it needs what tables are made with
     return planned(p)
 
 
 def missing(
-    p: str | Profile, only: tuple[str, ...] = (), plan: bool = False
-) -> list[tuple[RunConfig, tuple[str, ...]]]:
-    """The missing runs of a profile, each with what to keep; arguments as in `reproduce`.
+    p: str | Profile,
+    only: tuple[str, ...] = (),
+    plan: bool = False,  # the runs of the profile's plan instead of its experiments
+) -> list[tuple[RunConfig, tuple[str, ...]]]:  # configurations, each with what to keep
+    """The missing runs of a profile.
 
     First the unfinished runs (see `ldrld.experiments.records.finished`), the most valuable first. Then finished runs
     without a required file: data for a figure, or a teacher's weights while one of its students is unfinished.
@@ -77,8 +91,11 @@ def missing(
     return first[::-1] + again[::-1]
 
 
-def taken_up_again(todo: list[tuple[RunConfig, tuple[str, ...]]], folder: str) -> str:
-    """The finished runs of `todo` (from `missing`) that lack required files, and which; empty if none does."""
+def taken_up_again(
+    todo: list[tuple[RunConfig, tuple[str, ...]]],  # from `missing`
+    folder: str,  # of the records, below `data/runs`
+) -> str:
+    """The finished runs of `todo` that lack required files, and which; empty if none does."""
     of: dict[str, list[str]] = {}
     for config, lacks in todo:
         for kind in lacks if finished(config, folder) else (): of.setdefault(kind, []).append(name_of(config))

@@ -20,7 +20,10 @@ MARGIN = 20.0  # seconds before the end by which all results are collected
 EVERY = 60.0  # seconds between two collections of results
 
 
-def problems(folder: Path, packed: dict) -> list[str]:
+def problems(
+    folder: Path,  # the packed folder, as it was delivered
+    packed: dict,  # content of its `packed.json`
+) -> list[str]:
     """Missing and damaged files."""
     found = []
     for name, digest in packed["files"].items():
@@ -31,7 +34,9 @@ def problems(folder: Path, packed: dict) -> list[str]:
     return found
 
 
-def unpack_wheels(folder: Path) -> None:
+def unpack_wheels(
+    folder: Path,  # the packed folder; without wheels in it nothing is unpacked
+) -> None:
     """Make the wheels importable, after the machine's own packages."""
     site = folder / "wheels" / "site"
     for wheel in sorted((folder / "wheels").glob("*.whl")):
@@ -39,7 +44,10 @@ def unpack_wheels(folder: Path) -> None:
     sys.path.append(str(site))
 
 
-def put_data_together(folder: Path, packed: dict) -> None:
+def put_data_together(
+    folder: Path,  # the packed folder; the data sets go to `data/` below
+    packed: dict,  # content of its `packed.json`
+) -> None:
     """Assemble the files of the data sets from their pieces, atomically."""
     for name, part in packed["data"].items():
         target = folder / "data" / name
@@ -53,14 +61,18 @@ def put_data_together(folder: Path, packed: dict) -> None:
         beside.replace(target)
 
 
-def budget(text: str) -> float:
+def budget(
+    text: str,  # seconds, more than `MARGIN`
+) -> float:
     """Seconds of a time budget."""
     value = float(text)
     if value <= MARGIN: raise argparse.ArgumentTypeError(f"{text}: expected more than {MARGIN:.0f} seconds")
     return value
 
 
-def arguments(given: list[str] | None = None) -> argparse.Namespace:
+def arguments(
+    given: list[str] | None = None,  # words of the command line; None: those of this process
+) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Train the packed runs within the available time.")
     parser.add_argument("--seconds", type=budget, default=float("inf"),
@@ -87,7 +99,12 @@ class Said:
 
 class Home:
     """Collects results every minute and at the end."""
-    def __init__(self, packed: dict, folder: Path, said: Said):
+    def __init__(
+        self,
+        packed: dict,  # content of `packed.json`
+        folder: Path,  # for the results
+        said: Said,  # the log, which is collected, too
+    ):
         from ldrld.batch.archives import Limits
         self.packed, self.folder, self.said, self.at = packed, folder, said, time.monotonic()
         self.limits, self.names = Limits(**packed["limits"]), [run["name"] for run in packed["runs"]]
@@ -109,8 +126,10 @@ class Home:
         threading.Thread(target=self.bring, daemon=True).start()
 
 
-def main(given: list[str] | None = None) -> int:
-    """Check, assemble, train and collect; returns the exit status."""
+def main(
+    given: list[str] | None = None,  # words of the command line; None: those of this process
+) -> int:  # the exit status
+    """Check, assemble, train and collect."""
     said, chosen = Said(), arguments(given)
     packed = json.loads((HERE / "packed.json").read_text(encoding="utf-8"))
     if wrong := problems(HERE, packed):
@@ -144,8 +163,15 @@ def main(given: list[str] | None = None) -> int:
     return 0 if well else 1
 
 
-def carry_out(runs: list[tuple], profile: str, left: Callable[[], float], at_once: int, said: Said, home: Home,
-              device: str) -> bool:
+def carry_out(
+    runs: list[tuple],  # configurations, each with what to keep, by priority
+    profile: str,  # folder of the records
+    left: Callable[[], float],  # returns the seconds left for training
+    at_once: int,  # students trained at the same time on a GPU
+    said: Said,  # the log
+    home: Home,  # where results are collected, at most once a minute
+    device: str,  # "cpu" or "cuda"
+) -> bool:  # False after an error
     """Train the runs; an error in one of them must not prevent collecting the results of the others."""
     from ldrld.experiments.in_flight import run_in_flight
     try: run_in_flight(runs, profile, at_once if device == "cuda" else 1, left(), said, after_row=home.now_and_then)

@@ -22,16 +22,18 @@ SPARE = 200e6  # bytes for records, checkpoints, tables and figures
 class NotReady(RuntimeError):
     """A requirement of a batch is missing; the message says which, and what to do."""
 
-    def __init__(self, problems: list[str]):
+    def __init__(
+        self,
+        problems: list[str],  # what is missing, each with what to do
+    ):
         lines = "\n".join(problems).splitlines()
         super().__init__("\n  ".join(["not started, since something is missing:", *lines]))
 
 
-def notebooks_for(names: Iterable[str]) -> list[str]:
-    """What prevents executing notebooks; empty if nothing does.
-
-    names: paths under `nbs/`, such as "run/train.ipynb".
-    """
+def notebooks_for(
+    names: Iterable[str],  # paths under `nbs/`, such as "run/train.ipynb"
+) -> list[str]:
+    """What prevents executing notebooks; empty if nothing does."""
     absent = [name for name in names if not (paths.notebooks() / name).is_file()]
     if absent:
         more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
@@ -105,11 +107,12 @@ def _disk(needed: float) -> list[str]:
             "teachers' logits and the results; make room, or choose another folder with --out"]
 
 
-def needs_of(todo: list[RunConfig], finished: list[RunConfig], folder: str) -> list[str]:
-    """What prevents runs; empty if nothing does.
-
-    todo: the runs.  finished: other runs of the profile, whose images must be the same.  folder: of the records.
-    """
+def needs_of(
+    todo: list[RunConfig],  # the runs that will be started
+    finished: list[RunConfig],  # other runs of the profile, whose images must be the same
+    folder: str,  # of the records, below `data/runs`
+) -> list[str]:
+    """What prevents runs; empty if nothing does."""
     if not todo: return []
     images, problems = _images({config.dataset for config in todo})
     problems += _networks(todo)

@@ -26,14 +26,10 @@ CHECKPOINT = 2.2  # bytes of a checkpoint per byte of float32 parameters: weight
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of a kind of run on this machine.
-
-    begin: seconds before its first step.  epoch: seconds per epoch, with the planned number of concurrent students.
-    table: seconds for its teacher's logits, paid by the teacher's first student.
-    """
-    begin: float
-    epoch: float
-    table: float = 0.0
+    """The cost of a kind of run on this machine."""
+    begin: float  # seconds before its first step
+    epoch: float  # seconds per epoch, with the planned number of concurrent students
+    table: float = 0.0  # seconds for its teacher's logits, paid by the teacher's first student
 
 
 def kind_of(config: RunConfig) -> tuple:
@@ -42,11 +38,14 @@ def kind_of(config: RunConfig) -> tuple:
     return config.model, config.teacher and name_of(config.teacher), config.dataset, config.batch_size, loss
 
 
-def measured_costs(runs: list[tuple[RunConfig, tuple[str, ...]]], profile: str, at_once: int,
-                   seconds: float = MEASURING) -> dict[tuple, Cost]:
+def measured_costs(
+    runs: list[tuple[RunConfig, tuple[str, ...]]],
+    profile: str,  # folder of the records
+    at_once: int,
+    seconds: float = MEASURING,  # length of the measurement, all kinds together
+) -> dict[tuple, Cost]:  # by kind of run, see `kind_of`
     """The cost of every kind of run, from some steps of concurrent students trained with cross-entropy.
 
-    runs: configurations and what is kept.  at_once: concurrent students.  seconds: for all kinds together.
     The loss is a small part of a step and a teacher's table is computed once, so students without a teacher suffice.
     """
     device = default_device()
@@ -115,12 +114,15 @@ def checkpoint_bytes(config: RunConfig) -> float:
     return 4 * size * CHECKPOINT
 
 
-def fitting(runs: list[tuple[RunConfig, tuple[str, ...]]], seconds: float, costs: dict[tuple, Cost],
-            done: dict[str, int], largest: float) -> tuple[list, list[str]]:
+def fitting(
+    runs: list[tuple[RunConfig, tuple[str, ...]]],  # most valuable first, teachers before their students
+    seconds: float,  # time left
+    costs: dict[tuple, Cost],  # by kind of run, from `measured_costs`
+    done: dict[str, int],  # name -> epochs trained so far
+    largest: float,  # bytes of the largest checkpoint that can be collected
+) -> tuple[list, list[str]]:  # the chosen part of `runs`, one reason per run
     """The runs to start, in order, and the reasons for not starting or not finishing others.
 
-    runs: most valuable first, teachers before their students.  seconds: time left.  costs: by kind of run.
-    done: finished epochs of each run.  largest: bytes of the largest checkpoint that can be collected.
     A run that fits is started. One that does not fit is started with the remaining time if its checkpoint can be
     collected.
     """
@@ -153,13 +155,15 @@ def fitting(runs: list[tuple[RunConfig, tuple[str, ...]]], seconds: float, costs
     return chosen, reasons
 
 
-def plan_by_worth(runs: list[tuple[RunConfig, tuple[str, ...]]], profile: str, seconds: float, at_once: int,
-                  limits: Limits, say: Callable[[str], object]) -> list[tuple[RunConfig, tuple[str, ...]]]:
-    """The runs to start in the remaining time; reports which are not started, and why.
-
-    runs: most valuable first.  seconds: time left, including measurements.  at_once: concurrent students.
-    limits: of what can be collected.  say: called with each line.
-    """
+def plan_by_worth(
+    runs: list[tuple[RunConfig, tuple[str, ...]]],  # most valuable first, teachers before their students
+    profile: str,  # folder of the records
+    seconds: float,  # time left, including measurements; infinite: all runs, and nothing is measured
+    at_once: int,
+    limits: Limits,  # of what can be collected
+    say: Callable[[str], object],
+) -> list[tuple[RunConfig, tuple[str, ...]]]:
+    """The runs to start in the remaining time; reports which are not started, and why."""
     if seconds == float("inf"): return runs
     began = time.monotonic()
     costs = measured_costs(runs, profile, at_once, min(MEASURING, seconds / 10))

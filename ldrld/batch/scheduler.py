@@ -31,6 +31,7 @@ from ldrld.training.divergence import Diverged
 
 __all__ = ["Elsewhere", "reproduce", "report", "compare_with_committed"]
 
+# given runs, the folder of their records and the seconds left; one outcome per run
 Elsewhere: TypeAlias = Callable[[list[tuple[RunConfig, tuple[str, ...]]], str, float], list[Outcome]]
 
 
@@ -73,12 +74,16 @@ def in_flight(runs: list[tuple[RunConfig, tuple[str, ...]]], folder: str, second
     return outcomes
 
 
-def report(p: str = "quick", only: tuple[str, ...] = (), jobs: int = 2) -> list[Outcome]:
-    """Make the tables and figures of a profile, see `ldrld.results.tables.to_report`; one outcome per notebook.
+def report(
+    p: str = "quick",
+    only: tuple[str, ...] = (),
+    jobs: int = 2,
+) -> list[Outcome]:  # one per notebook
+    """Make the tables and figures of a profile, see `ldrld.results.tables.to_report`.
 
     At the end, the hashes of all results are in `data/manifests`, see `ldrld.results.manifest`.
 
-    Arguments as in `reproduce`. Raises `NotReady` if notebooks or papermill are missing.
+    Raises `NotReady` if notebooks or papermill are missing.
     """
     from ldrld.results.manifest import folders_of, stamps, update_manifest
     from ldrld.results.tables import to_report  # not needed on machines that only train
@@ -96,24 +101,23 @@ def report(p: str = "quick", only: tuple[str, ...] = (), jobs: int = 2) -> list[
     return outcomes
 
 
-def reproduce(p: str = "quick", only: tuple[str, ...] = (), jobs: int = 2, seconds: float = math.inf,
-              notebooks: bool = True, together: int = 5, plan: bool = False,
-              graphs: bool = False, at_once: int = 8, elsewhere: Elsewhere | None = None) -> list[Outcome]:
+def reproduce(
+    p: str = "quick",
+    only: tuple[str, ...] = (),
+    jobs: int = 2,
+    seconds: float = math.inf,  # time budget
+    notebooks: bool = True,  # whether to train in notebooks with papermill
+    together: int = 5,  # students that share a data pass, at most
+    plan: bool = False,  # the runs of the profile's plan (`ldrld.experiments.plan`), and no tables
+    graphs: bool = False,  # train in this process with CUDA graphs (`ldrld.training.graphs`), without notebooks
+    at_once: int = 8,  # students trained at the same time with `graphs`
+    elsewhere: Elsewhere | None = None,  # trains the runs, see `ldrld.batch.cluster`; None: processes here
+) -> list[Outcome]:  # one per run and notebook
     """Make the missing runs of a profile (see `missing`), the most valuable first, then its tables and figures.
 
-    p: "quick", "small", "paper" or a YAML file.  only: names of experiments; by default those of the profile.
-    jobs: parallel processes.
-    seconds: time budget; runs pause at its end and resume at the next call, on this machine or, with a copy of the
-    output folder, on another.
-    notebooks: train in notebooks with papermill, else directly; then papermill is needed only for tables and figures,
-    which are skipped if it is not installed.
-    together: maximum number of students that share a data pass.
-    plan: make the runs of the profile's plan (`ldrld.experiments.plan`) instead of its experiments, and no tables.
-    graphs: train in this process with CUDA graphs on separate streams (`ldrld.training.graphs`), without notebooks.
-    at_once: number of concurrent students for `graphs`.
-    elsewhere: trains the runs instead of processes here, given runs, the folder of their records and the seconds left;
-    returns one outcome per run, see `ldrld.batch.cluster`.
-    Returns one outcome per run and notebook; a run with an invalid record is not repeated, and reported as failed.
+    At the end of the time budget, runs pause; the next call resumes them, on this machine or, with a copy of the output
+    folder, on another. Without `notebooks`, papermill is needed only for tables and figures, which are skipped if it is
+    not installed. A run with an invalid record is not repeated, and reported as failed.
     Raises `NotReady`, before anything is started, if data, notebooks, a teacher or disk space are missing.
     """
     folder, runs, tried = profile(p).name, wanted(p, only, plan), set()
@@ -154,8 +158,10 @@ def reproduce(p: str = "quick", only: tuple[str, ...] = (), jobs: int = 2, secon
     return outcomes
 
 
-def compare_with_committed(profile_name: str) -> str | None:
-    """How the new records differ from those committed with the project; None if they are the same files."""
+def compare_with_committed(
+    profile_name: str,  # folder of the records, below `data/runs`
+) -> str | None:  # a sentence; None if they are the same files, or none is committed
+    """How the new records differ from those committed with the project."""
     made, committed = paths.records(profile_name), paths.root() / "data" / "runs" / profile_name
     if made.resolve() == committed.resolve() or not committed.exists(): return None
     def accuracy(file: Path) -> float | None:

@@ -24,9 +24,9 @@ __all__ = ["Outcome", "Workers", "in_parallel"]
 @dataclass(frozen=True)
 class Outcome:
     """The outcome of one notebook or run."""
-    name: str
+    name: str  # the run's, or the executed notebook's
     status: str  # "done", "paused", "diverged" or "failed"
-    detail: str = ""
+    detail: str = ""  # why it is not done, perhaps with a traceback and the path of a log; empty if it is
 
 
 def end_with_parent() -> None:
@@ -44,7 +44,11 @@ def prepared(log_file: str) -> None:
 class Workers:
     """A number of processes, each in its own pool, so that one that is killed does not affect the others."""
 
-    def __init__(self, jobs: int, log: Path):
+    def __init__(
+        self,
+        jobs: int,
+        log: Path,  # where the processes append what they write to standard error
+    ):
         self.log, self.others = log, multiprocessing.active_children()
         self.idle = [self.new() for _ in range(jobs)]
         self.busy: dict[Future, ProcessPoolExecutor] = {}
@@ -53,8 +57,12 @@ class Workers:
         """A pool of one process, which starts with its first task."""
         return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), prepared, (str(self.log),))
 
-    def submit(self, function: Callable, *arguments: object) -> Future:
-        """Hand a task to an idle process."""
+    def submit(
+        self,
+        function: Callable,  # defined in a module, so that the process can import it
+        *arguments: object,  # of `function`; must be picklable
+    ) -> Future:
+        """Hand a task to an idle process, of which there must be one."""
         pool = self.idle.pop()
         try: future = pool.submit(function, *arguments)
         except BrokenProcessPool:  # killed while idle
@@ -63,14 +71,20 @@ class Workers:
         self.busy[future] = pool
         return future
 
-    def ended(self, future: Future) -> bool:
-        """Release the process of a finished task; returns whether it was killed."""
+    def ended(
+        self,
+        future: Future,  # from `submit`, and done
+    ) -> bool:  # whether the process was killed
+        """Release the process of a finished task."""
         pool, killed = self.busy.pop(future), isinstance(future.exception(), BrokenProcessPool)
         if killed: pool.shutdown(wait=False)
         self.idle.append(self.new() if killed else pool)
         return killed
 
-    def close(self, at_once: bool = False) -> None:
+    def close(
+        self,
+        at_once: bool = False,  # whether tasks that are not finished are given up
+    ) -> None:
         """End all processes, after their tasks or at once."""
         if at_once:
             for child in multiprocessing.active_children():
@@ -89,10 +103,15 @@ def result_of(future: Future, names: list[str], log: Path) -> list[Outcome]:
     return outcomes
 
 
-def in_parallel(what: str, tasks: list[tuple], jobs: int, needs: dict[str, set[str]] | None = None) -> list[Outcome]:
-    """Execute tasks (names, function, arguments) in order, in `jobs` processes of one thread each.
+def in_parallel(
+    what: str,  # label of the progress bar
+    tasks: list[tuple],  # (names, function, *arguments) each; the function returns one outcome per name
+    jobs: int,
+    needs: dict[str, set[str]] | None = None,  # name -> names that must be done before
+) -> list[Outcome]:  # one per name
+    """Execute tasks in order, in processes of one thread each.
 
-    needs: per name the names that must be done before; tasks that need a failed or paused one are reported as paused.
+    A task that needs a failed or paused one is reported as paused; one whose process is killed is tried once more.
     """
     if not tasks: return []
     os.environ["OMP_NUM_THREADS"] = "1"  # on two cores, two processes with two threads are slower than with one

@@ -52,7 +52,9 @@ app = typer.Typer(
 )
 
 
-def tell_version(wanted: bool) -> None:
+def tell_version(
+    wanted: bool,  # whether `--version` was given
+) -> None:
     """Print the version and end."""
     if not wanted:
         return
@@ -92,16 +94,22 @@ Budget = Annotated[
 Out = Annotated[Path | None, typer.Option(help="Folder for records, tables and figures. Default: the project itself.")]
 
 
-def seconds(text: str) -> float:
-    """A time such as `90`, `90s`, `9m` or `1.5h`, in seconds."""
+def seconds(
+    text: str,  # such as "90", "90s", "9m" or "1.5h"
+) -> float:
+    """A time in seconds."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh]?)\s*", text)
     if not found:
         raise typer.BadParameter(f"{text!r} is not a time; expected something like 90s, 9m or 1.5h")
     return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
 
 
-def start(profile: str, only: list[str] | None = None, out: Path | None = None) -> tuple[str, ...]:
-    """Check the names before anything is started; returns the requested experiments."""
+def start(
+    profile: str,
+    only: list[str] | None = None,  # names of experiments, or module:name; None: those of the profile
+    out: Path | None = None,  # folder of the results, which becomes `LDRLD_OUT`; None: as it is
+) -> tuple[str, ...]:  # names of the requested experiments; empty: those of the profile
+    """Check the names before anything is started."""
     from ldrld.experiments.catalog import find, selected
     from ldrld.experiments.profiles import profile as profile_of
 
@@ -134,7 +142,10 @@ def tell_odd(profile: str) -> list[str]:
     return [f"odd record, left out: {why}" for why in odd_records(profile).values()]
 
 
-def end(outcomes: list["Outcome"], profile: str) -> None:
+def end(
+    outcomes: list["Outcome"],  # one per run and notebook
+    profile: str,
+) -> None:
     """Print the outcome of the runs and the place of the results; exit code 1 for a failed run or invalid record."""
     from ldrld.core import paths
     from ldrld.experiments.profiles import profile as profile_of

@@ -9,8 +9,10 @@ import typer
 from ldrld.cli.app import app
 
 
-def pixels(text: str) -> tuple[int, int]:
-    """A size such as `32` or `48x64` (height, width), in pixels."""
+def pixels(
+    text: str,  # such as "32" or "48x64", height x width
+) -> tuple[int, int]:  # height, width
+    """A size in pixels."""
     from ldrld.data.folders import height_and_width
 
     found = re.fullmatch(r"(\d+)(?:x(\d+))?", text)

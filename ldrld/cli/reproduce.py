@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from ldrld.batch.cluster import SlurmOptions
 
 
-def graphs_wanted(engine: str) -> bool:
+def graphs_wanted(
+    engine: str,  # "auto": CUDA graphs on a GPU; "eager": none; "graph": imitated on a CPU
+) -> bool:
     """Whether an engine uses CUDA graphs on this machine."""
     from ldrld.core.provenance import default_device
     from ldrld.core.validation import known
@@ -27,9 +29,12 @@ def graphs_wanted(engine: str) -> bool:
 
 
 def slurm_options(
-    executor: str, job_time: str, partition: str | None, given: list[str] | None
-) -> "SlurmOptions | None":
-    """The options of Slurm's jobs; None for processes on this machine."""
+    executor: str,  # "local" or "slurm"
+    job_time: str,  # time limit of a job, such as "4h"; rounded up to minutes
+    partition: str | None,  # None: the cluster's default
+    given: list[str] | None,  # other options of sbatch, such as "gres=gpu:1"
+) -> "SlurmOptions | None":  # None for processes on this machine
+    """The options of Slurm's jobs."""
     from ldrld.batch.cluster import SlurmOptions
     from ldrld.core.validation import known
 

@@ -10,7 +10,9 @@ import typer
 from ldrld.cli.app import Out, app
 
 
-def is_file(teacher: str) -> bool:
+def is_file(
+    teacher: str,  # name of a network, or path of a file, which need not exist
+) -> bool:
     """Whether a teacher is given as a file. ValueError for a name that is both a file and a network."""
     from ldrld import models
 

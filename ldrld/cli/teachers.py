@@ -11,8 +11,12 @@ import typer
 from ldrld.cli.app import Out, app
 
 
-def compare_files(files: list[Path], dataset: str, keep: bool) -> int:
-    """Identify and evaluate each checkpoint; returns the number of wrong ones."""
+def compare_files(
+    files: list[Path],  # checkpoints
+    dataset: str,  # name in `ldrld.data`: what they were trained on
+    keep: bool,  # whether a copy of each is kept as a teacher for runs
+) -> int:  # number of wrong ones
+    """Identify and evaluate each checkpoint."""
     from ldrld.experiments.config import pretrained
     from ldrld.experiments.model_cards import checkpoint
 
@@ -45,8 +49,12 @@ def compare_files(files: list[Path], dataset: str, keep: bool) -> int:
     return wrong
 
 
-def list_teachers(profile: str | None, check: bool, write: bool) -> int:
-    """Show the teachers of one profile or of all; returns the number of problems."""
+def list_teachers(
+    profile: str | None,  # None: all that have teachers
+    check: bool,  # whether each is loaded, and measured if its data are available
+    write: bool,  # whether missing model cards are written
+) -> int:  # number of problems
+    """Show the teachers of one profile or of all."""
     import pandas as pd
 
     from ldrld.core import paths

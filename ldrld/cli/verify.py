@@ -29,7 +29,9 @@ def tables_of(profile: str) -> tuple[list[str], int, list[str]]:
     return wrong, checked, missing
 
 
-def hashes_of(folder: str) -> list[str]:
+def hashes_of(
+    folder: str,  # a profile's name, or "bench"
+) -> list[str]:
     """The files of a profile, or of the benchmarks, that differ from the manifest; says which are not in it."""
     from ldrld.core import paths
     from ldrld.results.manifest import changed_results, not_in_manifest

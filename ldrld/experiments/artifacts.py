@@ -24,7 +24,7 @@ from ..training.metrics import features_and_maps
 
 # %% ../../nbs/experiments/artifacts.ipynb #c1f515c4
 def arrays_whole(
-    path: Path,
+    path: Path,  # ends in .npz
     **arrays: np.ndarray,  # by name
 ) -> None:
     "Write arrays to a file atomically."
@@ -36,7 +36,8 @@ def arrays_whole(
 def save_artifacts(
     keep: tuple[str, ...],  # of "weights", "logits", "insight"
     used: torch.nn.Module,  # the deployed network
-    model: torch.nn.Module, images: ImageData, config: RunConfig, profile: str, device: str | torch.device,
+    model: torch.nn.Module,  # as it was trained; features and maps are computed of it
+    images: ImageData, config: RunConfig, profile: str, device: str | torch.device,
 ) -> None:
     "Save weights in half precision, logits of the first 1,000 test images, or features and Grad-CAM maps."
     path = {k: KEPT[k](name_of(config), profile) for k in keep}

@@ -30,8 +30,11 @@ def teacher_config(
     if network in p.weights: return Pretrained(model=network, sha256=p.weights[network])
     return RunConfig(dataset=p.dataset, model=network, seed=0, **p.teacher)
 
-def teacher_run(p: Profile, network: str) -> RunConfig | None:
-    "The run that trains a teacher; None for a file."
+def teacher_run(
+    p: Profile,
+    network: str,  # the teacher's
+) -> RunConfig | None:  # None for a file
+    "The run that trains a teacher."
     config = teacher_config(p, network)
     return config if isinstance(config, RunConfig) else None
 
@@ -49,7 +52,7 @@ def mcmi_config(
 def method_config(
     p: Profile,
     pair: tuple[str, str],  # (teacher, student)
-    method: Method,
+    method: Method,  # from `method_of`
     seed: int = 0,
     **settings: Any,  # of `RunConfig`, such as train_share
 ) -> RunConfig | None:  # None while a setting is being searched, or for held-out images under a teacher's file
@@ -71,9 +74,11 @@ def method_config(
 
 # %% ../../nbs/experiments/cells.ipynb #b45ad134
 def on_pair(
-    p: Profile, pair: tuple[str, str], values: dict, method: Method | str, **more: Any,
+    p: Profile, pair: tuple[str, str], values: dict,
+    method: Method | str,  # a method, or its name in tables
+    **more: Any,  # hyper-parameters of the loss, or settings of `RunConfig`
 ) -> Lines:
-    "One cell: a run for every seed of the profile; `more` are hyper-parameters or settings of the run."
+    "One cell: a run for every seed of the profile."
     method = method_of(method) if isinstance(method, str) else method
     settings = {k: more.pop(k) for k in list(more) if k in RunConfig.model_fields}
     method = replace(method, args={**method.args, **more})

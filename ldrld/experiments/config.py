@@ -164,7 +164,7 @@ def hyperparameters(
 
 # %% ../../nbs/experiments/config.ipynb #565c5418
 def explain(
-    error: ValidationError,
+    error: ValidationError,  # of settings, a profile or a plan
 ) -> str:  # one line
     "The validation errors in one line: setting, abbreviated value and what was expected, for the first few errors."
     found: dict[str, None] = {}
@@ -210,7 +210,7 @@ def _in_name(network: str) -> str:
 
 # %% ../../nbs/experiments/config.ipynb #3f84e098
 def name_of(
-    config: RunConfig | Pretrained,
+    config: RunConfig | Pretrained,  # a run's, or a teacher's file
     schema: int = SCHEMA,  # of the record, if there is one
 ) -> str:  # such as "glyphs-resnet8-ldrld-s0-1a2b3c4d5e"
     "The name of a run or of a teacher's file: it depends only on the settings or the bytes, not on the machine."
@@ -246,7 +246,7 @@ def pretrained(
 
 # %% ../../nbs/experiments/config.ipynb #9a32b0e5
 def file_of(
-    teacher: Pretrained,
+    teacher: Pretrained,  # its SHA-256 may be the first digits alone
 ) -> Path:
     "The path of a teacher's file; the error message says what to do if it is missing or has changed."
     # a teacher given by the first digits alone has a shorter name than its file

@@ -71,7 +71,7 @@ class ActiveRun:
     "A run that is being trained."
     config: RunConfig
     keep: tuple[str, ...]
-    flight: InFlight
+    flight: InFlight  # its student, with a stream of its own
     images: ImageData
     teacher: TeacherLogits | None
     reported_at: float  # when its last epoch was reported, or training began (`time.monotonic`)
@@ -80,8 +80,15 @@ class ActiveRun:
 # %% ../../nbs/experiments/in_flight.ipynb #e836695b
 class Waiting:
     "Runs waiting to be trained in parallel, and the inputs that they share."
-    def __init__(self, runs: list[tuple[RunConfig, tuple[str, ...]]], profile: str, at_once: int, seconds: float,
-                 checkpoint_every: float, say: Say, after_row: Callable[[], None]):
+    def __init__(self,
+        runs: list[tuple[RunConfig, tuple[str, ...]]],
+        profile: str,
+        at_once: int,
+        seconds: float,  # time budget
+        checkpoint_every: float,  # seconds between a student's checkpoints
+        say: Say,
+        after_row: Callable[[], None],  # called after each epoch of each run
+    ):
         self.profile, self.at_once, self.every = profile, at_once, checkpoint_every
         self.say, self.after_row = say, after_row
         self.device, self.deadline = default_device(), time.monotonic() + seconds
@@ -142,7 +149,10 @@ class Batch(Waiting):
                 self.start_ready()
                 self.after_row()
 
-    def report_progress(self, run: ActiveRun, row: dict) -> None:
+    def report_progress(self,
+        run: ActiveRun,
+        row: dict,  # of the epoch, as in a record's history
+    ) -> None:
         "Report progress and remember how long an epoch takes."
         now = time.monotonic()
         run.lasted, run.reported_at = now - run.reported_at, now

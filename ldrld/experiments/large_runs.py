@@ -36,8 +36,8 @@ from ..training.processes import Processes, share_statistics, started, wait_for_
 # %% ../../nbs/experiments/large_runs.ipynb #1a26e006
 def from_environment(
     name: str,  # such as "LDRLD_WORKERS"
-    default: int,
-    at_least: int,
+    default: int,  # without the variable
+    at_least: int,  # the smallest valid number; `ValueError` below
 ) -> int:
     "A whole number from an environment variable."
     given = os.environ.get(name)
@@ -99,11 +99,12 @@ def large_student(
 # %% ../../nbs/experiments/large_runs.ipynb #1a26e012
 class Readable(NamedTuple):
     "The images that count: those whose files can be read."
-    fingerprint: str
+    fingerprint: str  # of the whole data set, damaged files included
     train_labels: range  # their number is what a record needs
-    test_labels: range
-    classes: tuple[str, ...]
+    test_labels: range  # the same for the test images
+    classes: tuple[str, ...]  # name of each class
 
+# %% ../../nbs/experiments/large_runs.ipynb #9ead7c0b
 def readable(
     images: ImageList,
     damaged: Iterable[str],  # names of files
@@ -113,6 +114,7 @@ def readable(
     train, test = (range(len(files) - len(names & set(files))) for files in (images.train_files, images.test_files))
     return Readable(images.fingerprint, train, test, images.classes)
 
+# %% ../../nbs/experiments/large_runs.ipynb #472e18b0
 def train_large(
     config: RunConfig, profile: str, keep: tuple[str, ...], images: ImageList, processes: Processes, say: Any,
 ) -> Record:
@@ -179,6 +181,7 @@ def large_record(
             return record
         return train_large(config, profile, keep, images, processes, say)
 
+# %% ../../nbs/experiments/large_runs.ipynb #cc32aa8d
 def run_large(
     config: RunConfig,  # with a data set of `ldrld.data.LISTS`
     profile: str = "quick",  # where the record goes

@@ -34,7 +34,7 @@ if PUBLISHED:
 LARGEST = 16_000_000  # bytes; larger weights are not committed, see .gitignore
 
 def published_accuracy(
-    network: str,
+    network: str,  # name in `ldrld.models`
     dataset: str = "cifar100",
 ) -> dict | None:  # value and source; None if not published
     "The published accuracy of a network trained on labels only, as a teacher."
@@ -90,7 +90,7 @@ def images_of(
 def measured(
     path: str | Path,  # a file of weights
     network: str,  # the network of these weights
-    images: data.ImageData,
+    images: data.ImageData,  # of which the test images are classified
 ) -> float:  # in per cent
     "Accuracy of the weights in a file, computed in float32."
     model = models.load_weights(models.build(network, len(images.classes)), path).to(default_device())
@@ -180,8 +180,8 @@ def write_card(
 
 # %% ../../nbs/experiments/model_cards.ipynb #f5274977
 def read_card(
-    path: str | Path,
-) -> dict:
+    path: str | Path,  # see `card_path`
+) -> dict:  # see `facts`
     "The facts on a card; `ValueError` if the page is not a card."
     try: card = yaml.safe_load(Path(path).read_text(encoding="utf-8").split("---\n")[1])
     except (IndexError, yaml.YAMLError, UnicodeDecodeError): card = None
@@ -193,7 +193,8 @@ def read_card(
 HALF, FEW = 0.3, 10  # tolerance in points, or in images of a small test set
 
 def too_far(
-    file: float, record: float,  # accuracies in per cent
+    file: float,  # accuracy of the weights as they are stored, in per cent
+    record: float,  # accuracy after the last epoch, in per cent
     images: int,  # number of test images
 ) -> bool:
     "Whether a file's accuracy differs from its record's by more than half precision explains."

@@ -142,7 +142,7 @@ def power_of(
 def seeds_for(
     effect: float,  # smallest difference that matters, in points
     sd: float,  # standard deviation of the paired differences, in points
-    power: float = 0.8,
+    power: float = 0.8,  # probability of a significant result if the difference is as large
 ) -> int:
     "The smallest number of seeds with which a paired t-test has this power."
     n = 2
@@ -152,7 +152,7 @@ def seeds_for(
 # %% ../../nbs/experiments/plan.ipynb #e72f171c
 def interval(
     differences: np.ndarray,  # (n,) in points, one per seed
-    confidence: float = 0.95,
+    confidence: float = 0.95,  # from 0 to 1
 ) -> tuple[float, float]:  # NaN for fewer than two differences or zero spread
     "Student's interval for the mean of paired differences."
     n = len(differences)

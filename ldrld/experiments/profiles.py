@@ -26,7 +26,7 @@ OWN = {"dataset", "model", "loss", "loss_args", "teacher", "seed"}
 class Profile(BaseModel):
     "The data, networks and length of training; unknown fields are errors, since users write their own profiles."
     model_config = ConfigDict(frozen=True, extra="forbid")
-    name: str
+    name: str = Field(description="the file's name without ending; also the folder of records, tables and figures")
     data: str = Field(description="name of the data in captions")
     dataset: str = Field(description="name of a data set in `ldrld.data`")
     pairs: tuple[tuple[str, str], ...] = Field(
@@ -35,10 +35,10 @@ class Profile(BaseModel):
     student: dict[str, Any] = Field(description="training settings of students")
     weights: dict[str, str] = Field(
         {}, description="SHA-256, or its first digits, of the files of teachers that are not trained here, by network")
-    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
+    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="of the students; teachers have seed 0")
     more_seeds: dict[str, int] = Field({}, description="experiment -> its number of seeds, where it has its own")
-    depths: tuple[int, ...] = (2, 3, 5, 7, 10, 20, 50)
-    temperatures: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0)
+    depths: tuple[int, ...] = Field((2, 3, 5, 7, 10, 20, 50), description="values of d that are compared")
+    temperatures: tuple[float, ...] = Field((1.0, 2.0, 4.0, 8.0), description="values of T that are compared")
     methods: tuple[str, ...] = Field(("CE", "KD", "LDRLD"), min_length=1, description="names, see `method_of`")
     first: tuple[str, ...] = Field(("CE", "KD", "LDRLD"), description="methods that are run first, for every pair")
     search_epochs: int | None = Field(
@@ -84,7 +84,9 @@ def read_profile(
     except ValidationError as error: raise ValueError(f"{path}: {explain(error)}") from None
 
 # %% ../../nbs/experiments/profiles.ipynb #16352f7f
-def built_in(*names: str) -> dict[str, Profile]:
+def built_in(
+    *names: str,  # of files in `ldrld/experiments/profiles/`, without ending
+) -> dict[str, Profile]:  # by name
     "Profiles that come with the package."
     folder = Path(str(files("ldrld.experiments") / "profiles"))
     return {name: read_profile(folder / f"{name}.yaml") for name in names}

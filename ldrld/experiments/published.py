@@ -22,8 +22,10 @@ def _sums() -> dict[str, str]:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
 
-def read(name: str) -> pd.DataFrame:
-    """One of the tables in `data/published/`, by its file name; `ValueError` with the path if it was cut or edited."""
+def read(
+    name: str,  # of the file, such as "results.csv"
+) -> pd.DataFrame:
+    """One of the tables in `data/published/`; `ValueError` with the path if it was cut or edited."""
     path = paths.published() / name
     if not path.exists():
         raise FileNotFoundError(

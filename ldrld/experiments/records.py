@@ -32,25 +32,25 @@ from ..training.divergence import Diverged
 class Record(BaseModel):
     "The result of a run, with everything needed to check it."
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-    schema_version: int = SCHEMA
-    name: str
+    schema_version: int = Field(SCHEMA, description="version of the meaning of the settings")
+    name: str = Field(description="the run's, see `name_of`")
     config: RunConfig
     last_accuracy: float = Field(description="test accuracy after the last epoch, in per cent; the one reported")
     best_accuracy: float = Field(description="test accuracy of the best epoch, in per cent: chosen on the test data")
-    best_epoch: int = Field(ge=1)
+    best_epoch: int = Field(ge=1, description="counted from 1; the first of equally good ones")
     seconds: float = Field(description="training time of all epochs, without evaluation")
-    images_per_second: float
+    images_per_second: float = Field(description="training images times epochs, divided by `seconds`")
     history: list[dict[str, Any]] = Field(description="per epoch: learning rate, accuracies, loss terms, seconds")
     data: dict[str, Any] = Field(description="sizes and fingerprint")
     teacher: str | None = Field(None, description="name of the teacher's record")
     together: int = Field(1, ge=1, description="students that shared a data pass; `seconds` is the part of this one")
     measures: dict[str, float] = Field(
         {}, description="test metrics of the last epoch, see `ldrld.training.metrics`, and parameter counts")
-    precision_used: str
+    precision_used: str = Field(description="type of the numbers in convolutions, such as `float32`")
     finished: str = Field(description="time, UTC")
     code: dict[str, Any] = Field(description="package version, git commit, and whether files differed from it")
-    libraries: dict[str, str]
-    machine: dict[str, Any]
+    libraries: dict[str, str] = Field(description="their versions, and Python's")
+    machine: dict[str, Any] = Field(description="processor, GPU, threads and more, see `ldrld.core.provenance`")
     legs: list[dict[str, Any]] = Field(
         [], description="if several machines or commits trained it: which, and from which epoch on")
 
@@ -58,9 +58,9 @@ class Record(BaseModel):
 class Epoch(BaseModel):
     "One row of a record's history; further keys are allowed."
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
-    epoch: int = Field(ge=1)
+    epoch: int = Field(ge=1, description="counted from 1")
     lr: float = Field(ge=0)
-    seconds: float = Field(gt=0)
+    seconds: float = Field(gt=0, description="training time, without evaluation")
     train_accuracy: float = Field(ge=0, le=100, description="per cent, on the augmented training images")
     test_accuracy: float = Field(ge=0, le=100, description="per cent")
     terms: dict[str, float] = Field(description="loss terms, averaged over the epoch")
@@ -69,7 +69,7 @@ class Epoch(BaseModel):
 class Counts(BaseModel):
     "The part of a record's `data` that other fields depend on."
     model_config = ConfigDict(strict=True)
-    fingerprint: str = Field(min_length=1)
+    fingerprint: str = Field(min_length=1, description="hash of the images and labels")
     train: int = Field(ge=1, description="images")
     test: int = Field(ge=1, description="images")
     classes: int = Field(ge=2)
@@ -226,19 +226,19 @@ NonFinite = Literal["nan", "inf", "-inf"]
 class Divergence(BaseModel):
     "The outcome of a run that diverged."
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-    schema_version: int = SCHEMA
-    name: str
+    schema_version: int = Field(SCHEMA, description="as in a record")
+    name: str = Field(description="the run's, see `name_of`")
     config: RunConfig
     epoch: int = Field(ge=1, description="in which the loss became non-finite")
     step: int = Field(ge=1, description="in that epoch")
     term: str = Field(description="first non-finite loss term")
-    value: NonFinite
+    value: NonFinite = Field(description="of that term")
     lr: float = Field(description="learning rate of that step")
     history: list[dict[str, Any]] = Field(description="the epochs before that, as in a record")
     finished: str = Field(description="time, UTC")
-    code: dict[str, Any]
-    libraries: dict[str, str]
-    machine: dict[str, Any]
+    code: dict[str, Any] = Field(description="as in a record")
+    libraries: dict[str, str] = Field(description="as in a record")
+    machine: dict[str, Any] = Field(description="as in a record")
 
     @property
     def error(self) -> Diverged:
@@ -246,7 +246,10 @@ class Divergence(BaseModel):
         return Diverged(self.epoch, self.step, self.term, float(self.value), self.lr, self.name)
 
 # %% ../../nbs/experiments/records.ipynb #5d6faceb
-def divergence_path(name: str, profile: str) -> Path:
+def divergence_path(
+    name: str,  # a run's name
+    profile: str,
+) -> Path:
     "Path of the file for a run that diverged."
     return paths.records(profile) / "diverged" / f"{name}.json"
 
@@ -268,7 +271,10 @@ def load_divergence(
 
 # %% ../../nbs/experiments/records.ipynb #a283da92
 def keep_divergence(
-    config: RunConfig, diverged: Diverged, history: list[dict], profile: str,
+    config: RunConfig,
+    diverged: Diverged,  # the exception that training raised
+    history: list[dict],  # of the epochs before, one dict each
+    profile: str,
     made: dict,  # from `provenance`
 ) -> Divergence:
     "Save that a run diverged."
@@ -310,7 +316,7 @@ class Images(Protocol):
 # %% ../../nbs/experiments/records.ipynb #66ac7d37
 def same_images(
     record: Record,
-    images: Images,
+    images: Images,  # as they are now
 ) -> None:
     "`ValueError` if the images changed since the record was made: a run's name depends only on the name of the data."
     if record.data["fingerprint"] == images.fingerprint: return
@@ -321,7 +327,7 @@ def same_images(
 def record_of(
     config: RunConfig,
     history: list[dict],  # one dict per epoch
-    images: Images,
+    images: Images,  # of the training and the test
     dtype: str,  # of convolutions
     made: dict,  # from `provenance`, when this process began training
     together: int = 1,  # students that shared the data pass

@@ -36,11 +36,11 @@ class Page:
 @dataclass(frozen=True)
 class Experiment:
     "A research question, its runs, and the notebook with the result."
-    name: str
-    title: str
+    name: str  # on the command line and of the table's files
+    title: str  # of the table
     notebook: str  # below `nbs/paper/`, without ending
     by: tuple[str, ...]  # columns that make up a cell
-    lines: Callable[[Profile], Lines]
+    lines: Callable[[Profile], Lines]  # yields the values of `by` and the seed, with the configuration
     baseline: dict | None = None  # the cell that the others of a pair are compared with
     measures: tuple[str, ...] = ()  # the metrics shown, from a record's `measures`; accuracy if empty
     logits: bool = False  # whether figures need the logits of the seed-0 runs

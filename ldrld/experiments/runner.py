@@ -85,7 +85,8 @@ class Paused(RuntimeError):
 # %% ../../nbs/experiments/runner.ipynb #d10608aa
 def reported(
     epochs_rows: Iterable[Rows],  # per epoch one dict per student, from `ldrld.training.loop.train_together`
-    names: list[str], epochs: int,
+    names: list[str],  # of the runs, in the order of the dicts
+    epochs: int,
     done: int,  # epochs trained by an earlier call: not reported again
     say: Say,
     split: str = "test",  # name of the evaluation split

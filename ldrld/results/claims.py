@@ -106,7 +106,7 @@ def distance(
     student: np.ndarray,  # (images, classes) logits
     teacher: np.ndarray,  # (images, classes) logits
     d: int = 7,  # number of classes: the teacher's highest
-    T: float = 4.0,
+    T: float = 4.0,  # temperature
 ) -> np.ndarray:  # (images,), in points of probability
     "Mean absolute difference between a student's and its teacher's pair probabilities, per image."
     tops = np.argsort(-teacher, axis=1, kind="stable")[:, :d]
@@ -144,7 +144,8 @@ def by_image(
 
 # %% ../../nbs/results/claims.ipynb #943ae4ca
 def verdict(
-    low: float, high: float,  # ends of the interval
+    low: float,  # lower end of the interval of the difference
+    high: float,  # upper end
     n: int,  # differences
 ) -> str:
     "The verdict by the rule above."

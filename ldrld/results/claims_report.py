@@ -126,13 +126,15 @@ SHORT = {"weighting none": "equal weights", "weighting adw": "ADW", "weighting i
          "pairs + LLKI + RNTK": "all terms"}
 
 def in_short(
-    ours: str, theirs: str,  # cells, see `ldrld.results.claims.label`
+    ours: str,  # a cell, see `ldrld.results.claims.label`
+    theirs: str,  # the cell that it is compared with
 ) -> str:
     "A comparison in a figure: `ours − theirs`, with what both have in common at the end."
     (left, _, common), (right, _, other) = ours.partition(", "), theirs.partition(", ")
     if not common or common != other: left, right, common = ours, theirs, ""
     return f"{SHORT.get(left, left)} − {SHORT.get(right, right)}" + f" at {common}" * bool(common)
 
+# %% ../../nbs/results/claims_report.ipynb #2c9fa8a1
 def _clip(ax: plt.Axes, rows: pd.DataFrame) -> None:
     "Cut off one interval that would squeeze all others, with its numbers and an arrow at the edge."
     reach = rows[["low", "high", "difference"]].abs().max(axis=1).reset_index(drop=True)
@@ -146,6 +148,7 @@ def _clip(ax: plt.Axes, rows: pd.DataFrame) -> None:
     x, colour = edge if side == "right" else -edge, LOOKS[r["verdict"]]
     ax.text(x, y - 0.15, arrow, ha=side, va="bottom", fontsize=7, color=colour)
 
+# %% ../../nbs/results/claims_report.ipynb #dd7eb399
 def _rows(ax: plt.Axes, rows: pd.DataFrame, unit: str) -> None:
     "The comparisons of one unit."
     several = len(rows[["teacher", "student"]].drop_duplicates()) > 1

@@ -103,7 +103,8 @@ def pairs_for_half(
 # %% ../../nbs/tutorials/explore.ipynb #ex000015
 def weight_curves(
     ax: Axes,
-    weights: Tensor, published: Tensor,  # (d, d), upper triangle
+    weights: Tensor,  # (d, d), upper triangle
+    published: Tensor,  # (d, d), the same with the published constants, in grey
 ) -> None:
     "A curve of the weights over j for every i."
     d = len(weights)
@@ -119,7 +120,9 @@ def weight_curves(
 # %% ../../nbs/tutorials/explore.ipynb #ex000016
 def draw_weights(
     depth: int = 7,  # d ≥ 2
-    epsilon: float = 1.5, delta: float = 2.0, decay: float = 0.05,  # as in `adw_weights`
+    epsilon: float = 1.5,  # ε, as in `adw_weights`
+    delta: float = 2.0,  # δ
+    decay: float = 0.05,  # λ
     weighting: str = "adw",  # "adw" | "irw" | "erd" | "none"
 ) -> Figure:
     "The weights of all pairs as a map and as curves, with the published constants for comparison."
@@ -144,7 +147,8 @@ class Recorded(NamedTuple):
     classes: list[str]  # names
 
 def recorded(
-    teacher: str = "resnet20", student: str = "resnet8",  # trained on labels alone
+    teacher: str = "resnet20",  # name of a network, trained on labels alone
+    student: str = "resnet8",  # the same
 ) -> Recorded:
     "Logits on CIFAR-100, from the records of the profile `small`. `FileNotFoundError` for a network without logits."
     folder = paths.root() / "data" / "runs" / "small" / "logits"
@@ -169,9 +173,9 @@ def confused(
 
 # %% ../../nbs/tutorials/explore.ipynb #ex000024
 def pair_table(
-    z_s: Tensor, z_t: Tensor,  # (classes,) logits of one image
-    depth: int = 7,  # d
-    temperature: float = 4.0,  # T
+    z_s: Tensor,  # (classes,) the student's logits of one image
+    z_t: Tensor,  # (classes,) the teacher's
+    depth: int = 7, temperature: float = 4.0,  # d and T
 ) -> pd.DataFrame:  # a row per pair: i and j (class numbers), student and teacher (probability of i), kl, weight, loss
     "The two-way softmaxes of every pair of selected classes, and what each pair adds to the loss before its factor."
     pi, s, t = top_d(z_s, z_t, depth)
@@ -183,8 +187,9 @@ def pair_table(
 
 # %% ../../nbs/tutorials/explore.ipynb #ex000027
 def steps(
-    z_s: Tensor, z_t: Tensor,  # (classes,) logits of one image
-    label: int,
+    z_s: Tensor,  # (classes,) the student's logits of one image
+    z_t: Tensor,  # (classes,) the teacher's
+    label: int,  # the image's class
     depth: int = 7, temperature: float = 4.0,  # d and T
 ) -> dict[str, Tensor]:  # KD, DKD and LDRLD → (classes,), absolute values sum to 1
     "The direction in which one step of gradient descent would change the student's logits, for each loss."
@@ -200,7 +205,12 @@ def steps(
 # %% ../../nbs/tutorials/explore.ipynb #ex000030
 DKD, STUDENT = "#e0a030", "#1b7f79"
 
-def logit_panel(ax: Axes, z_s: Tensor, z_t: Tensor, names: list[str]) -> None:
+def logit_panel(
+    ax: Axes,
+    z_s: Tensor,  # (d,) the student's logits of the selected classes
+    z_t: Tensor,  # (d,) the teacher's
+    names: list[str],  # of these classes
+) -> None:
     "The logits of both networks for the selected classes."
     ranks = range(len(names))
     ax.hlines(ranks, z_s, z_t, color="#bbbbbb", linewidth=2, zorder=1)
@@ -252,7 +262,7 @@ def step_panel(
 # %% ../../nbs/tutorials/explore.ipynb #ex000033
 def draw_image(
     r: Recorded,
-    image: int = 9,
+    image: int = 9,  # its row in the logits
     depth: int = 7,  # d
     temperature: float = 4.0,  # T
 ) -> Figure:
@@ -309,7 +319,7 @@ def time_left(
 def draw_run(
     rows: list[dict[str, Any]],  # of the epochs so far
     epochs: int,  # in all
-    method: str = "LDRLD",
+    method: str = "LDRLD",  # one of `METHODS`
     earlier: Iterable[list[dict[str, Any]]] = (),  # runs to show in grey
 ) -> Figure:
     "Accuracy and the terms of the loss over the epochs so far."
@@ -338,7 +348,7 @@ def draw_run(
 def watch(
     run: Iterable[dict[str, Any]],  # rows, such as those of `digits_run`
     epochs: int,  # in all
-    method: str = "LDRLD",
+    method: str = "LDRLD",  # one of `METHODS`
     shown: DisplayHandle | None = None,  # of an image to replace; None displays a new one
     earlier: Iterable[list[dict[str, Any]]] = (),  # runs to show in grey
     report: Callable[[int, timedelta], object] = lambda epoch, left: None,  # called with the epoch and the time left
@@ -356,7 +366,10 @@ def watch(
 # %% ../../nbs/tutorials/explore.ipynb #ex000044
 class TrainingControls:
     "A menu of methods, a slider of epochs, a button, and a progress bar with the time left."
-    def __init__(self, method: str, epochs: int):
+    def __init__(self,
+        method: str,  # one of `METHODS`, chosen at first
+        epochs: int,  # from 2 to 20, chosen at first
+    ):
         import ipywidgets
         self.method = ipywidgets.Dropdown(options=list(METHODS), value=method, description="loss")
         self.epochs = ipywidgets.IntSlider(epochs, 2, 20, description="epochs")
@@ -366,7 +379,10 @@ class TrainingControls:
         rows = [self.method, self.epochs, self.button], [self.bar, self.note]
         self.box = ipywidgets.VBox([ipywidgets.HBox(row) for row in rows])
 
-    def report(self, epoch: int, left: timedelta) -> None:
+    def report(self,
+        epoch: int,  # the last one finished, counted from 1
+        left: timedelta,  # time until the end of the run
+    ) -> None:
         "Show the progress of the run."
         self.bar.value, self.bar.max = epoch, self.epochs.value
         self.note.value = f"epoch {epoch}/{self.epochs.value}, {left} left"

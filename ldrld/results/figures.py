@@ -32,7 +32,7 @@ COLOURS = {"teacher": "#444444", "CE": "#9a9a9a", "KD": "#2f6db3", "LDRLD": "#d1
 OTHER = "#9a9a9a"  # every other method: in a comparison LDRLD stands out, and KD where it is the baseline
 
 def save_figure(
-    fig: plt.Figure,
+    fig: plt.Figure,  # not saved if one of its axes says that nothing was run
     name: str,  # file name without ending
     text: str,  # the caption, saved next to the figure
     p: str | Profile = "quick",  # or one of `BENCHES`
@@ -59,8 +59,10 @@ def not_run(
 def pair_map(
     ax: plt.Axes,
     values: np.ndarray,  # (d, d); the upper triangle is shown
-    title: str, vmin: float, vmax: float,
-    cmap: str = "Reds",
+    title: str,  # of the axes
+    vmin: float,  # value of the lightest colour
+    vmax: float,  # value of the darkest colour
+    cmap: str = "Reds",  # a colour map of matplotlib, from light to dark
 ) -> None:
     "A heat map with a number for every pair of ranks i < j."
     d = len(values)
@@ -76,7 +78,9 @@ def pair_map(
 def heat_map(
     ax: plt.Axes,
     grid: pd.DataFrame,  # values by the two settings
-    rows: str, columns: str, what: str,  # labels
+    rows: str,  # label of the vertical axis
+    columns: str,  # label of the horizontal axis
+    what: str,  # label of the colours' scale
     reach: float | None = None,  # differences on a scale from −reach to reach; None: values on the grid's own scale
 ) -> None:
     "A heat map with numbers; missing cells are white."
@@ -107,7 +111,8 @@ def line_with_band(
     table: pd.DataFrame,  # from `summarise`
     x: str,  # the column along the axis
     p: str | Profile = "quick",
-    label: str = "", colour: str = "C0",
+    label: str = "",  # in the legend; empty: not in it
+    colour: str = "C0",  # a colour of matplotlib
 ) -> None:
     "Mean over seeds as a line, standard deviation as a band, every seed as a dot."
     if not table["n"].any(): return not_run(ax)
@@ -121,8 +126,9 @@ def line_with_band(
 def reference_lines(
     ax: plt.Axes,
     table: pd.DataFrame,  # of the experiment `same_architecture`
-    teacher: str, student: str,
-    methods: tuple[str, ...] = ("CE", "KD"),
+    teacher: str,  # name of a network
+    student: str,  # name of a network
+    methods: tuple[str, ...] = ("CE", "KD"),  # of the table, with a colour in `COLOURS`
 ) -> None:
     "Other methods of the same pair as dashed lines."
     pair = table[(table["teacher"] == teacher) & (table["student"] == student)].set_index("method")
@@ -133,9 +139,9 @@ def reference_lines(
 # %% ../../nbs/results/figures.ipynb #1a68c37e
 def interval(
     ax: plt.Axes,
-    y: float,
+    y: float,  # where on the vertical axis
     line: pd.Series,  # difference, low and high; an interval of one run is NaN
-    colour: str,
+    colour: str,  # a colour of matplotlib
     edge: float = math.inf,  # what reaches further is written at the edge, so that it does not squeeze the rest
 ) -> None:
     "A difference and its 95 % interval, or an arrow with the numbers."
@@ -150,7 +156,9 @@ def interval(
                 textcoords="offset points", ha="right" if side > 0 else "left", va="center", color=colour)
 
 # %% ../../nbs/results/figures.ipynb #79e6876a
-def colours_of(names: list[str]) -> list[str]:
+def colours_of(
+    names: list[str],  # of the compared cells, such as methods
+) -> list[str]:
     "A colour for each line of a comparison: where methods are compared, LDRLD and the baselines stand out."
     if "KD" not in names: return [COLOURS["LDRLD"]] * len(names)
     return [COLOURS["LDRLD"] if "LDRLD" in name else COLOURS.get(name, "#6e6e6e") for name in names]

@@ -37,14 +37,14 @@ def evidence_links(
 
 # %% ../../nbs/results/front_page.ipynb #087880d9
 def duration(
-    seconds: float,
+    seconds: float,  # a length of time
 ) -> str:
     "Hours, or minutes if less than one hour."
     return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min"
 
 # %% ../../nbs/results/front_page.ipynb #1779791e
 def where_and_how_long(
-    made: list[Record],
+    made: list[Record],  # of the finished runs
 ) -> str:  # such as "11 runs, 6.0 h of training; AMD EPYC, 1 thread per run"
     "The number of runs, their training time and machines."
     if not made: return "no run"

@@ -69,6 +69,7 @@ def by_class(
         table[name] = [accuracy(z[labels == c], labels[labels == c]) for c in range(len(classes))]
     return table
 
+# %% ../../nbs/results/student_report.ipynb #d47cb4cf
 def differences(
     logits: Mapping[str, Tensor],  # of "student" and "teacher"
     labels: Tensor, classes: Sequence[str],
@@ -92,7 +93,7 @@ def _who_is_right(true: int, student: int, teacher: int) -> str:
 # %% ../../nbs/results/student_report.ipynb #440f43b3
 def reliability_table(
     logits: Mapping[str, Tensor], labels: Tensor,
-    bins: int = 10,
+    bins: int = 10,  # M, equally wide from 0 to 1
 ) -> pd.DataFrame:  # network, and the columns of `reliability`; empty bins left out
     "The values of a reliability diagram, for each network."
     parts = []
@@ -102,6 +103,7 @@ def reliability_table(
         parts.append(part[part["fraction"] > 0])
     return pd.concat(parts, ignore_index=True)
 
+# %% ../../nbs/results/student_report.ipynb #b09c6c8a
 def learning_curves(
     records: Mapping[str, Record],  # network -> its record
 ) -> pd.DataFrame:  # network, epoch, lr, seconds, train_accuracy, test_accuracy, loss, and each of its terms
@@ -114,13 +116,17 @@ def learning_curves(
 # %% ../../nbs/results/student_report.ipynb #1e031285
 SHOWN = {"teacher": COLOURS["teacher"], "student": COLOURS["LDRLD"], "baseline": COLOURS["KD"]}  # colour of each
 
-def write_figure(fig: plt.Figure, path: Path) -> None:
+def write_figure(
+    fig: plt.Figure,  # closed afterwards
+    path: Path,  # ends in .png
+) -> None:
     "Write a figure as PNG."
     whole = io.BytesIO()
     with mpl.rc_context(STYLE): fig.savefig(whole, format="png", dpi=150, metadata={"Software": None})
     plt.close(fig)
     write_whole(path, whole.getbuffer())
 
+# %% ../../nbs/results/student_report.ipynb #870a1467
 def curves_figure(
     curves: pd.DataFrame,  # from `learning_curves`
 ) -> plt.Figure:
@@ -151,10 +157,12 @@ def reliability_figure(
     ax.legend(fontsize=7)
     return fig
 
+# %% ../../nbs/results/student_report.ipynb #e224a9fb
 MOST_CLASSES = 60  # of a confusion matrix that can still be read
 
 def confusion_figure(
-    student: Tensor, labels: Tensor, classes: Sequence[str],
+    student: Tensor,  # (n, classes), its logits
+    labels: Tensor, classes: Sequence[str],
 ) -> plt.Figure | None:  # None for more classes than can be read
     "The student's confusion matrix: rows are true classes, each adds up to 100 %."
     n = len(classes)
@@ -176,7 +184,7 @@ def confusion_figure(
 def difference_figure(
     table: pd.DataFrame,  # from `differences`
     images: Tensor,  # uint8 (n, height, width, 3)
-    most: int = 12,
+    most: int = 12,  # images shown, at most
 ) -> plt.Figure | None:  # None if the networks agree on every image
     "The first images of the table, each with its class and both predictions."
     if table.empty: return None

@@ -60,7 +60,7 @@ def shown(
 
 # %% ../../nbs/results/tables.ipynb #3b33030f
 def p_text(
-    p: float,
+    p: float,  # from 0 to 1, or NaN
 ) -> str:
     "A p-value with three digits; empty for NaN."
     if math.isnan(p): return ""
@@ -70,7 +70,7 @@ def p_text(
 def shown_measures(
     table: pd.DataFrame,  # from `summarise_measures`
     names: dict[str, str],  # displayed name of each metric
-    digits: int = 2,
+    digits: int = 2,  # after the decimal point
 ) -> pd.DataFrame:  # text
     "A table of metrics for readers: mean ± sd, or \"not run\"."
     out = table.drop(columns=["n", "runs", *(c for m in names for c in (m, f"{m} sd", f"{m} max"))], errors="ignore")
@@ -95,9 +95,9 @@ def folder_of(
 # %% ../../nbs/results/tables.ipynb #93124fa1
 def caption(
     table: pd.DataFrame,  # from `summarise`
-    title: str,
+    title: str,  # its first words
     p: str | Profile,
-    baseline: dict | None = None,
+    baseline: dict | None = None,  # the cell that the others are compared with; None without differences
 ) -> str:
     "The caption of a table, computed from it: data, seeds, epochs, and what is missing."
     p, n = profile(p), table["n"]
@@ -227,7 +227,7 @@ def beside_published(
 # %% ../../nbs/results/tables.ipynb #6a067e05
 def caption_of_measures(
     table: pd.DataFrame,  # from `summarise_measures`
-    title: str,
+    title: str,  # its first words
     p: str | Profile,
 ) -> str:
     "The caption of a table of metrics."

@@ -68,7 +68,7 @@ class Search(BaseModel):
         "The loss's default values of the searched hyper-parameters."
         return {name: self.base.loss_args[name] for name in self.space}
 
-    def holds(self, values: dict) -> bool:
+    def holds(self, values: dict[str, Any]) -> bool:
         "Whether these values lie in the space."
         on_grid = lambda d, v: d.step is None or abs((v - d.low) / d.step - round((v - d.low) / d.step)) < 1e-9
         inside = lambda d, v: (
@@ -76,7 +76,7 @@ class Search(BaseModel):
         )
         return all(inside(d, values[name]) for name, d in self.dimensions.items())
 
-    def config(self, values: dict, seed: int = 0) -> RunConfig:
+    def config(self, values: dict[str, Any], seed: int = 0) -> RunConfig:
         "The run of a trial with these values."
         return RunConfig(**{**dict(self.base), "loss_args": {**self.base.loss_args, **values}, "seed": seed})
 
@@ -165,8 +165,8 @@ class Declaration(BaseModel):
     "The file of a search: its declaration, and the code with which it was begun."
 
     search: Search
-    sampler: str
-    made: dict
+    sampler: str  # how settings are suggested, in words
+    made: dict  # version of Optuna, the code's commit, and whether files differed from it
 
 # %% ../../../nbs/tuning/search.ipynb #bb3672d3
 def declared(
@@ -181,7 +181,10 @@ def declared(
         raise ValueError(f"{file} is not a declaration of a search; move it away and call again\n{error}") from error
 
 # %% ../../../nbs/tuning/search.ipynb #e8893a52
-def lock_file(search: Search, what: str) -> str:
+def lock_file(
+    search: Search,
+    what: str,  # what it guards: "declare", "claim" or "trial-<number>"
+) -> str:
     "The file of a lock, which is released when its process ends, for whatever reason."
     folder = paths.work(f"{search.folder}-{search.name}")
     folder.mkdir(parents=True, exist_ok=True)

@@ -48,7 +48,7 @@ def _range(low: str, high: str, by: str | None, whole: bool) -> Dimension:
 
 # %% ../../../nbs/tuning/space.ipynb #0fbe6451
 def ends(
-    dimension: Dimension,
+    dimension: Dimension,  # from `dimension`
 ) -> tuple:
     "Both ends of a range, or every value of a list."
     return dimension.choices if isinstance(dimension, CategoricalDistribution) else (dimension.low, dimension.high)

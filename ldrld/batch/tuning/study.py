@@ -61,7 +61,11 @@ class SeededByNumber(BaseSampler):
     ):
         self.seed, self.startup = seed, startup
 
-    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+    def before_trial(
+        self,
+        study: optuna.Study,  # the search's
+        trial: FrozenTrial,  # the new one; its number and the search's seed determine the stream
+    ) -> None:
         "A new trial, a new stream."
         self.tpe = TPESampler(seed=(1_000_003 * (self.seed + 1) + trial.number) % 2**32, n_startup_trials=self.startup)
         self.tpe.before_trial(study, trial)
@@ -115,14 +119,14 @@ def values_of(
 class Claim(NamedTuple):
     "A trial that this process runs; others cannot claim it until the lock is released or the process ends."
 
-    number: int
-    values: dict
-    lock: FileLock
+    number: int  # of the trial in its study, from 0
+    values: dict[str, Any]
+    lock: FileLock  # held while the trial runs
 
 # %% ../../../nbs/tuning/study.ipynb #f6e6b13d
 def claim(
     search: Search,
-    study: optuna.Study,
+    study: optuna.Study,  # from `study_of`
     trials: int,  # of the study in all, those finished and those running elsewhere included
 ) -> Claim | None:  # None: there are as many as requested
     "The next trial: an unfinished one, else a new one."

@@ -22,7 +22,7 @@ from ...experiments.runner import Paused, Report, run
 # %% ../../../nbs/tuning/trials.ipynb #22b3b60f
 def measured(
     search: Search,
-    values: dict,  # of what is searched
+    values: dict[str, Any],
     report: Report = None,
 ) -> float:  # per cent
     "Accuracy on the held-out training images after the last epoch, averaged over seeds; trained now if necessary."
@@ -75,7 +75,7 @@ def tune(
 
 # %% ../../../nbs/tuning/trials.ipynb #32da4395
 def settings_of(
-    values: dict,
+    values: dict[str, Any],
 ) -> str:  # such as "alpha=10.5 depth=7"
     "Settings as they are written on a command line."
     return " ".join(
@@ -130,6 +130,10 @@ def best_of(
     "The settings with the highest accuracy on the held-out images; the first in case of ties."
     return settings_in(search, table.loc[table["held_out"].idxmax()])
 
-def settings_in(search: Search, line: pd.Series) -> dict:
+# %% ../../../nbs/tuning/trials.ipynb #0d4bc270
+def settings_in(
+    search: Search,
+    line: pd.Series,  # of the table from `table_of`
+) -> dict:  # name -> value
     "The settings of a line, as plain Python values."
     return {name: line[name].item() if hasattr(line[name], "item") else line[name] for name in search.space}

@@ -73,7 +73,7 @@ def common(
     """Reproduce LDRLD: run experiments, make tables and figures, check every number."""
 
 
-Profile = Annotated[str, typer.Option(help="quick, small, paper, or a YAML file with a custom profile.")]
+ProfileName = Annotated[str, typer.Option(help="quick, small, paper, or a YAML file with a custom profile.")]
 
 
 Only = Annotated[
@@ -105,7 +105,7 @@ def seconds(
 
 
 def start(
-    profile: str,
+    profile: str,  # name of a profile, or the path of a YAML file with one
     only: list[str] | None = None,  # names of experiments, or module:name; None: those of the profile
     out: Path | None = None,  # folder of the results, which becomes `LDRLD_OUT`; None: as it is
 ) -> tuple[str, ...]:  # names of the requested experiments; empty: those of the profile
@@ -144,7 +144,7 @@ def tell_odd(profile: str) -> list[str]:
 
 def end(
     outcomes: list["Outcome"],  # one per run and notebook
-    profile: str,
+    profile: str,  # name of a profile, or the path of a YAML file with one
 ) -> None:
     """Print the outcome of the runs and the place of the results; exit code 1 for a failed run or invalid record."""
     from ldrld.core import paths

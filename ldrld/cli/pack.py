@@ -8,13 +8,13 @@ from typing import Annotated
 
 import typer
 
-from ldrld.cli.app import Only, Out, Profile, app, start
+from ldrld.cli.app import Only, Out, ProfileName, app, start
 
 
 @app.command()
 def pack(
     folder: Annotated[Path, typer.Argument(help="A new folder, to be copied to the other machine.")],
-    profile: Profile = "paper",
+    profile: ProfileName = "paper",
     only: Only = None,
     planned: Annotated[
         bool, typer.Option("--planned", help="The runs of the profile's plan instead of its experiments.")

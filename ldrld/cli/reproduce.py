@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ldrld.cli.app import Budget, Jobs, Only, Out, Profile, app, end, ready, seconds, start
+from ldrld.cli.app import Budget, Jobs, Only, Out, ProfileName, app, end, ready, seconds, start
 from ldrld.cli.verify import verify
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def slurm_options(
 
 @app.command()
 def reproduce(
-    profile: Profile = "quick",
+    profile: ProfileName = "quick",
     only: Only = None,
     jobs: Jobs = 2,
     out: Out = None,
@@ -142,7 +142,7 @@ def reproduce(
 
 
 @app.command()
-def report(profile: Profile = "quick", only: Only = None, jobs: Jobs = 2, out: Out = None) -> None:
+def report(profile: ProfileName = "quick", only: Only = None, jobs: Jobs = 2, out: Out = None) -> None:
     """Make tables and figures from the records, without training."""
     chosen = start(profile, only, out)
     from ldrld.batch import scheduler

@@ -2,11 +2,11 @@
 
 import os
 
-from ldrld.cli.app import Out, Profile, app, start, tell_odd
+from ldrld.cli.app import Out, ProfileName, app, start, tell_odd
 
 
 @app.command()
-def status(profile: Profile = "quick", out: Out = None) -> None:
+def status(profile: ProfileName = "quick", out: Out = None) -> None:
     """Show the progress of a profile: runs planned, finished and missing for each experiment, and the next runs.
 
     For another folder of records, list them.

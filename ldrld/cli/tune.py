@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ldrld.cli.app import Budget, Out, Profile, app, seconds, start
+from ldrld.cli.app import Budget, Out, ProfileName, app, seconds, start
 
 
 @app.command()
@@ -14,7 +14,7 @@ def tune(
     words: Annotated[
         list[str] | None, typer.Argument(metavar="[SPACE]...", help="Further parts of the space, after --space.")
     ] = None,
-    profile: Profile = "quick",
+    profile: ProfileName = "quick",
     loss: Annotated[str, typer.Option(help="The loss whose hyper-parameters are searched.")] = "ldrld",
     teacher: Annotated[str | None, typer.Option(help="Default: of the profile's ablation pair.")] = None,
     student: Annotated[str | None, typer.Option(help="Default: of the profile's ablation pair.")] = None,

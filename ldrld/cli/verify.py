@@ -8,7 +8,9 @@ import typer
 from ldrld.cli.app import Out, app, start, tell_odd
 
 
-def tables_of(profile: str) -> tuple[list[str], int, list[str]]:
+def tables_of(
+    profile: str,  # name of a profile, or the path of a YAML file with one
+) -> tuple[list[str], int, list[str]]:
     """Recompute a profile's tables: the problems, the number of tables checked, and those that are not made yet."""
     from ldrld.experiments.catalog import EXPERIMENTS
     from ldrld.experiments.profiles import profile as profile_of

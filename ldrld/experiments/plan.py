@@ -216,7 +216,7 @@ def compared(
 def decided(
     differences: dict[int, float],  # by seed, points
     stage: Stage,
-    plan: Plan,
+    plan: Plan,  # from `plan_of`
 ) -> dict:  # n, planned, difference, low, high, p, verdict, new seeds
     "A comparison's numbers; only the count until all its seeds have been run."
     values = np.array(list(differences.values()))

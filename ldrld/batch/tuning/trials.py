@@ -9,6 +9,7 @@ __all__ = ['measured', 'tune', 'settings_of', 'table_of', 'best_of', 'settings_i
 import math
 import os
 import time
+from typing import Any
 
 import pandas as pd
 from optuna.trial import TrialState

@@ -174,7 +174,7 @@ def members(
 
 def joined(
     found: dict[str, bytes],  # name -> content, from `members`; parts of a file end in .0-of-2, .1-of-2
-) -> dict[str, bytes]:  # a file of which a part is missing is left out
+) -> dict[str, bytes]:  # name -> content, without files of which a part is missing
     """The files of all archives, with split files joined."""
     whole = {name: content for name, content in found.items() if not re.search(r"\.\d+-of-\d+$", name)}
     cut: dict[str, dict[int, bytes]] = {}

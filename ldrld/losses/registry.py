@@ -30,7 +30,7 @@ _losses: dict[str, type[LossBase]] = {}
 
 
 def register(
-    name: str,  # under which `build` finds the class; the class may have several
+    name: str,  # under which `build` finds the class
 ) -> Callable[[type[Loss]], type[Loss]]:
     """Class decorator that registers a loss as `name`. ValueError if another class has that name."""
     def add(loss: type[Loss]) -> type[Loss]:
@@ -125,8 +125,8 @@ def needs_teacher(
 
 def published_settings(
     name: str,  # of a loss, see `loss_class`
-    teacher: str,  # a network's name, as in `ldrld.models.available()`, or one of `IMAGENET_PAIRS`
-    student: str,  # likewise
+    teacher: str,  # name in `ldrld.models.available()`
+    student: str,  # name in `ldrld.models.available()`
     loss: str | None = None,  # for a wrapper, the wrapped loss that was published with it; None: the wrapper's default
 ) -> dict[str, Any]:  # by name
     """Published hyper-parameters of a loss for a pair of networks; empty if none were found.

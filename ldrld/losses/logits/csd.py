@@ -55,7 +55,7 @@ class CSD(LogitLoss):
 
     def weights(
         self,
-        who: str,  # whose softmax: "student" | "teacher" | "uniform", nobody's
+        who: str,  # whose softmax: "student" | "teacher"; "uniform": equal weights
         student: Tensor,  # (rows, classes) logits
         teacher: Tensor,  # (rows, classes) logits
     ) -> Tensor:  # (rows, classes)

@@ -196,7 +196,7 @@ class LossHooks(LossTraits):
         student: nn.Module,  # the student network, on its device
         teacher: Any,  # the teacher network, on the same device; None for a loss without a teacher
         example: Tensor,  # (batch, 3, side, side) images on that device, for the shapes of features; one is enough
-        data: Any = None,  # with `train_images`, `train_labels`, `mean` and `std`, for losses that use the training set
+        data: Any = None,  # training data with `train_images`, `train_labels`, `mean`, `std`; None: not needed
     ) -> Self:  # the loss itself
         "Create buffers and extra modules for these networks, from an example batch; here nothing."
         return self

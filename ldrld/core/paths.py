@@ -19,7 +19,9 @@ def _is_ours(settings: Path) -> bool:
     except OSError: return False
 
 
-def shown(path: str | os.PathLike) -> str:
+def shown(
+    path: str | os.PathLike,  # of a file or folder, may be missing
+) -> str:
     """A path for display: relative to the current folder if possible, else as given (e.g. on another drive)."""
     try: return os.path.relpath(path)
     except (ValueError, OSError): return str(path)
@@ -50,17 +52,24 @@ def data_root() -> Path:
     return Path(os.environ.get("LDRLD_DATA", root() / "data")).resolve()
 
 
-def records(profile: str) -> Path:
+def records(
+    profile: str,  # name of a profile, such as `small`; a folder is named after it
+) -> Path:
     """Run records of a profile, one JSON file per run."""
     return out() / "data" / "runs" / profile
 
 
-def tables(profile: str) -> Path:
+def tables(
+    profile: str,  # name of a profile, such as `small`; a folder is named after it
+) -> Path:
     """Tables of a profile, as CSV, Markdown and LaTeX."""
     return out() / "data" / "tables" / profile
 
 
-def table(profile: str, name: str) -> Path:
+def table(
+    profile: str,  # name of a profile, such as `small`; a folder is named after it
+    name: str,  # of the table, such as `decisions`, without suffix
+) -> Path:
     """A table's CSV file; FileNotFoundError, saying what makes it, if it is not there."""
     path = tables(profile) / f"{name}.csv"
     if not path.exists():
@@ -68,37 +77,51 @@ def table(profile: str, name: str) -> Path:
     return path
 
 
-def figures(profile: str) -> Path:
+def figures(
+    profile: str,  # name of a profile, such as `small`; a folder is named after it
+) -> Path:
     """Figures of a profile, as SVG and PNG."""
     return out() / "figures" / profile
 
 
-def weights(profile: str) -> Path:
+def weights(
+    profile: str,  # name of a profile, such as `small`; a folder is named after it
+) -> Path:
     """Teachers' weights in half precision."""
     return out() / "data" / "teachers" / profile
 
 
-def work(name: str = "") -> Path:
+def work(
+    name: str = "",  # of the run; empty: the folder of all runs
+) -> Path:
     """Checkpoints, weights and teacher logits of the run `name`: large, reproducible, never committed."""
     return out() / "runs" / name
 
 
-def executed(profile: str) -> Path:
+def executed(
+    profile: str,  # name of a profile, such as `small`; a folder is named after it
+) -> Path:
     """Executed notebooks: logs, kept outside `nbs/`, where nbdev would treat them as sources."""
     return out() / "runs" / "executed" / profile
 
 
-def jobs(profile: str) -> Path:
+def jobs(
+    profile: str,  # name of a profile, such as `small`; a folder is named after it
+) -> Path:
     """Jobs handed to a cluster, one folder each, with its log: see `ldrld.batch.cluster`."""
     return out() / "runs" / "jobs" / profile
 
 
-def measurements(folder: str = "bench") -> Path:
+def measurements(
+    folder: str = "bench",  # `bench` or `bench-small`
+) -> Path:
     """Benchmark measurements, one folder per machine and one JSON file per benchmark; `bench-small` for trials."""
     return out() / "data" / folder
 
 
-def manifest(folder: str) -> Path:
+def manifest(
+    folder: str,  # name of a profile, or `bench` or `bench-small`
+) -> Path:
     """The hashes of a profile's results, or of the benchmarks', see `ldrld.results.manifest`."""
     return out() / "data" / "manifests" / f"{folder}.sha256"
 

@@ -50,7 +50,7 @@ def task_of(
 
 # %% ../../nbs/bench/graphs.ipynb #8977581e
 def one_epoch(
-    flights: list[InFlight],  # all at the same epoch
+    flights: list[InFlight],  # students in flight, all at the same epoch
 ) -> None:
     "Every student's next epoch, completed."
     goal = flights[0].epoch + 1
@@ -209,7 +209,7 @@ def runs_per_hour(
 
 # %% ../../nbs/bench/graphs.ipynb #dd03e0df
 def compared_runs(
-    points: pd.DataFrame,  # from `ldrld.bench.timing.frame`, of one machine
+    points: pd.DataFrame,  # from `ldrld.bench.measurements.frame`, of one machine
 ) -> pd.DataFrame:  # a row per implementation: runs per hour, speed-up, lower bound as a fraction of the time
     "The results of a measurement, pair by pair."
     lines, columns = [], ["median", "q1", "q3"]

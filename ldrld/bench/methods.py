@@ -223,7 +223,7 @@ def methods(scale: str, device: str) -> list[Case]:
 # %% ../../nbs/bench/methods.ipynb #9010ea81
 def costs_of(
     name: str,  # of a method
-    of_pair: pd.DataFrame,  # from `ldrld.bench.timing.frame`, of one pair of networks on one machine
+    of_pair: pd.DataFrame,  # from `ldrld.bench.measurements.frame`, of one pair of networks on one machine
 ) -> dict:
     "A line of the table."
     seconds, bytes_ = (of_pair[of_pair["unit"] == unit].set_index("implementation") for unit in ("s", "B"))
@@ -246,7 +246,7 @@ def costs_of(
 
 # %% ../../nbs/bench/methods.ipynb #c9f99d96
 def costs(
-    points: pd.DataFrame,  # from `ldrld.bench.timing.frame`, of one machine
+    points: pd.DataFrame,  # from `ldrld.bench.measurements.frame`, of one machine
 ) -> pd.DataFrame:  # one row per pair and method, by time within the pair; seconds and bytes: median, q1, q3, n
     "`step`, `whole` (teacher included), `epoch`, `memory`; multiples of KD's (`…times`); parameters `extra`, `used`."
     lines = []

@@ -31,7 +31,7 @@ class Stopwatch:
         self.device = device
 
     def lap(self,
-        part: str,  # one of `PARTS`
+        part: str,  # one of `PARTS`, the one that ends now
     ) -> None:
         "Add the time since the last lap to `part`."
         if self.last is None:
@@ -42,8 +42,8 @@ class Stopwatch:
         self.seconds[part], self.last = self.seconds[part] + now - self.last, now
 
     def around(self,
-        part: str,  # one of `PARTS`
-        function: Callable,  # with any arguments
+        part: str,  # one of `PARTS`, which this function is
+        function: Callable,  # such as the teacher or a loss, with any arguments
     ) -> Callable:
         "The same function, timed."
         def timed(*args: Any, **kwargs: Any) -> Any:

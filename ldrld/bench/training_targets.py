@@ -55,7 +55,7 @@ def usual_at_best(
 # %% ../../nbs/bench/training_targets.ipynb #e791cd13
 def reached(
     aim: TrainingAim,  # such as one of `AIMS`
-    points: pd.DataFrame,  # from `ldrld.bench.timing.frame`, of one machine
+    points: pd.DataFrame,  # from `ldrld.bench.measurements.frame`, of one machine
 ) -> dict | None:  # median, q1, q3, n of the factor, and `against`; None where it was not measured
     "The factor in a measurement for a target."
     pair = points[

@@ -247,7 +247,7 @@ class Position:
 class Settings(NamedTuple):
     "Of a training on files; all but `accumulate`, `workers` and `save_every` must agree with a checkpoint."
     recipe: str = "imagenet"  # one of `RECIPES`
-    epochs: int = 100
+    epochs: int = 100  # length of the training
     batch_size: int = 512  # images per step, of all processes together
     seed: int = 0  # of the order of the images and their crops
     accumulate: int = 1  # micro-batches per step and process
@@ -311,7 +311,7 @@ def steps_of(
 def row_of(
     student: FileStudent,
     position: Position,  # with the sums of the whole epoch
-    epoch: int,
+    epoch: int,  # counted from 1
     rate: float,  # learning rate at its beginning
     test_accuracy: float,  # per cent
 ) -> dict[str, Any]:

@@ -175,7 +175,7 @@ def called(
 
 # %% ../../nbs/training/graphs.ipynb #28644be9
 def imitated(
-    function: Callable[[], None],  # runs once, now
+    function: Callable[[], None],  # called once, to be recorded
     stream: Any = None,  # unused
     pool: Any = None,  # unused
     generators: Iterable[torch.Generator] = (),  # unused
@@ -185,7 +185,7 @@ def imitated(
 
 # %% ../../nbs/training/graphs.ipynb #9d5b9d42
 def captured(
-    function: Callable[[], None],  # runs once, now
+    function: Callable[[], None],  # called once, to be recorded
     stream: Any,  # CUDA stream to record on
     pool: Any,  # handle of the memory pool
     generators: Iterable[torch.Generator] = (),  # those that the function draws from

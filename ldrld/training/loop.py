@@ -100,7 +100,7 @@ def train(
     batch_size: int = 64,  # the last batch of an epoch may be smaller
     lr: float = 0.05,  # base learning rate
     momentum: float = 0.9,  # of SGD; β₁ of AdamW
-    weight_decay: float = 5e-4,  # of the optimiser
+    weight_decay: float = 5e-4,  # L2 penalty of SGD; decoupled in AdamW
     seed: int = 0,  # of the order of the images and their crops
     dtype: torch.dtype = torch.float32,  # of the convolutions
     checkpoint: str | os.PathLike | None = None,  # file to resume from and to write after each epoch

@@ -112,7 +112,7 @@ class Learner:
         recipe: str = "crd",  # one of `RECIPES`
         lr: float = 0.05,  # base learning rate
         momentum: float = 0.9,  # of SGD; β₁ of AdamW
-        weight_decay: float = 5e-4,  # of the optimiser
+        weight_decay: float = 5e-4,  # L2 penalty of SGD; decoupled in AdamW
         checkpoint: str | os.PathLike | None = None,  # file to resume from and to write after each epoch
         note: dict[str, Any] | None = None,  # must be equal when resuming, such as the fingerprint of the data
         compiled: bool = False,  # use torch.compile, on a GPU with CUDA graphs
@@ -133,8 +133,8 @@ class Learner:
     def begin(self,
         epochs: int,  # of the whole training
         steps: int,  # batches per epoch
-        batch_size: int = 64,  # must agree with the checkpoint
-        seed: int = 0,  # must agree with the checkpoint
+        batch_size: int = 64,  # images in a batch; must agree with the checkpoint
+        seed: int = 0,  # of the order of the images and their crops; must agree with the checkpoint
     ) -> None:
         "Create the schedule; restore the checkpoint if there is one."
         self.scheduler, self.per_batch = schedule(self.optimizer, self.recipe, epochs, steps)
@@ -154,9 +154,13 @@ class Scored(Learner):
     rate: float  # learning rate at the beginning of the epoch
     seconds: float  # spent in steps
     seen: int  # images
-    steps: int  # of the epoch so far
+    steps: int  # steps of the epoch so far
 
-    def begin_epoch(self, epoch: int, epochs: int, seed: int) -> None:
+    def begin_epoch(self,
+        epoch: int,
+        epochs: int,
+        seed: int,  # of the loss's random numbers
+    ) -> None:
         "Reset the sums and switch to training mode."
         self.model.train()
         self.loss.train()
@@ -223,7 +227,7 @@ class Student(Scored):
     def test(self,
         tests: Crops,  # the test images, without padding
         labels: Tensor,  # (M,) class of each
-        dtype: torch.dtype,
+        dtype: torch.dtype,  # of the convolutions
     ) -> float:  # per cent
         "Accuracy on the test images. Raises `Diverged` if a sum of the epoch or a logit is not finite."
         self.check(wrong_loss(sum(self.sums.values(), torch.zeros(())), self.sums))

@@ -52,22 +52,18 @@ def data_root() -> Path:
     return Path(os.environ.get("LDRLD_DATA", root() / "data")).resolve()
 
 
-def records(
-    profile: str,  # name of a profile, such as `small`; a folder is named after it
-) -> Path:
+def records(profile: str) -> Path:
     """Run records of a profile, one JSON file per run."""
     return out() / "data" / "runs" / profile
 
 
-def tables(
-    profile: str,  # name of a profile, such as `small`; a folder is named after it
-) -> Path:
+def tables(profile: str) -> Path:
     """Tables of a profile, as CSV, Markdown and LaTeX."""
     return out() / "data" / "tables" / profile
 
 
 def table(
-    profile: str,  # name of a profile, such as `small`; a folder is named after it
+    profile: str,
     name: str,  # of the table, such as `decisions`, without suffix
 ) -> Path:
     """A table's CSV file; FileNotFoundError, saying what makes it, if it is not there."""
@@ -77,16 +73,12 @@ def table(
     return path
 
 
-def figures(
-    profile: str,  # name of a profile, such as `small`; a folder is named after it
-) -> Path:
+def figures(profile: str) -> Path:
     """Figures of a profile, as SVG and PNG."""
     return out() / "figures" / profile
 
 
-def weights(
-    profile: str,  # name of a profile, such as `small`; a folder is named after it
-) -> Path:
+def weights(profile: str) -> Path:
     """Teachers' weights in half precision."""
     return out() / "data" / "teachers" / profile
 
@@ -98,16 +90,12 @@ def work(
     return out() / "runs" / name
 
 
-def executed(
-    profile: str,  # name of a profile, such as `small`; a folder is named after it
-) -> Path:
+def executed(profile: str) -> Path:
     """Executed notebooks: logs, kept outside `nbs/`, where nbdev would treat them as sources."""
     return out() / "runs" / "executed" / profile
 
 
-def jobs(
-    profile: str,  # name of a profile, such as `small`; a folder is named after it
-) -> Path:
+def jobs(profile: str) -> Path:
     """Jobs handed to a cluster, one folder each, with its log: see `ldrld.batch.cluster`."""
     return out() / "runs" / "jobs" / profile
 

@@ -159,7 +159,7 @@ def selfcheck(
     say: Callable[[str], Any] = print,  # called with each line
     seconds: float = 90.0,  # after which no further check starts
 ) -> bool:
-    """Check the engine on the GPU of this machine; reports each check and returns whether all completed checks passed."""
+    """Check the engine on this machine's GPU; reports each check and returns whether all completed checks passed."""
     if not torch.cuda.is_available():
         say("no GPU: nothing to check; the tests verify the engine on a CPU")
         return True

@@ -10,6 +10,7 @@ export OMP_NUM_THREADS := 1
 reproduce: $(VENV)/ready  ## every table and figure of the quick profile, from scratch, in reproduced/
 	$(BIN)/ldrld reproduce --profile quick --jobs 2 --out reproduced
 	$(BIN)/ldrld verify --profile quick --out reproduced
+	$(BIN)/ldrld compare --profile quick --out reproduced
 
 test: $(VENV)/ready  ## the checks that every change must pass
 	$(BIN)/ruff check ldrld tests docs setup.py

@@ -55,7 +55,12 @@ def taught_by_ours(s: Setting, teacher: nn.Module, epochs: int, seed: int) -> fl
     return member.history[-1]["test_accuracy"]
 
 # %% ../../nbs/bench/accuracy.ipynb #8d13472c
-def teach(s: Setting, weights: Path | None, epochs: int, seeds: int) -> list[Point]:
+def teach(
+    s: Setting,
+    weights: Path | None,  # file of the teacher's weights; None leaves them random
+    epochs: int,  # length of each student's training
+    seeds: int,  # number of students of each loop; their seeds count from 0
+) -> list[Point]:
     "Both loops, seed by seed."
     network = models.build(s.teacher, len(s.images.classes))
     teacher = (models.load_weights(network, weights) if weights else network).to(s.device).eval()

@@ -50,7 +50,7 @@ def task_of(
 
 # %% ../../nbs/bench/graphs.ipynb #8977581e
 def one_epoch(
-    flights: list[InFlight],
+    flights: list[InFlight],  # students in flight, all at the same epoch
 ) -> None:
     "Every student's next epoch, completed."
     goal = flights[0].epoch + 1
@@ -69,7 +69,7 @@ def one_epoch(
 def in_flight(
     s: Setting,
     task: Task,
-    students: int,
+    students: int,  # how many share the device
     deterministic: bool = True,  # only deterministic cuDNN algorithms
 ) -> Callable[[], float]:  # each call is a slice: seconds per step and student
     "Students trained in parallel, ready to be measured."
@@ -103,16 +103,18 @@ class Operands(TorchDispatchMode):
         return result
 
 # %% ../../nbs/bench/graphs.ipynb #63e71b83
-def size_in_bytes(tensor: Tensor) -> int:
+def size_in_bytes(
+    tensor: Tensor,  # on any device; an expanded dimension has stride 0
+) -> int:
     "Bytes of a tensor in memory, where expanded dimensions count once."
     return tensor.element_size() * prod(n for n, stride in zip(tensor.shape, tensor.stride()) if stride or not n)
 
 class Work(NamedTuple):
     "The work in a student's step."
 
-    operations: int
-    bytes: int
-    flops: int
+    operations: int  # calls of operators, except views
+    bytes: int  # of their operands and results
+    flops: int  # of convolutions and matrix products
 
 # %% ../../nbs/bench/graphs.ipynb #5e37cd97
 def work_of_a_step(
@@ -139,7 +141,7 @@ SIDE = {"cuda": 8192, "cpu": 512}  # of square matrices that are multiplied
 
 def floor_of(
     s: Setting,
-    work: Work,
+    work: Work,  # from `work_of_a_step`
     dtype: torch.dtype,  # of the products
 ) -> dict[str, Callable[[], float]]:  # each call measures once: seconds per step
     "A step's bytes at the device's copy speed, and its arithmetic at the speed of a large matrix product."
@@ -199,13 +201,15 @@ EPOCHS, STEPS = 240, 782  # of a run: the recipe `crd`, 50,000 images in batches
 FLOOR = ("bytes at copy speed", "arithmetic at the speed of products")
 
 
-def runs_per_hour(seconds: float) -> float:
+def runs_per_hour(
+    seconds: float,  # per step and student
+) -> float:
     "From the seconds of a student's step."
     return 3600 / (seconds * EPOCHS * STEPS)
 
 # %% ../../nbs/bench/graphs.ipynb #dd03e0df
 def compared_runs(
-    points: pd.DataFrame,  # from `ldrld.bench.timing.frame`, of one machine
+    points: pd.DataFrame,  # from `ldrld.bench.measurements.frame`, of one machine
 ) -> pd.DataFrame:  # a row per implementation: runs per hour, speed-up, lower bound as a fraction of the time
     "The results of a measurement, pair by pair."
     lines, columns = [], ["median", "q1", "q3"]

@@ -30,7 +30,8 @@ from ..data.loader import Crop, file_batches, random_crop
 # %% ../../nbs/bench/loader.ipynb #ad5ae6d8
 def crops_of(
     images: ImageList,
-    seed: int = 0, epoch: int = 0,
+    seed: int = 0,  # of the crops
+    epoch: int = 0,  # of the crops; those of a training count from 1
 ) -> list[Crop]:  # of all training images
     "The crops that our loader draws."
     crops = []
@@ -42,8 +43,12 @@ def crops_of(
 # %% ../../nbs/bench/loader.ipynb #202536f0
 Candidate: TypeAlias = Callable[[bytes, Crop, int], Tensor]  # (file, crop, side) -> uint8 (3, side, side)
 
-
-def pillow(data: bytes, crop: Crop, side: int) -> Tensor:
+# %% ../../nbs/bench/loader.ipynb #4b6358e4
+def pillow(
+    data: bytes,  # of a JPEG file
+    crop: Crop,  # in the pixels of that file
+    side: int,  # pixels; height and width of the result
+) -> Tensor:
     "Everything by Pillow."
     image = Image.open(io.BytesIO(data)).convert("RGB")
     image = image.crop((crop.left, crop.top, crop.left + crop.width, crop.top + crop.height))
@@ -72,7 +77,7 @@ def simplejpeg_decoder() -> Candidate:
 
     return decoded_by(lambda data: torch.from_numpy(decode_jpeg(data)).permute(2, 0, 1))
 
-
+# %% ../../nbs/bench/loader.ipynb #1ba7a2f1
 def pillow_decoder() -> Candidate:
     "Pillow decodes, torchvision scales."
     def decode(data: bytes) -> Tensor:
@@ -81,11 +86,13 @@ def pillow_decoder() -> Candidate:
     return decoded_by(decode)
 
 # %% ../../nbs/bench/loader.ipynb #93a68113
-def as_bytes(data: bytes) -> Tensor:  # uint8 (bytes,)
+def as_bytes(
+    data: bytes,  # content of a file
+) -> Tensor:  # uint8 (bytes,)
     "A file as a tensor that may be written to, without a copy."
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
-
+# %% ../../nbs/bench/loader.ipynb #f835ce41
 def torchvision_decoder() -> Candidate:
     "torchvision's own decoder; deprecated since torchvision 0.29."
     import ldrld.core.torchvision  # noqa: F401
@@ -93,7 +100,7 @@ def torchvision_decoder() -> Candidate:
 
     return decoded_by(lambda data: decode_jpeg(as_bytes(data), mode=ImageReadMode.RGB))
 
-
+# %% ../../nbs/bench/loader.ipynb #dbac3c45
 def torchcodec_decoder() -> Candidate:
     "torchcodec, torchvision's successor for decoding."
     from torchcodec.decoders import decode_image
@@ -109,11 +116,11 @@ CANDIDATES: dict[str, Callable[[], Candidate]] = {
     "torchcodec": torchcodec_decoder,
 }
 
-
+# %% ../../nbs/bench/loader.ipynb #b49bd7bf
 class Ready(NamedTuple):
     "The candidates that work here, and why the others do not."
-    candidates: dict[str, Candidate]
-    missing: dict[str, str]
+    candidates: dict[str, Candidate]  # by name, as in `CANDIDATES`
+    missing: dict[str, str]  # name -> first line of the error
 
 # %% ../../nbs/bench/loader.ipynb #7722834d
 def ready(
@@ -136,10 +143,12 @@ def our_batches(images: ImageList, batch_size: int) -> Iterator[Tensor]:  # (bat
     parts = list(torch.arange(len(images.train_files)).split(batch_size))
     for batch in file_batches(images, True, parts): yield batch.images
 
-
+# %% ../../nbs/bench/loader.ipynb #3b36f726
 def plain_batches(
-    images: ImageList, batch_size: int,
-    candidate: Candidate, crops: list[Crop],
+    images: ImageList,
+    batch_size: int,
+    candidate: Candidate,  # decodes, crops and scales one file
+    crops: list[Crop],  # one for each training image
 ) -> Iterator[Tensor]:  # (batch, 3, side, side) uint8
     "All training images by a candidate."
     for part in torch.arange(len(crops)).split(batch_size):
@@ -187,17 +196,17 @@ LEAST = 0.9  # of the best candidate's rate
 class Verdict(NamedTuple):
     "The rate of our loader as a fraction of the best candidate's, round by round."
     best: str  # candidate
-    median: float
-    q1: float
-    q3: float
-    n: float
+    median: float  # fraction, 1 if both are equally fast
+    q1: float  # first quartile
+    q3: float  # third quartile
+    n: float  # number of rounds
 
     @property
     def reached(self) -> bool:
         "Whether it is the target or more."
         return self.median >= LEAST
 
-
+# %% ../../nbs/bench/loader.ipynb #586ee253
 def compared_with_best(
     points: pd.DataFrame,  # from `ldrld.bench.measurements.frame`, of one machine
 ) -> Verdict:

@@ -43,8 +43,8 @@ def reference_ldrld(
     teacher_logits: Tensor,  # (batch, classes)
     target: Tensor | None = None,  # (batch,) classes; without it there is no cross-entropy
     depth: int = 7,
-    alpha: float = 10.5,
-    beta: float = 7.0,
+    alpha: float = 10.5,  # weight of the pairs and of LLKI
+    beta: float = 7.0,  # weight of RNTK
     temperature: float = 4.0,
 ) -> Tensor:  # scalar
     "LDRLD, one combination of classes at a time, each a masked softmax over all classes; equal to `ldrld.LDRLD`."
@@ -100,7 +100,7 @@ COMPILED = (
 # %% ../../nbs/bench/losses.ipynb #51f76f23
 def task(
     implementation: str,  # in `LOSSES`
-    batch: int,
+    batch: int,  # rows of logits
     classes: int,
     depth: int = 7,
     labels: bool = False,  # with the cross-entropy
@@ -130,8 +130,8 @@ def time_losses(
     implementations: Iterable[str],  # in `LOSSES`
     device: str,
     rounds: int,
-    seconds: float,
-    threads: int = 1,
+    seconds: float,  # length of one measurement
+    threads: int = 1,  # of PyTorch's operators
     **size: Any,  # arguments of `task`
 ) -> list[Point]:
     "Forward and backward pass of the losses, alternating."
@@ -180,10 +180,10 @@ def loss_targets(scale: str, device: str) -> list[Case]:
 def time_beside_copy(
     device: str,
     rounds: int,
-    seconds: float,
-    batch: int,
+    seconds: float,  # length of one measurement
+    batch: int,  # rows of logits
     classes: int,
-    dtype: str,
+    dtype: str,  # of the logits, such as "bfloat16"
 ) -> list[Point]:
     "KD, LDRLD, and three matrices at copy speed."
     size: dict[str, Any] = dict(batch=batch, classes=classes, depth=7, dtype=dtype)
@@ -262,11 +262,11 @@ LINEAR_LOSSES: dict[str, Callable] = {
 # %% ../../nbs/bench/losses.ipynb #67a6ef6e
 def linear_task(
     implementation: str,  # in `LINEAR_LOSSES`
-    batch: int,
+    batch: int,  # rows of hidden states
     classes: int,
-    hidden: int = 256,
+    hidden: int = 256,  # numbers in a hidden state, of both networks
     depth: int = 7,
-    dtype: str = "float32",
+    dtype: str = "float32",  # of hidden states and weights
     device: str = "cpu",
 ) -> Callable[[], tuple[Tensor, ...]]:  # each call is a forward and a backward pass
     "A loss on random hidden states, ready to be measured."
@@ -289,7 +289,7 @@ def linear_task(
 def measure_linear(
     device: str,
     rounds: int,
-    seconds: float,
+    seconds: float,  # length of one measurement
     **size: Any,  # arguments of `linear_task`
 ) -> list[Point]:
     "Bytes, then seconds, of every implementation."

@@ -33,13 +33,13 @@ class Point(BaseModel):
     "One implementation in one setting: every measurement, and their median and quartiles."
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    implementation: str
+    implementation: str = Field(description="name of what was measured")
     size: dict[str, int | float | str | bool] = Field(description="the setting: batch, classes, depth, …")
-    unit: str
+    unit: str = Field(description='of the values: "s", "B", "s/image" …')
     values: tuple[float, ...] = Field(min_length=1, description="in the order of the rounds")
-    median: float
-    q1: float
-    q3: float
+    median: float = Field(description="of the values")
+    q1: float = Field(description="first quartile of the values")
+    q3: float = Field(description="third quartile of the values")
 
     @model_validator(mode="before")
     @classmethod
@@ -63,9 +63,9 @@ class Point(BaseModel):
 
 # %% ../../nbs/bench/measurements.ipynb #9bf445c8
 def point(
-    implementation: str,
-    values: Iterable[float],
-    unit: str = "s",
+    implementation: str,  # name of what was measured
+    values: Iterable[float],  # one per round
+    unit: str = "s",  # of the values: "s", "B", "s/image" …
     **size: Any,  # the setting
 ) -> Point:
     "A point from its measurements, kept to six digits."
@@ -83,17 +83,21 @@ Cases: TypeAlias = Callable[[str, str], list[Case]]  # (scale, device) -> what t
 class Benchmark:
     "A benchmark and its cases."
 
-    name: str
-    title: str
+    name: str  # as `ldrld bench` takes it
+    title: str  # what is measured, in a phrase
     notebook: str  # below `nbs/paper/`, which shows the result
-    cases: Cases
+    cases: Cases  # a function of scale and device
 
 
 BENCHMARKS: dict[str, Benchmark] = {}  # filled by the decorator below
 SCALES = ("small", "usual", "full")
 
 # %% ../../nbs/bench/measurements.ipynb #f8fc7ab1
-def benchmark(name: str, title: str, notebook: str) -> Callable[[Cases], Cases]:
+def benchmark(
+    name: str,  # as `ldrld bench` takes it; names the files, too
+    title: str,  # what is measured, in a phrase
+    notebook: str,  # below `nbs/paper/`, which shows the result
+) -> Callable[[Cases], Cases]:
     "Decorator: register a function of scale and device as a benchmark."
 
     def register(cases: Cases) -> Cases:
@@ -107,16 +111,16 @@ class Measurement(BaseModel):
     "The results of a benchmark on a machine, with everything needed to judge them."
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    name: str
-    scale: str
-    points: tuple[Point, ...]
+    name: str = Field(description="of the benchmark")
+    scale: str = Field(description="one of `SCALES`")
+    points: tuple[Point, ...] = Field(description="in the order of the cases")
     started: str = Field(description="time, UTC")
     load: float | None = Field(
         description="load average over the minute before it began; 0 on an idle machine"
     )
-    code: dict[str, Any]
-    libraries: dict[str, str]
-    machine: dict[str, Any]
+    code: dict[str, Any] = Field(description="version and commit, see `code_of`")
+    libraries: dict[str, str] = Field(description="library -> version")
+    machine: dict[str, Any] = Field(description="CPU, cores, GPU …, see `provenance`")
 
 # %% ../../nbs/bench/measurements.ipynb #d9b082c7
 def folder_for(
@@ -165,7 +169,7 @@ def measure(
 
 # %% ../../nbs/bench/measurements.ipynb #3453e655
 def load_measurement(
-    path: Path,
+    path: Path,  # written by `measure`
 ) -> Measurement:
     "A measurement from its file; `ValueError` if it is damaged, or its figures do not follow from its values."
     try:

@@ -86,7 +86,7 @@ class Lesson:
     "One optimisation step of a method, as in training, ready to be repeated."
 
     student: Student
-    teacher: TeacherLogits
+    teacher: TeacherLogits  # the network and its crops, without a table
     batch: Batch  # whose `look` runs the teacher
     ready: Batch  # the same with the teacher's outputs computed before
     live: int  # images on which the teacher itself is run in a step
@@ -105,9 +105,9 @@ class Lesson:
 
 # %% ../../nbs/bench/methods.ipynb #f6ef8d60
 def lesson(
-    method: Method,
+    method: Method,  # such as one of `IMPLEMENTATIONS`
     s: Setting,
-    teacher: TeacherLogits,
+    teacher: TeacherLogits,  # from `teacher_of`
 ) -> Lesson:
     "The lesson of a method."
     crops, (network, _), loss = teacher.crops, s.networks(), losses.build(method.loss, **method.args)
@@ -135,7 +135,10 @@ def teacher_of(
     return TeacherLogits(s.networks()[1], crops, len(images.classes), dtype=dtype)
 
 # %% ../../nbs/bench/methods.ipynb #d78924cf
-def count(module: nn.Module, trained: bool = False) -> int:
+def count(
+    module: nn.Module,  # a network or a loss
+    trained: bool = False,  # leave out parameters that need no gradient
+) -> int:
     "Number of parameters of a module; with `trained`, only of trainable ones."
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
 
@@ -149,7 +152,7 @@ def kept_bytes(
 
 # %% ../../nbs/bench/methods.ipynb #8672382d
 def step_bytes(
-    l: Lesson,
+    l: Lesson,  # from `lesson`
     device: str = "cpu",
 ) -> int:
     "Peak bytes of tensors in a step, the teacher's forward pass included if it runs live, and what the loss keeps."
@@ -176,7 +179,7 @@ def size_of(
 def step_costs(
     s: Setting,
     seconds: float,  # length of one measurement
-    names: Iterable[str] = tuple(IMPLEMENTATIONS),
+    names: Iterable[str] = tuple(IMPLEMENTATIONS),  # keys of `IMPLEMENTATIONS`
 ) -> list[Point]:
     "Bytes, then alternating seconds, of a step of every method and of the teacher's forward pass."
     teacher, weights, made, sizes = teacher_of(s), [], {}, {}
@@ -220,7 +223,7 @@ def methods(scale: str, device: str) -> list[Case]:
 # %% ../../nbs/bench/methods.ipynb #9010ea81
 def costs_of(
     name: str,  # of a method
-    of_pair: pd.DataFrame,  # from `ldrld.bench.timing.frame`, of one pair of networks on one machine
+    of_pair: pd.DataFrame,  # from `ldrld.bench.measurements.frame`, of one pair of networks on one machine
 ) -> dict:
     "A line of the table."
     seconds, bytes_ = (of_pair[of_pair["unit"] == unit].set_index("implementation") for unit in ("s", "B"))
@@ -243,7 +246,7 @@ def costs_of(
 
 # %% ../../nbs/bench/methods.ipynb #c9f99d96
 def costs(
-    points: pd.DataFrame,  # from `ldrld.bench.timing.frame`, of one machine
+    points: pd.DataFrame,  # from `ldrld.bench.measurements.frame`, of one machine
 ) -> pd.DataFrame:  # one row per pair and method, by time within the pair; seconds and bytes: median, q1, q3, n
     "`step`, `whole` (teacher included), `epoch`, `memory`; multiples of KD's (`…times`); parameters `extra`, `used`."
     lines = []

@@ -32,10 +32,10 @@ from ..experiments.records import Record
 class Work:
     "A training, and how often it is measured."
 
-    model: str = "ResNet18-ImageNet"
+    model: str = "ResNet18-ImageNet"  # name in `ldrld.models`
     batch_size: int = 32  # of all processes together
     steps: int = 4  # per epoch
-    rounds: int = 8
+    rounds: int = 8  # measurements with each number of processes
     device: str = "cpu"
 
     @property
@@ -43,7 +43,11 @@ class Work:
         "Training images."
         return self.batch_size * self.steps
 
-    def command(self, processes: int, out: str) -> list[str]:
+    def command(
+        self,
+        processes: int,  # how many train together
+        out: str,  # folder for the results
+    ) -> list[str]:
         "What is run; a free port lets several trainings run at once."
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         settings = {"dataset": "imagenet", "model": self.model, "loss": "ce", "recipe": "imagenet", "epochs": 2,
@@ -53,8 +57,8 @@ class Work:
 
 # %% ../../nbs/bench/processes.ipynb #cefd8a3e
 def seconds_per_image(
-    work: Work,
-    processes: int,
+    work: Work,  # the training
+    processes: int,  # how many train together
     data: str,  # folder with `imagenet/`
 ) -> float:
     "Train in a new folder; RuntimeError, with the last lines of the log, if that fails."
@@ -88,8 +92,10 @@ def numbers_here(device: str) -> list[int]:  # of processes
     if device == "cpu": return [1, 2]
     return [n for n in (1, 2, 4, 8) if n <= torch.cuda.device_count()]
 
-
-def in_turn(work: Work) -> list[Point]:
+# %% ../../nbs/bench/processes.ipynb #b7089b3a
+def in_turn(
+    work: Work,  # the training; its images are written to a temporary folder
+) -> list[Point]:
     "Seconds per image with every number of processes and of the loader alone, alternating."
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as root:
         images = synthetic_imagenet(root, work.images)

@@ -31,8 +31,13 @@ def forward_flops(
         models.build(model, classes).eval()(torch.empty(1, 3, side, side))
     return counted.get_total_flops()
 
-
-def training_flops(student: str, teacher: str | None, classes: int, side: int) -> int:  # per image
+# %% ../../nbs/bench/scaling.ipynb #61e27d51
+def training_flops(
+    student: str,  # name in `ldrld.models`
+    teacher: str | None,  # name in `ldrld.models`; None if it is not run
+    classes: int,
+    side: int,  # pixels; height and width of the input
+) -> int:  # per image
     "Arithmetic of a training step: student forward and backward, teacher forward if it is run."
     return 3 * forward_flops(student, classes, side) + (forward_flops(teacher, classes, side) if teacher else 0)
 
@@ -44,7 +49,7 @@ class Device(NamedTuple):
     latency: float = 20e-6  # s per message
     bandwidth: float = 12.5e9  # bytes/s; this is 100 Gbit/s
 
-
+# %% ../../nbs/bench/scaling.ipynb #c393f3b2
 class Job(NamedTuple):
     "A training."
     images: int  # per epoch
@@ -54,11 +59,15 @@ class Job(NamedTuple):
     gradient: int  # bytes, four per parameter
 
 # %% ../../nbs/bench/scaling.ipynb #00d49c5f
-def exchange_seconds(n: int, job: Job, device: Device) -> float:
+def exchange_seconds(
+    n: int,  # devices
+    job: Job,
+    device: Device,
+) -> float:
     "Time of adding up the gradients of n devices in a ring."
     return 2 * (n - 1) * (device.latency + job.gradient / (n * device.bandwidth))
 
-
+# %% ../../nbs/bench/scaling.ipynb #1cdfb83b
 def step_seconds(
     n: int,  # devices
     images: int,  # of the step, on all devices together
@@ -71,15 +80,25 @@ def step_seconds(
     return max(compute, exchange) if overlap else compute + exchange
 
 # %% ../../nbs/bench/scaling.ipynb #1d5288b6
-def hours(n: int, job: Job, device: Device, overlap: bool = False) -> float:
+def hours(
+    n: int,  # devices
+    job: Job,
+    device: Device,
+    overlap: bool = False,
+) -> float:
     "Time of a training on n devices, including the last, partial batch of every epoch."
     full, rest = divmod(job.images, job.batch)
     epoch = full * step_seconds(n, job.batch, job, device, overlap)
     if rest: epoch += step_seconds(n, rest, job, device, overlap)
     return job.epochs * epoch / 3600
 
-
-def efficiency(n: int, job: Job, device: Device, overlap: bool = False) -> float:
+# %% ../../nbs/bench/scaling.ipynb #021a064a
+def efficiency(
+    n: int,  # devices
+    job: Job,
+    device: Device,
+    overlap: bool = False,
+) -> float:
     "The bill of one device divided by the bill of n: 1 where scaling costs nothing."
     return hours(1, job, device, overlap) / (n * hours(n, job, device, overlap))
 
@@ -108,28 +127,36 @@ def makespan(
     return max(free)
 
 # %% ../../nbs/bench/scaling.ipynb #3a7a5a88
-def table_bytes(images: int, crops: int, classes: int) -> int:
+def table_bytes(
+    images: int,  # training images
+    crops: int,  # of each image
+    classes: int,
+) -> int:
     "Size of the file of a teacher's logits."
     return images * crops * (classes + 1) * 2
 
 # %% ../../nbs/bench/scaling.ipynb #546ee020
 def top_k_type(
-    k: int,
+    k: int,  # highest logits kept of each row
     classes: int,
 ) -> np.dtype:  # of one row
     "Format of a row: log-sum-exp in single precision, k classes, k logits in half precision."
     index = "<u2" if classes <= 2**16 else "<u4"
     return np.dtype([("log_sum_exp", "<f4"), ("classes", index, (k,)), ("logits", "<f2", (k,))])
 
-
-def top_k_bytes(rows: int, k: int, classes: int) -> int:
+# %% ../../nbs/bench/scaling.ipynb #5d6d846d
+def top_k_bytes(
+    rows: int,  # crops of images, or tokens
+    k: int,  # highest logits kept of each row
+    classes: int,
+) -> int:
     "Size of the k highest logits and the log-sum-exp of each row."
     return rows * (4 + k * ((2 if classes <= 2**16 else 4) + 2))
 
 # %% ../../nbs/bench/scaling.ipynb #afbb3f49
 def top_k_rows(
     logits: Tensor,  # (rows, classes)
-    k: int,
+    k: int,  # highest logits kept of each row
 ) -> np.ndarray:  # (rows,) of `top_k_type`
     "The k highest logits of each row, in descending order, and the log-sum-exp of all."
     rows = np.empty(len(logits), top_k_type(k, logits.shape[1]))

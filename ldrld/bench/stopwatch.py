@@ -19,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 # %% ../../nbs/bench/stopwatch.ipynb #70fad2cb
 PARTS = ("data", "teacher", "student", "loss", "backward", "optimiser")
 
-
+# %% ../../nbs/bench/stopwatch.ipynb #2b4ff43b
 class Stopwatch:
     "Seconds of each part of a training step."
 
@@ -30,7 +30,9 @@ class Stopwatch:
     def __init__(self, device: str = "cpu"):
         self.device = device
 
-    def lap(self, part: str) -> None:
+    def lap(self,
+        part: str,  # one of `PARTS`, the one that ends now
+    ) -> None:
         "Add the time since the last lap to `part`."
         if self.last is None:
             return
@@ -39,9 +41,11 @@ class Stopwatch:
         now = time.perf_counter()
         self.seconds[part], self.last = self.seconds[part] + now - self.last, now
 
-    def around(self, part: str, function: Callable) -> Callable:
+    def around(self,
+        part: str,  # one of `PARTS`, which this function is
+        function: Callable,  # such as the teacher or a loss, with any arguments
+    ) -> Callable:
         "The same function, timed."
-
         def timed(*args: Any, **kwargs: Any) -> Any:
             self.lap("data")
             result = function(*args, **kwargs)
@@ -60,7 +64,6 @@ class Stopwatch:
     @contextmanager
     def running(self) -> Iterator["Stopwatch"]:
         "Context that is timed; the results are in `seconds` and `steps`."
-
         def step_done(*_: Any) -> None:
             self.lap("optimiser")
             self.steps += 1

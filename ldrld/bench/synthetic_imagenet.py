@@ -18,7 +18,8 @@ from ..data.imagenet import imagenet
 
 # %% ../../nbs/bench/synthetic_imagenet.ipynb #7adba2ff
 def photograph(
-    height: int, width: int,  # pixels
+    height: int,  # pixels
+    width: int,  # pixels
     generator: np.random.Generator,
 ) -> Image.Image:  # RGB
     "Noise with the spectrum of a photograph: brightness, and colour differences of a third of its amplitude."

@@ -20,13 +20,13 @@ from .timing import ratio
 class Aim:
     "At least `times` faster than an implementation, or at most `times` its cost."
 
-    benchmark: str
+    benchmark: str  # name of the benchmark that measures it
     size: dict  # the setting
     against: str  # the implementation
-    times: float
+    times: float  # the factor
     faster: bool = False  # whether it is the first of the two
     gpu: bool = False  # whether the target is for a GPU, else for a CPU
-    implementation: str = "LDRLD"
+    implementation: str = "LDRLD"  # whose cost is compared
 
     def reached(
         self,
@@ -73,7 +73,7 @@ AIMS = (
 
 # %% ../../nbs/bench/targets.ipynb #bd709c68
 def verdicts(
-    aims: Iterable[Aim],
+    aims: Iterable[Aim],  # such as `AIMS`
     folder: str = "bench",  # "bench" | "bench-small"
 ) -> pd.DataFrame:  # one row per target and machine that measured it; a row without numbers for other targets
     "Targets and results."

@@ -40,7 +40,7 @@ Numbers: TypeAlias = Sequence[float] | np.ndarray
 
 
 def spread(
-    values: Numbers,
+    values: Numbers,  # at least one
 ) -> dict[str, float]:  # median, q1, q3, n
     "Median, quartiles and count."
     q1, median, q3 = np.quantile(np.asarray(values, float), [0.25, 0.5, 0.75]).tolist()

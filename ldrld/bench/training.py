@@ -58,7 +58,7 @@ class Setting:
     images: ImageData
     teacher: str  # network
     student: str  # network
-    loss: str = "ldrld"
+    loss: str = "ldrld"  # name in `ldrld.losses`
     batch_size: int = 64
     steps: int = 20  # batches per slice
     rounds: int = 10  # slices measured
@@ -111,7 +111,7 @@ def numerics(
 def teacher_table(
     s: Setting,
     teacher: nn.Module,
-    crops: Crops,
+    crops: Crops,  # of the training images
     dtype: torch.dtype,  # of the teacher's convolutions
     folder: str = "",  # for the table's file
     resident: bool = False,  # in the device's memory instead, as training on a GPU has it
@@ -122,7 +122,11 @@ def teacher_table(
     return TeacherLogits(teacher, crops, len(s.images.classes), path, dtype, at_once, resident)
 
 # %% ../../nbs/bench/training.ipynb #ce77010c
-def compute_ahead(table: TeacherLogits, epochs: int, batch_size: int) -> None:
+def compute_ahead(
+    table: TeacherLogits,  # from `teacher_table`
+    epochs: int,  # number of epochs, from the first
+    batch_size: int,
+) -> None:
     "Compute the teacher's logits for these epochs in advance."
     for epoch in range(1, epochs + 1):
         index, crop = draw(0, epoch, table.crops.n, table.crops.per_image)
@@ -139,7 +143,7 @@ def usual(
     workers: int = 0,  # of the loader
     threads: int | None = None,  # of PyTorch; None means one for each core
     steps: int | None = None,  # per slice; default as in `s`
-    watch: Stopwatch | None = None,
+    watch: Stopwatch | None = None,  # times the parts of every step, if given
 ) -> Callable[[], float]:  # each call is a slice: seconds per image
     "The usual loop, ready to be measured."
     (student, network), loss = s.networks(), losses.build(s.loss)
@@ -160,7 +164,7 @@ def ours(
     threads: int | None = 1,  # of PyTorch; None means one for each core
     students: int = 1,  # trained together
     compiled: bool = False,  # whether the compiler fuses the networks' steps
-    watch: Stopwatch | None = None,
+    watch: Stopwatch | None = None,  # times the parts of every step, if given
 ) -> Callable[[], float]:  # each call is a slice: seconds per image and student
     "`ldrld.training.loop.train_together`, ready to be measured."
     (_, network), images = s.networks(), shortened(s.images, s.steps * s.batch_size)

@@ -18,10 +18,10 @@ from .training import TRAINERS
 class TrainingAim:
     "At least `times` the images per second of the usual loop in its fastest variant."
 
-    teacher: str
-    student: str
+    teacher: str  # network
+    student: str  # network
     what: str  # description in tables
-    times: float
+    times: float  # the factor
     implementation: str = "ours"  # one student, "cohort" or "8 students"; the fastest variant counts
     gpu: bool = False  # whether the target is for a GPU, else for a CPU
 
@@ -54,8 +54,8 @@ def usual_at_best(
 
 # %% ../../nbs/bench/training_targets.ipynb #e791cd13
 def reached(
-    aim: TrainingAim,
-    points: pd.DataFrame,  # from `ldrld.bench.timing.frame`, of one machine
+    aim: TrainingAim,  # such as one of `AIMS`
+    points: pd.DataFrame,  # from `ldrld.bench.measurements.frame`, of one machine
 ) -> dict | None:  # median, q1, q3, n of the factor, and `against`; None where it was not measured
     "The factor in a measurement for a target."
     pair = points[

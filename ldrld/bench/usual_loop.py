@@ -24,7 +24,11 @@ from ..data import ImageData
 class UsualImages(Dataset):
     "Training images one at a time, each through a transform."
 
-    def __init__(self, images: ImageData, transform: Callable):
+    def __init__(
+        self,
+        images: ImageData,
+        transform: Callable,  # image of Pillow -> what the network gets
+    ):
         self.images, self.labels, self.transform = images.train_images.numpy(), images.train_labels.tolist(), transform
 
     def __len__(self) -> int:
@@ -54,7 +58,7 @@ def usual_loop(
     workers: int = 0,  # processes that prepare images
     device: str = "cpu",
     lr: float = 0.05,
-    momentum: float = 0.9,
+    momentum: float = 0.9,  # of SGD
     weight_decay: float = 5e-4,  # of SGD
     epochs: int | None = None,  # with a one-cycle schedule; None: unlimited, at a constant rate
 ) -> Iterator[torch.Tensor]:  # the loss after each step

@@ -7,7 +7,7 @@ import warnings
 from ldrld.cli.app import app  # first: without typer, it says what to install
 
 # in the order of --help
-from ldrld.cli import reproduce, run, distill, status, verify, tune, pack, teachers, bench, data  # noqa: F401
+from ldrld.cli import reproduce, run, distill, status, verify, compare, tune, pack, teachers, bench, data  # noqa: F401
 
 __all__ = ["app", "main"]
 

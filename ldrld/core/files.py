@@ -53,10 +53,12 @@ def _make(folder: Path) -> None:
     _sync(folder.parent)
 
 
-def write_whole(path: Path, content: str | bytes | memoryview) -> None:
+def write_whole(
+    path: Path,  # the file; its folder is created if missing
+    content: str | bytes | memoryview,  # text is written as UTF-8
+) -> None:
     """Write a file atomically and durably: once this returns, it survives a power failure.
 
-    path: the file; its folder is created if missing.  content: text is written as UTF-8.
     Raises `OSError` that names file, needed and free space; the earlier file is then unchanged.
     """
     data = content.encode("utf-8") if isinstance(content, str) else content
@@ -81,17 +83,21 @@ def _discard(part: Path) -> None:
     except OSError: pass
 
 
-def on_disk(path: Path) -> int:
+def on_disk(
+    path: Path,  # the file, may be missing
+) -> int:
     """The bytes that a file takes on the disk: fewer than its size if it is sparse, 0 if it is missing."""
     if not path.exists(): return 0
     found = path.stat()
     return found.st_blocks * 512 if hasattr(found, "st_blocks") else found.st_size
 
 
-def reserve(path: Path, size: int) -> None:
+def reserve(
+    path: Path,  # the file; created if missing, else its content stays as far as it fits
+    size: int,  # bytes
+) -> None:
     """Give a file its size and the space for it, so that writing to it through a memory map cannot fail.
 
-    path: the file; created if missing, else its content stays as far as it fits.  size: in bytes.
     Without the space, a mapped file ends the process with SIGBUS. Raises `OSError` before anything is written if it is
     not there. File systems that cannot reserve space get a sparse file.
     """
@@ -108,6 +114,8 @@ def reserve(path: Path, size: int) -> None:
         raise _told(error, path, size) from None
 
 
-def sha256_of(path: str | Path) -> str:
+def sha256_of(
+    path: str | Path,  # the file, read as a whole
+) -> str:
     """SHA-256 of a file's bytes, 64 hexadecimal digits."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()

@@ -19,7 +19,9 @@ def _is_ours(settings: Path) -> bool:
     except OSError: return False
 
 
-def shown(path: str | os.PathLike) -> str:
+def shown(
+    path: str | os.PathLike,  # of a file or folder, may be missing
+) -> str:
     """A path for display: relative to the current folder if possible, else as given (e.g. on another drive)."""
     try: return os.path.relpath(path)
     except (ValueError, OSError): return str(path)
@@ -60,7 +62,10 @@ def tables(profile: str) -> Path:
     return out() / "data" / "tables" / profile
 
 
-def table(profile: str, name: str) -> Path:
+def table(
+    profile: str,
+    name: str,  # of the table, such as `decisions`, without suffix
+) -> Path:
     """A table's CSV file; FileNotFoundError, saying what makes it, if it is not there."""
     path = tables(profile) / f"{name}.csv"
     if not path.exists():
@@ -78,7 +83,9 @@ def weights(profile: str) -> Path:
     return out() / "data" / "teachers" / profile
 
 
-def work(name: str = "") -> Path:
+def work(
+    name: str = "",  # of the run; empty: the folder of all runs
+) -> Path:
     """Checkpoints, weights and teacher logits of the run `name`: large, reproducible, never committed."""
     return out() / "runs" / name
 
@@ -93,12 +100,16 @@ def jobs(profile: str) -> Path:
     return out() / "runs" / "jobs" / profile
 
 
-def measurements(folder: str = "bench") -> Path:
+def measurements(
+    folder: str = "bench",  # `bench` or `bench-small`
+) -> Path:
     """Benchmark measurements, one folder per machine and one JSON file per benchmark; `bench-small` for trials."""
     return out() / "data" / folder
 
 
-def manifest(folder: str) -> Path:
+def manifest(
+    folder: str,  # name of a profile, or `bench` or `bench-small`
+) -> Path:
     """The hashes of a profile's results, or of the benchmarks', see `ldrld.results.manifest`."""
     return out() / "data" / "manifests" / f"{folder}.sha256"
 

@@ -18,7 +18,9 @@ PACKED = "packed.json"  # in a packed folder, next to the package: the commit, a
 LIBRARIES = ("torch", "numpy", "scikit-learn", "matplotlib", "pillow")  # their versions are recorded
 
 
-def git(*words: str) -> str | None:
+def git(
+    *words: str,  # arguments of git, such as "rev-parse" and "HEAD"
+) -> str | None:
     """Output of a git command in the project root; None if that is not the top of a checkout."""
     def call(*words: str) -> str:
         command = ["git", "-C", str(paths.root()), *words]
@@ -50,7 +52,9 @@ def code_of() -> dict[str, Any]:
     return {"version": info["version"], "commit": info["commit"], "changed": info["changed"], "as_packed": same}
 
 
-def installed(package: str) -> str:
+def installed(
+    package: str,  # its name on PyPI
+) -> str:
     """Version of an installed package; "-" if it is not installed."""
     try: return version(package)
     except PackageNotFoundError: return "-"

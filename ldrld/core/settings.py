@@ -59,10 +59,13 @@ def _in_short(error: Exception) -> str:
     return said + (f" (line {mark.line + 1}, column {mark.column + 1})" if mark else "")
 
 
-def read(text: str, where: str, expected: str = "YAML") -> Any:
+def read(
+    text: str,  # YAML
+    where: str,  # file or argument, for the message
+    expected: str = "YAML",  # description of a valid value, for the message
+) -> Any:
     """Parse a YAML text.
 
-    where: file or argument, for the message.  expected: description of a valid value, for the message.
     Raises ValueError for invalid YAML, a duplicate key, or an alias bomb, which is detected before it is expanded.
     """
     loader = _Loader("")
@@ -78,10 +81,12 @@ def read(text: str, where: str, expected: str = "YAML") -> Any:
     finally: loader.dispose()
 
 
-def read_file(path: str | Path, expected: str) -> dict:
+def read_file(
+    path: str | Path,  # the file, in UTF-8
+    expected: str,  # description of a valid file, for the message
+) -> dict:
     """The fields of a YAML file, by name.
 
-    path: the file, in UTF-8.  expected: description of a valid file, for the message.
     Raises ValueError, with the file's name, if it is not a mapping; OSError if it cannot be opened.
     """
     try: text = Path(path).read_text(encoding="utf-8-sig")
@@ -96,7 +101,9 @@ def read_file(path: str | Path, expected: str) -> dict:
     return given
 
 
-def assigned(words: list[str]) -> dict:
+def assigned(
+    words: list[str],  # arguments of a command, each `name=value`
+) -> dict:
     """Settings from arguments such as `epochs=5`, `loss_args.depth=3`, `loss_args={depth: 3}` or `teacher=resnet14`.
 
     A dot addresses a nested setting; a teacher's name and its settings may come in any order. If a setting is given

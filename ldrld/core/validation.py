@@ -16,7 +16,12 @@ __all__ = ["number", "integer", "flag", "choice", "known", "unknown_name", "dept
 _unseen = False  # True within `values_unseen`
 
 
-def number(name: str, value: Any, above: float | None = None, at_least: float | None = None) -> float:
+def number(
+    name: str,  # of the argument, for the message
+    value: Any,  # what was given
+    above: float | None = None,  # exclusive lower bound; None: no such bound
+    at_least: float | None = None,  # inclusive lower bound; None: no such bound
+) -> float:
     """`value` as a float; ValueError unless it is a finite real number within the bound."""
     bound = ""
     if above is not None: bound = f" above {above:g}"
@@ -27,33 +32,52 @@ def number(name: str, value: Any, above: float | None = None, at_least: float | 
     return float(value)
 
 
-def integer(name: str, value: Any, at_least: int) -> int:
+def integer(
+    name: str,  # of the argument, for the message
+    value: Any,  # what was given
+    at_least: int,  # inclusive lower bound
+) -> int:
     """`value` as an int; ValueError unless it is a whole number of at least `at_least`."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < at_least:
         raise ValueError(f"{name} must be an integer of at least {at_least}, got {value!r}")
     return int(value)
 
 
-def flag(name: str, value: Any) -> bool:
+def flag(
+    name: str,  # of the argument, for the message
+    value: Any,  # what was given
+) -> bool:
     """`value`; ValueError unless it is True or False."""
     if value is not True and value is not False: raise ValueError(f"{name} must be True or False, got {value!r}")
     return value
 
 
-def choice(name: str, value: Any, options: Iterable[str]) -> str:
+def choice(
+    name: str,  # of the argument, for the message
+    value: Any,  # what was given
+    options: Iterable[str],  # the values that are allowed
+) -> str:
     """`value`; ValueError unless it is one of `options`."""
     if value not in tuple(options):
         raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}")
     return value
 
 
-def known(what: str, name: str, names: Collection[str]) -> str:
-    """`name`, if it is one of `names`; else a ValueError with suggestions. what: the field's name."""
+def known(
+    what: str,  # what is named, such as "profile", for the message
+    name: str,  # what was given
+    names: Collection[str],  # all that are known
+) -> str:
+    """`name`, if it is one of `names`; else a ValueError with suggestions."""
     if name in names: return name
     raise unknown_name(what, name, names)
 
 
-def unknown_name(what: str, name: str, known: Collection[str]) -> ValueError:
+def unknown_name(
+    what: str,  # what is named, such as "profile", for the message
+    name: str,  # what was given
+    known: Collection[str],  # all names that are known
+) -> ValueError:
     """The error for an unknown name, with suggestions."""
     near = get_close_matches(str(name).lower(), known, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
@@ -93,11 +117,12 @@ def _logits(name: str, x: Any) -> None:
                          f"classes, got {tuple(x.shape)}")
 
 
-def logits(student_logits: Any, teacher_logits: Any, needs_teacher: bool = True) -> None:
-    """ValueError unless these are floating (…, classes) logits with the same shape and device.
-
-    The teacher's may be None if `needs_teacher` is False.
-    """
+def logits(
+    student_logits: Any,  # expected: floating (…, classes), at least two classes and one row
+    teacher_logits: Any,  # expected: the same shape and device
+    needs_teacher: bool = True,  # whether None is an error for the teacher's
+) -> None:
+    """ValueError unless these are floating (…, classes) logits with the same shape and device."""
     _logits("student_logits", student_logits)
     if not needs_teacher and teacher_logits is None: return
     _logits("teacher_logits", teacher_logits)
@@ -125,12 +150,18 @@ def transformed() -> bool:
     return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def may_look(x: torch.Tensor) -> bool:
+def may_look(
+    x: torch.Tensor,  # whose values a check would read
+) -> bool:
     """Whether a check may read a tensor's values: on the CPU, outside transforms and `values_unseen`."""
     return x.device.type == "cpu" and not transformed() and not _unseen
 
 
-def labels(target: Any, student_logits: torch.Tensor, ignored: int) -> bool:
+def labels(
+    target: Any,  # expected: int64, shape of the logits without classes
+    student_logits: torch.Tensor,  # (…, classes)
+    ignored: int,  # class index of rows that do not count, such as −100
+) -> bool:
     """ValueError unless `target` holds one int64 class, or `ignored`, per row; True if known that none is ignored.
 
     Values are checked on the CPU only: a GPU would synchronize, and `torch.compile` and `torch.func` have no values.
@@ -148,7 +179,10 @@ def labels(target: Any, student_logits: torch.Tensor, ignored: int) -> bool:
     return True
 
 
-def mask(mask: Any, student_logits: torch.Tensor) -> None:
+def mask(
+    mask: Any,  # expected: bool, shape of the logits without classes
+    student_logits: torch.Tensor,  # (…, classes)
+) -> None:
     """ValueError unless `mask` holds one bool per row of logits."""
     _one_per_row("mask", mask, student_logits, torch.bool, "a bool tensor, true where a row counts")
 
@@ -162,7 +196,10 @@ def values_unseen() -> Iterator[None]:
     finally: _unseen = before
 
 
-def normalizer(value: Any, student_logits: torch.Tensor) -> float | torch.Tensor:
+def normalizer(
+    value: Any,  # expected: a number, or a tensor with one element, at least 0
+    student_logits: torch.Tensor,  # (…, classes), for the device
+) -> float | torch.Tensor:
     """`value`, a number of rows as a number or scalar tensor, with 0 (no row counts) replaced by 1; else ValueError.
 
     The value of a tensor is checked on the CPU only.

@@ -14,7 +14,8 @@ class Crops:
     "Training images stored as padded bytes; crops, flips and normalises whole batches."
     def __init__(self,
         images: Tensor,  # (N, H, W, 3) uint8
-        mean: tuple, std: tuple,  # per channel, on the 0..1 scale
+        mean: tuple,  # of each channel, on the 0..1 scale
+        std: tuple,  # standard deviation of each channel, on the same scale
         padding: int = 0,  # zero pixels added on each side before cropping
         flip: bool = False,  # include horizontally flipped crops
         device: torch.device | str = "cpu",

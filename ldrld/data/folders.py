@@ -74,7 +74,9 @@ def _read_split(folders: dict[str, Path], size: tuple[int, int] | None = None) -
     return np.stack(images), labels
 
 # %% ../../nbs/data/folders.ipynb #e68052ab
-def height_and_width(size: int | tuple[int, int]) -> tuple[int, int]:
+def height_and_width(
+    size: int | tuple[int, int],  # pixels of a square, or (height, width)
+) -> tuple[int, int]:
     "A size as (height, width); `ValueError` unless given as one or two integers from 1 to 4096."
     both = (size, size) if isinstance(size, int) else size
     whole = isinstance(both, (tuple, list)) and len(both) == 2 and all(type(n) is int and 1 <= n <= 4096 for n in both)

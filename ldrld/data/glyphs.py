@@ -189,10 +189,10 @@ def make(
 # %% ../../nbs/data/glyphs.ipynb #0e522207
 class Splits(NamedTuple):
     "Images uint8 (N, S, S, 3) and labels int64 (N,) of both splits."
-    train_images: torch.Tensor
-    train_labels: torch.Tensor
-    test_images: torch.Tensor
-    test_labels: torch.Tensor
+    train_images: torch.Tensor  # uint8 (N, S, S, 3)
+    train_labels: torch.Tensor  # int64 (N,)
+    test_images: torch.Tensor  # uint8 (M, S, S, 3)
+    test_labels: torch.Tensor  # int64 (M,)
 
 # %% ../../nbs/data/glyphs.ipynb #8a6a8f41
 def _read(path: Path) -> Splits:

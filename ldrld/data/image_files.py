@@ -56,7 +56,7 @@ def _rgb(image: Any) -> Any:
 
 # %% ../../nbs/data/image_files.ipynb #b58da58b
 def read_image(
-    path: Path,
+    path: Path,  # the file; its content decides about the format, not its suffix
     size: tuple[int, int] | None = None,  # height, width; None keeps the size
 ) -> np.ndarray:  # uint8 (height, width, 3)
     "An image file in RGB; `ValueError`, naming the file, if it is damaged or the conversion would lose anything."

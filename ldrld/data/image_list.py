@@ -28,12 +28,12 @@ class ImageList:
     root: Path  # folder that the names are relative to
     train_files: tuple[str, ...]  # names below `root`
     train_labels: Tensor  # int64 (N,)
-    test_files: tuple[str, ...]
+    test_files: tuple[str, ...]  # names below `root`
     test_labels: Tensor  # int64 (M,)
     classes: tuple[str, ...]  # name of each class; a label is an index into it
     fingerprint: str  # SHA-256 over names, classes and labels
     mean: tuple[float, float, float] = IMAGENET_MEAN  # of red, green and blue, on the 0..1 scale
-    std: tuple[float, float, float] = IMAGENET_STD
+    std: tuple[float, float, float] = IMAGENET_STD  # standard deviation of each channel, on the same scale
     side: int = 224  # pixels; height and width of a network's input
     shorter: int = 256  # pixels; test images are scaled to this shorter side, then cropped in the middle
 
@@ -47,9 +47,11 @@ Split = tuple[Sequence[str], Sequence[int]]  # names and labels
 def image_list(
     name: str,  # name of the data set
     root: Path,  # folder that the names are relative to
-    train: Split, test: Split,
+    train: Split,  # names below `root`, and labels
+    test: Split,  # names and labels of the test split
     classes: Sequence[str],  # name of each class
-    side: int = 224, shorter: int = 256,  # pixels, as in `ImageList`
+    side: int = 224,  # pixels; height and width of a network's input
+    shorter: int = 256,  # pixels; shorter side of a test image before its centre is cropped
 ) -> ImageList:
     "Validate both splits and return them with their fingerprint; `ValueError` for an empty split or a single class."
     if len(classes) < 2: raise ValueError(f"{name}: {too_few(classes)}; a classifier needs two or more")
@@ -69,10 +71,11 @@ def class_folders(
     "Names of a split's class folders."
     with os.scandir(split) as inside: return sorted(e.name for e in inside if e.is_dir() and e.name[0] != ".")
 
+# %% ../../nbs/data/image_list.ipynb #5c1d0ead
 def files_by_class(
-    root: Path,
+    root: Path,  # folder that the names are relative to
     split: str,  # folder below `root` with a folder for each class, such as "train"
-    classes: Sequence[str],
+    classes: Sequence[str],  # name of each class, which is also its folder's
     within: str = "",  # folder inside each class folder, such as Tiny-ImageNet's "images"
 ) -> tuple[list[str], list[int]]:  # names below `root`, sorted in each class, and labels
     "All files of a split. `ValueError` for a class without images."

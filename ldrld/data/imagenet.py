@@ -54,7 +54,7 @@ def validation_split(
     images: Path,  # with val/
     annotations: Path,  # folder of XML files, may be missing
     lists: list[Path],  # folders that may hold LOC_val_solution.csv
-    classes: list[str],
+    classes: list[str],  # WordNet id of each class, sorted; a label is an index into them
 ) -> tuple[list[str], list[int]]:  # names below `images`, sorted, and labels
     "The validation images in any of the three forms. `ValueError`, naming an image, if a class is not known."
     if (images / "val" / classes[0]).is_dir(): return files_by_class(images, "val", classes)

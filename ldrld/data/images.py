@@ -91,9 +91,18 @@ def image_data(
                      **augmentation, fingerprint=fingerprint(*train_split, *test_split, resampled), resampled=resampled)
 
 # %% ../../nbs/data/images.ipynb #d5817a5b
-def too_few(classes: Sequence[str]) -> str: return f"one class only, {classes[0]!r}" if len(classes) else "no classes"
+def too_few(
+    classes: Sequence[str],  # at most one name
+) -> str:
+    "How many classes there are, for a message."
+    return f"one class only, {classes[0]!r}" if len(classes) else "no classes"
 
-def size_of(images: torch.Tensor | np.ndarray) -> str: return f"{images.shape[-2]}×{images.shape[-3]}"
+# %% ../../nbs/data/images.ipynb #5f08cf70
+def size_of(
+    images: torch.Tensor | np.ndarray,  # (…, height, width, 3), one or more
+) -> str:
+    "Width × height, for a message."
+    return f"{images.shape[-2]}×{images.shape[-3]}"
 
 # %% ../../nbs/data/images.ipynb #6d700367
 def _checked_split(where: str, images: Any, labels: Any, num_classes: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -41,20 +41,25 @@ def decoded(
 # %% ../../nbs/data/loader.ipynb #10ad0023
 class Crop(NamedTuple):
     "A rectangle of an image, in pixels, and whether it is flipped."
-    top: int
-    left: int
-    height: int
-    width: int
-    flipped: bool = False
+    top: int  # rows above it
+    left: int  # columns to the left of it
+    height: int  # pixels
+    width: int  # pixels
+    flipped: bool = False  # horizontally, after cropping
 
-def largest_crop(height: int, width: int) -> Crop:
+# %% ../../nbs/data/loader.ipynb #f290e0a6
+def largest_crop(
+    height: int,  # of the image, in pixels
+    width: int,  # of the image, in pixels
+) -> Crop:
     "The largest rectangle in the middle whose sides have a ratio of 3:4 to 4:3."
     h, w = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
     return Crop((height - h) // 2, (width - w) // 2, h, w)
 
 # %% ../../nbs/data/loader.ipynb #10ad0024
 def random_crop(
-    height: int, width: int,  # of an image, in pixels
+    height: int,  # of the image, in pixels
+    width: int,  # of the image, in pixels
     generator: torch.Generator,
 ) -> Crop:
     "A random rectangle; if ten in turn do not fit, the largest one."
@@ -84,14 +89,21 @@ class FileCrops:
 
         return v2.Compose([v2.Resize(self.shorter, antialias=True), v2.CenterCrop(self.side)])
 
-    def train(self, image: Tensor, seed: int, epoch: int, index: int) -> Tensor:  # uint8 (3, side, side)
+    def train(self,
+        image: Tensor,  # uint8 (3, height, width)
+        seed: int,  # of the crops
+        epoch: int,  # counted from 1
+        index: int,  # of the image in its split
+    ) -> Tensor:  # uint8 (3, side, side)
         "The random crop of an image in an epoch."
         crop = random_crop(image.shape[1], image.shape[2], seeded(seed, epoch, index))
         part = image[None, :, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
         scaled = interpolate(part, (self.side, self.side), mode="bilinear", antialias=True)[0]
         return scaled.flip(-1) if crop.flipped else scaled
 
-    def test(self, image: Tensor) -> Tensor:  # uint8 (3, side, side)
+    def test(self,
+        image: Tensor,  # uint8 (3, height, width)
+    ) -> Tensor:  # uint8 (3, side, side)
         "The centre of an image."
         return self.centre(image)
 
@@ -103,6 +115,7 @@ class Loaded(NamedTuple):
     name: str  # of the file
     problem: str = ""  # why it cannot be read
 
+# %% ../../nbs/data/loader.ipynb #40039a42
 class Files(Dataset):
     "The images of a split by key: (epoch, position) in training, (0, position) in a test."
     def __init__(self,
@@ -130,8 +143,9 @@ class FileBatch(NamedTuple):
     images: Tensor  # (batch, 3, side, side) uint8
     problems: dict[str, str]  # the damaged files: name and reason
 
+# %% ../../nbs/data/loader.ipynb #6dc449bd
 def gathered(
-    loaded: list[Loaded],
+    loaded: list[Loaded],  # images and problems, in the order of the batch
 ) -> FileBatch:
     "Images as a batch; of damaged files only the names remain."
     good = {x.position: x.image for x in loaded if x.image is not None}
@@ -141,15 +155,18 @@ def gathered(
 # %% ../../nbs/data/loader.ipynb #10ad0013
 def order_of(
     images: int,  # number of training images
-    seed: int, epoch: int,
+    seed: int,  # the run's seed
+    epoch: int,  # counted from 1
 ) -> Tensor:  # (images,) int64
     "The order of the training images in an epoch."
     return torch.randperm(images, generator=seeded(seed, epoch))
 
+# %% ../../nbs/data/loader.ipynb #754b44a6
 def parts_of(
     order: Tensor,  # (images,) int64
     batch_size: int,  # of all processes together
-    rank: int = 0, processes: int = 1,
+    rank: int = 0,  # of this process, counted from 0
+    processes: int = 1,  # how many train together
     accumulate: int = 1,  # micro-batches per step
     start: int = 0,  # steps to skip
 ) -> list[list[Tensor]]:  # for each step, the indices of each micro-batch of this process
@@ -170,7 +187,8 @@ def file_batches(
     data: ImageList,
     train: bool,  # selects the split and the kind of crop
     parts: list[Tensor],  # the indices of each batch
-    seed: int = 0, epoch: int = 0,  # of the crops
+    seed: int = 0,  # of the crops
+    epoch: int = 0,  # counted from 1; decides the crops in training, unused in a test
     workers: int = 0,  # processes that decode; 0: in this one
     pin: bool = False,  # into memory that a GPU copies faster
 ) -> Iterator[FileBatch]:

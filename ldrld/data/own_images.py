@@ -25,22 +25,23 @@ class OwnImages(NamedTuple):
     "A user's images, the files they come from, and what was left out."
     images: ImageData
     train_files: tuple[str, ...]  # relative to the folder, in the order of the images
-    test_files: tuple[str, ...]
+    test_files: tuple[str, ...]  # of the test images, in the same way
     unreadable: dict[str, str]  # file -> why it cannot be read
     split: str  # where the test images come from, in words
     repeated: int  # test images that are also training images, pixel for pixel
 
+# %% ../../nbs/data/own_images.ipynb #1fc1ab09
 class Read(NamedTuple):
     "The readable images of some class folders."
     images: list[np.ndarray]  # uint8 (height, width, 3)
-    labels: list[int]
+    labels: list[int]  # class of each image, the index of its folder
     files: list[str]  # relative to the user's folder
 
 # %% ../../nbs/data/own_images.ipynb #458b1ee2
 TESTS = ("test", "val", "valid", "validation")  # names of a folder of test images, the preferred one first
 
 def splits_of(
-    root: Path,
+    root: Path,  # folder with the user's images
 ) -> tuple[Path, Path | None]:  # training images, test images; None if they have to be held out
     "The folders of a user's images. `ValueError` if the folder is missing or one of the two splits is."
     if not root.is_dir(): raise ValueError(f"{root}: no such folder; expected one with a subfolder for each class")

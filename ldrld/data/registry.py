@@ -20,10 +20,12 @@ LISTS: dict[str, ListLoader] = {}  # data sets that stay in files
 CLASSES: dict[str, int] = {}  # number of classes of each, known without loading the images
 
 
-def register(name: str, classes: int) -> Callable[[Loader], Loader]:
+def register(
+    name: str,  # as `ldrld.data.load` takes it
+    classes: int,  # their number, known without loading the images
+) -> Callable[[Loader], Loader]:
     """Decorator that registers a function (root, download) -> ImageData as the data set `name`.
 
-    classes: their number, which must be known without loading the images.
     ValueError if the name is taken by another data set.
     """
     def add(load: Loader) -> Loader:
@@ -35,11 +37,11 @@ def register(name: str, classes: int) -> Callable[[Loader], Loader]:
     return add
 
 
-def register_list(name: str, classes: int) -> Callable[[ListLoader], ListLoader]:
-    """Decorator that registers a function (root) -> ImageList as the data set `name`, whose images stay in files.
-
-    classes: their number, as in `register`.
-    """
+def register_list(
+    name: str,  # as `ldrld.data.load_list` takes it
+    classes: int,  # their number, known without reading the files
+) -> Callable[[ListLoader], ListLoader]:
+    """Decorator that registers a function (root) -> ImageList as the data set `name`, whose images stay in files."""
     def add(load: ListLoader) -> ListLoader:
         LISTS[name], CLASSES[name] = load, classes
         return load
@@ -47,10 +49,12 @@ def register_list(name: str, classes: int) -> Callable[[ListLoader], ListLoader]
 
 
 @contextmanager
-def registered(images: ImageData) -> Iterator[str]:
-    """Context in which images that are in memory are a data set, under their own name, which begins with `own:`.
+def registered(
+    images: ImageData,  # with the name that runs and records use, which begins with `own:`
+) -> Iterator[str]:  # the name
+    """Context in which images that are in memory are a data set, under their own name.
 
-    images: with the name that runs and records use.  Yields the name. ValueError for a name without `own:`.
+    ValueError for a name without `own:`.
     """
     name = images.name
     if not name.startswith(OWN): raise ValueError(f"images.name={name!r}: expected a name that begins with {OWN!r}")
@@ -59,10 +63,9 @@ def registered(images: ImageData) -> Iterator[str]:
     finally: del LOADERS[name], CLASSES[name]
 
 
-def import_all(leave: tuple[str, ...] = ()) -> None:
-    """Import the modules of this folder, each of which registers its data sets.
-
-    leave: names of modules that are left out.
-    """
+def import_all(
+    leave: tuple[str, ...] = (),  # names of modules that are left out
+) -> None:
+    """Import the modules of this folder, each of which registers its data sets."""
     for module in iter_modules([str(Path(__file__).parent)]):
         if module.name not in leave: import_module(f"{__package__}.{module.name}")

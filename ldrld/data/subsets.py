@@ -13,7 +13,11 @@ import torch
 from .images import ImageData
 
 # %% ../../nbs/data/subsets.ipynb #126f05e1
-def fraction_of_each(labels: torch.Tensor, fraction: float, generator: torch.Generator) -> torch.Tensor:
+def fraction_of_each(
+    labels: torch.Tensor,  # (N,) class of each image
+    fraction: float,  # of the images of each class, from 0 to 1
+    generator: torch.Generator,
+) -> torch.Tensor:
     "Sorted indices of a fraction of every class, at least one image of each."
     chosen = []
     for c in labels.unique():

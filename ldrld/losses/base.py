@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IGNORED', 'Rows', 'rows_of', 'for_versions', 'mean_of', 'summed', 'wide', 'readable', 'compared', 'LossTraits',
-           'LossBase', 'RowLoss', 'counted', 'LogitLoss']
+           'LossHooks', 'LossBase', 'RowLoss', 'counted', 'LogitLoss']
 
 # %% ../../nbs/methods/base.ipynb #2fafc9e7
 import inspect
@@ -45,12 +45,18 @@ class Rows(NamedTuple):
     def counts(self) -> Tensor | None:  # (rows,) bool, rows that count; None: all
         return None if self.row_weights is None else self.row_weights > 0
 
-    def mean(self, values: Tensor) -> Tensor:  # scalar
+    def mean(
+        self,
+        values: Tensor,  # (rows,), or a scalar of the whole batch
+    ) -> Tensor:  # scalar
         "Mean of (rows,) values over the rows that count; a scalar (of the whole batch) counts if any row does."
         if values.ndim: return mean_of(values, self.row_weights)
         return values if self.row_weights is None else values * self.row_weights.sum() / self.versions
 
-    def logits(self, z: Tensor) -> Tensor:
+    def logits(
+        self,
+        z: Tensor,  # (rows, classes), any floating type; ignored rows may hold anything
+    ) -> Tensor:  # (rows, classes)
         "Logits (rows, classes) of another head or network, like `student`: in float32 or better, 0 in ignored rows."
         return readable(wide(z), self.row_weights)
 
@@ -85,7 +91,10 @@ def rows_of(
 
 # %% ../../nbs/methods/base.ipynb #c1a55007
 def for_versions(
-    student_logits: Tensor, target: Tensor | None, mask: Tensor | None, versions: int,  # as in `rows_of`
+    student_logits: Tensor,  # (batch, classes) or (batch, sequence, vocabulary), perhaps of several versions
+    target: Tensor | None,  # (batch,) or (batch, sequence) int64; None: unknown
+    mask: Tensor | None,  # like target, bool: samples or tokens that count; None: all
+    versions: int,  # number of versions of each sample that logits may hold
 ) -> tuple[Tensor | None, Tensor | None, int]:
     "Target and mask repeated for every version in the logits, and the number of versions: `versions`, or one."
     each = target if target is not None else mask
@@ -157,7 +166,10 @@ class LossTraits(nn.Module):
     own_recipe: str = ""  # what the method's own published tables have that CRD's recipe has not
 
     @classmethod
-    def why_eager(cls, hyperparameters: dict[str, Any]) -> str:  # empty if it can
+    def why_eager(
+        cls,
+        hyperparameters: dict[str, Any],  # of the constructor, by name; those left out have their defaults
+    ) -> str:  # empty if it can
         "Why a training step with these hyper-parameters cannot be recorded as a CUDA graph."
         if cls.eager or cls.can_be_recorded or cls.__module__.partition(".")[0] == __name__.partition(".")[0]:
             return cls.eager
@@ -177,19 +189,24 @@ class LossTraits(nn.Module):
         return self.differences + ([] if weight == 1 else [f"CE × {weight:g}" if weight else "no separate CE"])
 
 # %% ../../nbs/methods/base.ipynb #e2c5fe45
-class LossBase(LossTraits):
-    "The hooks of every loss. A subclass defines `terms`; most are a `LogitLoss` or a `FeatureLoss`."
-    @property
-    def hyperparameters(self) -> dict[str, Any]:  # every argument of the constructor with its value
-        "Plain numbers, strings and booleans, serialisable as JSON; without those of `added` that have their default."
-        values = {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
-        return {name: v for name, v in values.items() if name not in self.added or v != self.added[name]}
-
-    def prepare(self, student: nn.Module, teacher: Any, example: Tensor, data: Any = None) -> Self:
-        "Create buffers and extra modules for these networks, from an example batch; here nothing. Returns the loss."
+class LossHooks(LossTraits):
+    "What a training loop calls besides the loss: before the training, each epoch and each batch, and at the end."
+    def prepare(
+        self,
+        student: nn.Module,  # the student network, on its device
+        teacher: Any,  # the teacher network, on the same device; None for a loss without a teacher
+        example: Tensor,  # (batch, 3, side, side) images on that device, for the shapes of features; one is enough
+        data: Any = None,  # training data with `train_images`, `train_labels`, `mean`, `std`; None: not needed
+    ) -> Self:  # the loss itself
+        "Create buffers and extra modules for these networks, from an example batch; here nothing."
         return self
 
-    def at_epoch(self, epoch: int, epochs: int = 240, seed: int = 0) -> None:
+    def at_epoch(
+        self,
+        epoch: int,  # the epoch that begins, counted from 1
+        epochs: int = 240,  # length of the training in epochs
+        seed: int = 0,  # of the run, for losses that draw random numbers
+    ) -> None:
         "Call before each epoch (from 1). With a `warmup`, a fraction of the training, the terms ramp up linearly."
         warmup = getattr(self, "warmup", 0.0) * epochs
         self.ramp = min(epoch / warmup, 1.0) if warmup > 0 else 1.0
@@ -198,30 +215,61 @@ class LossBase(LossTraits):
         "The network to deploy: the student itself, unless the method adds modules to it."
         return student
 
-    def images(self, x: Tensor) -> Tensor:  # (images, 3, height, width)
+    def images(
+        self,
+        x: Tensor,  # (batch, 3, height, width) normalised images
+    ) -> Tensor:  # (images, 3, height, width)
         "The images to train on, made from a batch `x`; to be defined by a loss that `alters_images`."
         raise NotImplementedError(f"{type(self).__name__} must define images(x), which returns images")
 
-    def cross_entropy(self, student: Tensor, target: Tensor | None) -> dict[str, Tensor]:  # {"ce": (rows,)}
+# %% ../../nbs/methods/base.ipynb #1055ba5c
+class LossBase(LossHooks):
+    "The base class of every loss. A subclass defines `terms`; most are a `LogitLoss` or a `FeatureLoss`."
+    @property
+    def hyperparameters(self) -> dict[str, Any]:  # every argument of the constructor with its value
+        "Plain numbers, strings and booleans, serialisable as JSON; without those of `added` that have their default."
+        values = {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+        return {name: v for name, v in values.items() if name not in self.added or v != self.added[name]}
+
+    def cross_entropy(
+        self,
+        student: Tensor,  # (rows, classes) logits
+        target: Tensor | None,  # (rows,) int64 classes; None: no term
+    ) -> dict[str, Tensor]:  # {"ce": (rows,)}
         "The cross-entropy of every row times `ce_weight`; no term without a target."
         return {} if target is None else {"ce": self.ce_weight * F.cross_entropy(student, target, reduction="none")}
 
-    def check_target(self, rows: Rows) -> None:
+    def check_target(
+        self,
+        rows: Rows,  # from `rows_of`
+    ) -> None:
         "ValueError without a target if the loss `needs_target`."
         if rows.target is None and self.needs_target:
             raise ValueError(f"target must be given for {self.needs_target}, got None")
 
-    def terms(self, *given: Any, **more: Any) -> dict[str, Tensor]:  # scalars, each with its own gradient
+    def terms(
+        self,
+        *given: Any,  # logits of the student and of the teacher, and the target, as the subclass defines them
+        **more: Any,  # further arguments of the subclass, such as a mask or features
+    ) -> dict[str, Tensor]:  # scalars, each with its own gradient
         "The weighted terms, which add up to the loss."
         raise NotImplementedError(f"{type(self).__name__} must define terms, which returns named scalars")
 
-    def value_and_terms(self, *given: Any, **more: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        "The loss, differentiable, and its terms, detached, for logging. Arguments as in `terms`."
+    def value_and_terms(
+        self,
+        *given: Any,  # as in `terms`
+        **more: Any,  # as in `terms`
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        "The loss, differentiable, and its terms, detached, for logging."
         terms = self.terms(*given, **more)
         return summed(terms.values()), {name: term.detach() for name, term in terms.items()}
 
-    def forward(self, *given: Any, **more: Any) -> Tensor:  # scalar
-        "The sum of `terms`, with the same arguments."
+    def forward(
+        self,
+        *given: Any,  # as in `terms`
+        **more: Any,  # as in `terms`
+    ) -> Tensor:  # scalar
+        "The sum of `terms`."
         return self.value_and_terms(*given, **more)[0]
 
     def extra_repr(self) -> str: return ", ".join(f"{k}={v!r}" for k, v in self.hyperparameters.items())
@@ -239,27 +287,38 @@ class RowLoss(LossBase):
         raise NotImplementedError(f"{type(self).__name__} must define row_terms(student, teacher, target), which "
                                   "returns named tensors with one value for each row of logits")
 
-    def batch_terms(self, rows: Rows) -> dict[str, Tensor]:  # (rows,) or scalar each
-        "The weighted terms of all `rows`, from `compared`; to be defined by a loss that is not row-wise."
+    def batch_terms(
+        self,
+        rows: Rows,  # from `compared`
+    ) -> dict[str, Tensor]:  # (rows,) or scalar each
+        "The weighted terms of all `rows`; to be defined by a loss that is not row-wise."
         return self.row_terms(rows.student, rows.teacher, rows.target)
 
-    def reduced(self, rows: Rows) -> dict[str, Tensor]:  # scalars
-        "The weighted terms, each with its own gradient, from `rows_of`."
+    def reduced(
+        self,
+        rows: Rows,  # from `rows_of`
+    ) -> dict[str, Tensor]:  # scalars
+        "The weighted terms, each with its own gradient."
         self.check_target(rows)
         rows = compared(rows)
         with torch.autocast(rows.student.device.type, enabled=False): terms = self.batch_terms(rows)
         return {name: rows.mean(values) for name, values in terms.items()}
 
-    def evaluated(self, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
-        "The loss, differentiable, and its terms, detached, from `rows_of`."
+    def evaluated(
+        self,
+        rows: Rows,  # from `rows_of`
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        "The loss, differentiable, and its terms, detached."
         terms = self.reduced(rows)
         return summed(terms.values()), {name: term.detach() for name, term in terms.items()}
 
 # %% ../../nbs/methods/base.ipynb #c1a5500d
 def counted(
-    loss: LossBase,
-    student_logits: Tensor, teacher_logits: Tensor | None,  # as in `rows_of`, like what follows
-    target: Tensor | None = None, mask: Tensor | None = None,
+    loss: LossBase,  # says whether it takes a teacher and a normalizer, and how many versions of a sample
+    student_logits: Tensor,  # (batch, classes) or (batch, sequence, vocabulary), any floating type
+    teacher_logits: Tensor | None,  # the same shape; dropped if the loss does not use it
+    target: Tensor | None = None,  # (batch,) or (batch, sequence) int64; −100 is ignored
+    mask: Tensor | None = None,  # like target, bool: samples or tokens that count; None: all
     normalizer: float | Tensor | None = None,  # None for a loss that is not row-wise, else ValueError
 ) -> Rows:
     "The arguments of a call of `loss`, after `rows_of`."
@@ -297,10 +356,14 @@ class LogitLoss(RowLoss):
         return self.reduced(counted(self, student_logits, teacher_logits, target, mask, normalizer))
 
     def value_and_terms(
-        self, student_logits: Tensor, teacher_logits: Tensor | None, target: Tensor | None = None,
-        mask: Tensor | None = None, normalizer: float | Tensor | None = None,
+        self,
+        student_logits: Tensor,  # (batch, classes) or (batch, sequence, vocabulary), any floating type
+        teacher_logits: Tensor | None,  # the same shape, treated as constant
+        target: Tensor | None = None,  # (batch,) or (batch, sequence) int64; −100 is ignored; None: no "ce"
+        mask: Tensor | None = None,  # like target, bool: samples or tokens that count; None: all
+        normalizer: float | Tensor | None = None,  # number of rows that count in all micro-batches; None: in this one
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        "The loss, differentiable, and its terms, detached, for logging. Arguments as in `terms`."
+        "The loss, differentiable, and its terms, detached, for logging."
         if type(self).terms is LogitLoss.terms:
             return self.evaluated(counted(self, student_logits, teacher_logits, target, mask, normalizer))
         given = {"mask": mask, "normalizer": normalizer}  # a loss that overrides `terms` may not accept them

@@ -37,7 +37,7 @@ def inner_loss(
 def inner_terms(
     base: RowLoss,  # from `inner_loss`
     rows: Rows,  # logits, target and row weights
-    factor: float = 1.0,
+    factor: float = 1.0,  # of every term, such as a warm-up
 ) -> dict[str, Tensor]:  # scalars
     "The terms of such a loss times `factor`, without the cross-entropy."
     return {name: factor * term for name, term in base.reduced(rows).items() if name != "ce"}

@@ -29,7 +29,9 @@ Loss = TypeVar("Loss", bound=LossBase)
 _losses: dict[str, type[LossBase]] = {}
 
 
-def register(name: str) -> Callable[[type[Loss]], type[Loss]]:
+def register(
+    name: str,  # under which `build` finds the class
+) -> Callable[[type[Loss]], type[Loss]]:
     """Class decorator that registers a loss as `name`. ValueError if another class has that name."""
     def add(loss: type[Loss]) -> type[Loss]:
         known = _losses.get(name)
@@ -40,11 +42,13 @@ def register(name: str) -> Callable[[type[Loss]], type[Loss]]:
     return add
 
 
-def available(kind: str | None = None) -> list[str]:
-    """Names of all registered losses, in alphabetical order.
+def available(
+    kind: str | None = None,  # "logits" | "features" | "images" | "teachers"; None: all
+) -> list[str]:
+    """Names of all registered losses, in alphabetical order, or of those of a kind.
 
-    kind: "logits" for losses that need only logits and labels, "features" for those that need intermediate features,
-    "images" for those that generate their own training images, "teachers" for those that tune a teacher; None for all.
+    "logits": they need only logits and labels; "features": they need intermediate features of the networks; "images":
+    they generate their own training images; "teachers": they tune a teacher. ValueError for an unknown kind.
     """
     kinds = {"teachers": "trains_teacher", "features": "needs_features", "images": "alters_images"}
     if kind not in (None, "logits", *kinds):
@@ -62,10 +66,11 @@ def _imported(path: str) -> Any:
                          "PYTHONPATH") from error
 
 
-def loss_class(name: str) -> type[LossBase]:
+def loss_class(
+    name: str,  # registered, or of an entry point in the group `ldrld.losses`, or `package.module:Class`
+) -> type[LossBase]:
     """The class of the loss called `name`.
 
-    name: one that is registered, the name of an entry point in the group `ldrld.losses`, or `package.module:Class`.
     ValueError for an unknown name, a class that cannot be imported, or one that is no loss of this kind.
     """
     if name in _losses: return _losses[name]
@@ -79,7 +84,9 @@ def loss_class(name: str) -> type[LossBase]:
     return found
 
 
-def origin(name: str) -> dict[str, str]:
+def origin(
+    name: str,  # of a loss, see `loss_class`
+) -> dict[str, str]:
     """Where a loss from outside comes from: its class, and the SHA-256 of the file that holds it; empty for ours."""
     found = loss_class(name)
     if found.__module__.partition(".")[0] == "ldrld": return {}
@@ -94,8 +101,11 @@ def _arguments(loss: Callable[..., LossBase]) -> tuple[str, ...]:
     return tuple(inspect.signature(loss).parameters)
 
 
-def build(name: str, **hyperparameters: Any) -> LossBase:
-    """Build the loss called `name`, see `loss_class`; hyper-parameters that are not given have their defaults.
+def build(
+    name: str,  # of a loss, see `loss_class`
+    **hyperparameters: Any,  # arguments of the class, by name
+) -> LossBase:
+    """Build the loss called `name`; hyper-parameters that are not given have their defaults.
 
     ValueError for an unknown name or hyper-parameter, with suggestions, or for a value out of range.
     """
@@ -106,16 +116,22 @@ def build(name: str, **hyperparameters: Any) -> LossBase:
     return made(**hyperparameters)
 
 
-def needs_teacher(name: str) -> bool:
+def needs_teacher(
+    name: str,  # of a loss, see `loss_class`
+) -> bool:
     """Whether the loss called `name` needs a teacher. ValueError for an unknown name."""
     return loss_class(name).needs_teacher
 
 
-def published_settings(name: str, teacher: str, student: str, loss: str | None = None) -> dict[str, Any]:
-    """Published hyper-parameters of the loss `name` for a pair of networks; empty if none were found.
+def published_settings(
+    name: str,  # of a loss, see `loss_class`
+    teacher: str,  # name in `ldrld.models.available()`
+    student: str,  # name in `ldrld.models.available()`
+    loss: str | None = None,  # for a wrapper, the wrapped loss that was published with it; None: the wrapper's default
+) -> dict[str, Any]:  # by name
+    """Published hyper-parameters of a loss for a pair of networks; empty if none were found.
 
-    teacher, student: names in `ldrld.models.available()`. loss: for a wrapper, the name of the wrapped loss with which
-    its settings were published; None for the wrapper's default. ValueError for an unknown loss.
+    ValueError for an unknown loss.
     """
     found = loss_class(name)
     by_loss = getattr(found, "wrapped_pair_settings", None)

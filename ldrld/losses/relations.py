@@ -124,11 +124,15 @@ def remaining_kl(
 # %% ../../nbs/lesson/01_relations.ipynb #b1c0a002
 RULED_OUT = -1e9  # stands for −∞: a class with this logit or a lower one is masked
 
-def lowest_allowed(z: Tensor) -> float:
+def lowest_allowed(
+    z: Tensor,  # logits; only their type matters
+) -> float:
     "Logit at or below which a class is masked: −1e9, or the type's lowest number if that is higher."
     return max(RULED_OUT, torch.finfo(z.dtype).min)
 
-def may_rule_out(z: Tensor) -> bool:
+def may_rule_out(
+    z: Tensor,  # (…, classes) logits of any floating type
+) -> bool:
     "Whether some class may be masked. Checked on the CPU only; True where a check would synchronize or is impossible."
     if not validation.may_look(z): return True
     return not z.detach().amin() > lowest_allowed(z)

@@ -66,8 +66,8 @@ def seen_untrained(
 
 # %% ../../nbs/models/diswot.ipynb #dw00001z
 def diswot_score(
-    teacher: Untrained,
-    student: Untrained,
+    teacher: Untrained,  # from `seen_untrained`
+    student: Untrained,  # from `seen_untrained`, for the same batch
 ) -> dict[str, float]:  # "relation", "semantics" and "score", NaN where the widths differ; a larger score is better
     "Minus the sum of both distances, and each of them."
     relation = relation_distance(teacher.maps, student.maps).item()

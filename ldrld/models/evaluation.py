@@ -66,7 +66,8 @@ def logits_on(
 def logits_of(
     model: nn.Module,
     images: Tensor,  # (N, H, W, 3) uint8
-    mean: tuple, std: tuple,  # per channel, on the 0..1 scale
+    mean: tuple,  # of red, green and blue, on the 0..1 scale
+    std: tuple,  # standard deviation of each channel, on the same scale
     dtype: torch.dtype = torch.float32,  # of the convolutions
     batch_size: int = 500,
 ) -> Tensor:  # (N, classes) float32, on the model's device

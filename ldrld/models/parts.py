@@ -14,17 +14,11 @@ from torch import Tensor, nn
 
 # %% ../../nbs/models/parts.ipynb #e048edc1
 class Features(NamedTuple):
-    """Intermediate activations of a network. Each map is `(batch, channels, height, width)`.
-
-    `stages`: the output of the stem, then of each stage, after its final activation.
-    `preact`: the output of each stage before its final activation; `preact[i]` belongs to `stages[i + 1]`.
-    `pooled`: `(batch, width)`, the global average that enters the head.
-    `last`: the map that is averaged to `pooled`; in some networks a layer or two after the last stage.
-    """
-    stages: tuple[Tensor, ...]
-    preact: tuple[Tensor, ...]
-    pooled: Tensor
-    last: Tensor | None = None
+    """Intermediate activations of a network. Each map is `(batch, channels, height, width)`."""
+    stages: tuple[Tensor, ...]  # output of the stem, then of each stage, after its final activation
+    preact: tuple[Tensor, ...]  # output of each stage before that; `preact[i]` belongs to `stages[i + 1]`
+    pooled: Tensor  # (batch, width), the global average that enters the head
+    last: Tensor | None = None  # map that is averaged to `pooled`, in some networks a layer or two after the last stage
 
 # %% ../../nbs/models/parts.ipynb #309f25fb
 Output = Tensor | tuple[Tensor, Features]  # of a network: logits; with `features=True` also the features
@@ -118,11 +112,19 @@ class Staged(nn.Module):
         """The batch norm right before the activation that ends each stage; none if the network is built otherwise."""
         return []
 
-    def stem(self, x: Tensor) -> Tensor:
-        """The map after the stem, of `(batch, 3, side, side)` images."""
+    def stem(
+        self,
+        x: Tensor,  # (batch, 3, side, side) normalised images
+    ) -> Tensor:  # (batch, channels, height, width)
+        """The map after the stem."""
         raise NotImplementedError
 
-    def onward(self, x: Tensor, rows: tuple, features: bool = False) -> Output:
+    def onward(
+        self,
+        x: Tensor,  # (batch, channels, height, width), the map before the stages
+        rows: tuple,  # the remaining stages, the last entries of `self.rows`
+        features: bool = False,  # return `(logits, Features)`?
+    ) -> Output:
         """The output of the network, from the map before the stages `rows`."""
         raise NotImplementedError
 

@@ -21,11 +21,13 @@ def called(network: Callable) -> str:
     return getattr(network, "func", network).__qualname__
 
 
-def register(name: str, lr: float | None = None, needs: str = "") -> Callable[[Maker], Maker]:
+def register(
+    name: str,  # under which `build` finds the network
+    lr: float | None = None,  # base learning rate of the common CIFAR recipe at batch size 64; None: the usual 0.05
+    needs: str = "",  # package without which it cannot be built; such a network is not listed by `available()`
+) -> Callable[[Maker], Maker]:
     """Decorator that registers a network, a class or a function of `num_classes`, as `name`.
 
-    lr: base learning rate of the common CIFAR recipe at batch size 64; None: the usual 0.05.
-    needs: package without which it cannot be built; such a network is optional: `available()` does not list it.
     ValueError if the name is taken by another network.
     """
     def add(network: Maker) -> Maker:
@@ -38,10 +40,9 @@ def register(name: str, lr: float | None = None, needs: str = "") -> Callable[[M
     return add
 
 
-def import_all(leave: tuple[str, ...] = ()) -> None:
-    """Import the modules of this folder, each of which registers its networks.
-
-    leave: names of modules that are left out.
-    """
+def import_all(
+    leave: tuple[str, ...] = (),  # names of modules that are left out
+) -> None:
+    """Import the modules of this folder, each of which registers its networks."""
     for module in iter_modules([str(Path(__file__).parent)]):
         if module.name not in leave: import_module(f"{__package__}.{module.name}")

@@ -93,7 +93,10 @@ class Bottleneck(nn.Module):
         self.conv3, self.bn3 = conv(inner, c_out, 1), nn.BatchNorm2d(c_out)
         self.shortcut = projection(c_in, c_out, stride)
 
-    def branch(self, x: Tensor) -> Tensor:
+    def branch(
+        self,
+        x: Tensor,  # (batch, c_in, height, width)
+    ) -> Tensor:  # (batch, c_out, height / stride, width / stride)
         """The three convolutions."""
         y = F.relu(self.bn1(self.conv1(x)))
         y = F.relu(self.bn2(self.conv2(y)))

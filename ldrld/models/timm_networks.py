@@ -71,13 +71,9 @@ def timm_module(
 
 # %% ../../nbs/models/timm_networks.ipynb #71a0000d
 class StageMaps(NamedTuple):
-    """Maps of a network that has no `Features`.
-
-    `stages`: `(batch, channels, height, width)` after each stage, from the first to the last.
-    `tokens`: whether all have the same shape, because the network is a stack of equal blocks on tokens.
-    """
-    stages: tuple[Tensor, ...]
-    tokens: bool
+    """Maps of a network that has no `Features`."""
+    stages: tuple[Tensor, ...]  # (batch, channels, height, width) after each stage, from the first to the last
+    tokens: bool  # whether all have the same shape, because the network is a stack of equal blocks on tokens
 
 # %% ../../nbs/models/timm_networks.ipynb #71a0000f
 def stages_of(
@@ -143,7 +139,9 @@ def stem(
     return made
 
 @register("vit_mini", needs="timm")
-def vit_mini(num_classes: int = 100) -> TimmNetwork:
+def vit_mini(
+    num_classes: int = 100,  # number of logits
+) -> TimmNetwork:
     """A transformer of four blocks, four heads and width 64, on 4×4 tokens from a convolutional stem; 32 pixels."""
     made: Callable[..., nn.Module] = timm_module("timm.models.vision_transformer", "vit_mini").VisionTransformer
     embedding = partial(timm_module("timm.layers", "vit_mini").HybridEmbed, backbone=stem(16, 32, 64))
@@ -152,7 +150,9 @@ def vit_mini(num_classes: int = 100) -> TimmNetwork:
     return TimmNetwork(network, 32)
 
 @register("mixer_mini", needs="timm")
-def mixer_mini(num_classes: int = 100) -> TimmNetwork:
+def mixer_mini(
+    num_classes: int = 100,  # number of logits
+) -> TimmNetwork:
     """An MLP-Mixer of four blocks and width 64, on 16 patches of 8×8 pixels; 32 pixels."""
     made: Callable[..., nn.Module] = timm_module("timm.models.mlp_mixer", "mixer_mini").MlpMixer
     return TimmNetwork(made(img_size=32, patch_size=8, embed_dim=64, num_blocks=4, num_classes=num_classes), 32)

@@ -27,17 +27,17 @@ HOST_COPIES = {"aten::lift_fresh"}  # torch.tensor([...]): on a GPU, a copy from
 @dataclass(frozen=True)
 class Produced:
     "An operand produced within the recording."
-    number: int
+    number: int  # in the order of the operations, counted from 0
 
 # %% ../../nbs/training/capture.ipynb #6cc7d9f5
 @dataclass(frozen=True)
 class Address:
     "An operand that existed before the recording: its address, not the tensor itself."
-    storage: StorageWeakRef
+    storage: StorageWeakRef  # weak reference, which does not keep the memory alive
     dtype: torch.dtype
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
+    size: tuple[int, ...]  # the tensor's shape
+    stride: tuple[int, ...]  # of each dimension, in elements
+    offset: int  # of the first element in the storage, in elements
 
     def tensor(self) -> Tensor:
         "The tensor at this address now."
@@ -46,7 +46,9 @@ class Address:
         return torch.empty(0, dtype=self.dtype).set_(storage, self.offset, self.size, self.stride)
 
 # %% ../../nbs/training/capture.ipynb #5b8070ef
-def address_of(tensor: Tensor) -> Address:
+def address_of(
+    tensor: Tensor,  # any; it is not kept alive
+) -> Address:
     "The address of a tensor."
     storage = StorageWeakRef(tensor.untyped_storage())
     return Address(storage, tensor.dtype, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
@@ -61,14 +63,18 @@ class Imitation(TorchDispatchMode):
         super().__init__()
         self.calls: list[tuple[Any, Any, Any]] = []  # function, operands, result
 
-    def record(self, function: Callable[[], None]) -> "Imitation":
+    def record(self,
+        function: Callable[[], None],  # called once, such as a training step
+    ) -> "Imitation":
         "Run a function and store its operations. Raises CaptureError for what a CUDA graph cannot record."
         self.numbers, self.alive = {}, []
         with self: function()
         del self.numbers, self.alive
         return self
 
-    def operand(self, tensor: Tensor) -> Produced | Address:
+    def operand(self,
+        tensor: Tensor,  # an input or output of an operation
+    ) -> Produced | Address:
         "How the recording refers to a tensor."
         return Produced(self.numbers[id(tensor)]) if id(tensor) in self.numbers else address_of(tensor)
 

@@ -37,7 +37,7 @@ def save(
 # %% ../../nbs/training/checkpoint.ipynb #94b493bc
 def read_checkpoint(
     checkpoint: str | os.PathLike,  # file
-    device: torch.device | str = "cpu",
+    device: torch.device | str = "cpu",  # where its tensors are loaded to
 ) -> dict[str, Any]:
     "Read a checkpoint without running code from it. ValueError, naming the file, if it is truncated or empty."
     try:
@@ -54,7 +54,7 @@ def resume(
     checkpoint: str | os.PathLike | None,  # file, or None
     state: dict[str, Any],  # objects with `load_state_dict`
     note: dict[str, Any] | None = None,  # must equal the saved one
-    device: torch.device | str = "cpu",
+    device: torch.device | str = "cpu",  # where its tensors are loaded to
     settings: dict[str, Any] | None = None,  # must equal the saved ones; only `epochs` may grow
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:  # history and legs, empty without a checkpoint
     "Restore a checkpoint if there is one. ValueError if its settings differ or it cannot be read."

@@ -16,7 +16,14 @@ TOO_LARGE = 1e9  # a logit of −10⁹ masks a class; networks in training never
 
 class Diverged(RuntimeError):
     "Raised when the loss of a training is no longer finite."
-    def __init__(self, epoch: int, step: int, term: str, value: float, lr: float, run: str = ""):
+    def __init__(self,
+        epoch: int,  # counted from 1
+        step: int,  # in the epoch, counted from 1
+        term: str,  # what is not finite, as in `NotFinite`
+        value: float,  # its value
+        lr: float,  # learning rate of the step
+        run: str = "",  # for the message: name of the run, empty for a single one
+    ):
         self.epoch, self.step, self.lr = epoch, step, lr
         self.term, self.value = term, value
         where = f"{run}{' ' * bool(run)}diverged in epoch {epoch}, step {step}"
@@ -27,7 +34,7 @@ class Diverged(RuntimeError):
 class NotFinite(NamedTuple):
     "What is not finite."
     term: str  # of the loss, "loss" if all its terms are finite, "logits" or "test logits"
-    value: float
+    value: float  # ±∞ or NaN
 
 # %% ../../nbs/training/divergence.ipynb #ad6d924c
 def wrong_loss(

@@ -49,7 +49,9 @@ class Precision(NamedTuple):
     dtype: torch.dtype = torch.float32  # of convolutions and matrix products
     channels_last: bool = True  # memory format, faster on GPUs and most CPUs
 
-    def placed(self, module: Any) -> Any:
+    def placed(self,
+        module: Any,  # a network, or images (batch, 3, H, W)
+    ) -> Any:
         "A network or images in this memory format."
         return module.to(memory_format=torch.channels_last) if self.channels_last else module
 
@@ -68,8 +70,10 @@ class FileStudent:
         data: ImageList,
         teacher: nn.Module | None = None,  # on the process's device
         processes: Processes = ALONE,
-        precision: Precision = PLAIN,
-        lr: float = 0.2, momentum: float = 0.9, weight_decay: float = 1e-4,  # of SGD
+        precision: Precision = PLAIN,  # number type and memory format of both networks
+        lr: float = 0.2,  # base learning rate of SGD
+        momentum: float = 0.9,  # of SGD
+        weight_decay: float = 1e-4,  # of SGD
     ):
         check_loss(loss)
         self.model, self.loss, self.data, self.precision = precision.placed(model), loss, data, precision
@@ -83,13 +87,18 @@ class FileStudent:
         self.problems: dict[str, str] = {}  # damaged files and reasons; of all processes after an epoch
         self.last: tuple[Tensor, Tensor | None, Tensor] | None = None  # logits and classes of the last micro-batch
 
-    def seen(self, images: Tensor) -> Tensor:
+    def seen(self,
+        images: Tensor,  # (batch, 3, side, side) uint8
+    ) -> Tensor:
         "Images as input of the networks."
         x = normalised(images.to(self.device, non_blocking=True), self.data)
         return self.precision.placed(x.to(next(self.model.parameters()).dtype))
 
-    def backward(self, batch: FileBatch, images: int) -> None:
-        "Add the gradient of a micro-batch; `images` is the number of images of the step in all processes."
+    def backward(self,
+        batch: FileBatch,  # a micro-batch of this process
+        images: int,  # number of images of the step, in all processes
+    ) -> None:
+        "Add the gradient of a micro-batch."
         x, y = self.seen(batch.images), self.labels[batch.positions.to(self.device)]
         with autocast(self.precision.dtype, self.device):
             z = self.network(x)
@@ -110,7 +119,8 @@ class FileStudent:
 def agreed(
     student: FileStudent,
     batches: list[FileBatch],  # of this step
-    epoch: int, step: int,
+    epoch: int,  # for messages, counted from 1
+    step: int,  # for messages, counted from 1
 ) -> int:
     "Number of images of the step in all processes. Raises `Diverged` if the loss is not finite in one of them."
     for batch in batches: student.problems |= batch.problems
@@ -129,7 +139,8 @@ def agreed(
 def take_step(
     student: FileStudent,
     batches: list[FileBatch],  # micro-batches of this process
-    epoch: int, step: int,  # for messages
+    epoch: int,  # for messages, counted from 1
+    step: int,  # for messages, counted from 1
 ) -> None:
     "One step of SGD; gradients are exchanged once, with the last micro-batch."
     images = agreed(student, batches, epoch, step)
@@ -146,17 +157,20 @@ class Tested(NamedTuple):
     "Logits of this process's part of the test images."
     positions: Tensor  # (images,) int64
     student: Tensor  # (images, classes)
-    teacher: Tensor | None
+    teacher: Tensor | None  # (images, classes); None if it was not run
 
+# %% ../../nbs/training/files.ipynb #ded2ed0b
 def share_problems(student: FileStudent) -> None:
     "Tell all processes which files are damaged."
     for problems in from_all(student.problems, student.processes): student.problems |= problems
 
+# %% ../../nbs/training/files.ipynb #128dd75e
 @torch.inference_mode()
 def logits_of_part(
     student: FileStudent,
-    batch_size: int, workers: int,
-    with_teacher: bool = False,
+    batch_size: int,
+    workers: int,  # decoding processes; 0: in this one
+    with_teacher: bool = False,  # whether to run the teacher, too, if there is one
 ) -> Tested:
     "Run the networks on every n-th test image, n being the number of processes."
     average_buffers(student.model, student.processes)
@@ -175,7 +189,11 @@ def logits_of_part(
     share_problems(student)
     return Tested(torch.cat(positions), torch.cat(ours), torch.cat(theirs) if theirs else None)
 
-def accuracy_over_all(student: FileStudent, tested: Tested) -> float:  # per cent
+# %% ../../nbs/training/files.ipynb #55db1451
+def accuracy_over_all(
+    student: FileStudent,
+    tested: Tested,  # this process's part, from `logits_of_part`
+) -> float:  # per cent
     "Accuracy over all processes."
     hits = tested.student.argmax(1).cpu() == student.data.test_labels[tested.positions]
     counts = torch.tensor([int(hits.sum()), len(hits)], device=student.device, dtype=torch.float64)
@@ -185,7 +203,7 @@ def accuracy_over_all(student: FileStudent, tested: Tested) -> float:  # per cen
 # %% ../../nbs/training/files.ipynb #f11e0015
 def all_tested(
     student: FileStudent,
-    tested: Tested,
+    tested: Tested,  # this process's part, from `logits_of_part`
 ) -> Tested:  # of all processes, in the order of the images, on the CPU
     "Logits of all test images that can be read."
     parts = from_all([None if x is None else x.cpu() for x in tested], student.processes)
@@ -213,7 +231,11 @@ class Position:
         self.problems.update(state["problems"])
         self.step, self.seconds, self.sums = state["step"], state["seconds"], state["sums"]
 
-    def reached(self, step: int, student: FileStudent, seconds: float) -> None:
+    def reached(self,
+        step: int,  # steps of the epoch taken so far
+        student: FileStudent,
+        seconds: float,  # since the last call
+    ) -> None:
         "Add what all processes have counted since the last call."
         for name, value in student.sums.items():
             self.sums[name] = self.sums.get(name, 0.0) + total(value, student.processes).item()
@@ -225,7 +247,7 @@ class Position:
 class Settings(NamedTuple):
     "Of a training on files; all but `accumulate`, `workers` and `save_every` must agree with a checkpoint."
     recipe: str = "imagenet"  # one of `RECIPES`
-    epochs: int = 100
+    epochs: int = 100  # length of the training
     batch_size: int = 512  # images per step, of all processes together
     seed: int = 0  # of the order of the images and their crops
     accumulate: int = 1  # micro-batches per step and process
@@ -285,8 +307,13 @@ def steps_of(
     loaded = file_batches(student.data, True, flat, settings.seed, epoch, settings.workers, pin=on_gpu)
     for step, _ in enumerate(parts, start + 1): yield step, [next(loaded) for _ in range(k)]
 
+# %% ../../nbs/training/files.ipynb #140ef745
 def row_of(
-    student: FileStudent, position: Position, epoch: int, rate: float, test_accuracy: float,
+    student: FileStudent,
+    position: Position,  # with the sums of the whole epoch
+    epoch: int,  # counted from 1
+    rate: float,  # learning rate at its beginning
+    test_accuracy: float,  # per cent
 ) -> dict[str, Any]:
     "The row of an epoch in a record. Raises `Diverged` if a sum is not finite."
     images, hits = position.sums["images"], position.sums["hits"]

@@ -14,11 +14,17 @@ from torch import Tensor, nn
 # %% ../../nbs/training/flat_parameters.ipynb #1b7b60a9
 ALIGNED = 64  # pieces start at multiples of this many elements, for vectorised loads
 
-def room_for(like: Sequence[Tensor]) -> int:
+def room_for(
+    like: Sequence[Tensor],  # tensors to be stored one after the other
+) -> int:
     "Number of elements that a vector needs to hold these tensors."
     return sum(-(-tensor.numel() // ALIGNED) * ALIGNED for tensor in like)
 
-def pieces(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+# %% ../../nbs/training/flat_parameters.ipynb #d7d4b4dc
+def pieces(
+    vector: Tensor,  # contiguous, of at least `room_for(like)` elements
+    like: Sequence[Tensor],  # whose shapes and strides the views have
+) -> list[Tensor]:
     "Views into a vector, one per tensor of a list, with its shape and memory format."
     starts = [room_for(like[:i]) for i in range(len(like))]
     return [torch.as_strided(vector, tensor.shape, tensor.stride(), start) for tensor, start in zip(like, starts)]
@@ -66,7 +72,9 @@ class Flat:
 # %% ../../nbs/training/flat_parameters.ipynb #cffdd58e
 class Counters:
     "The batch counters of all batch norms in some modules, incremented by one kernel."
-    def __init__(self, *modules: nn.Module):
+    def __init__(self,
+        *modules: nn.Module,  # networks or losses; the batch norms inside count
+    ):
         found: list[nn.modules.batchnorm._BatchNorm] = []
         for module in modules:
             found += [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]

@@ -35,7 +35,7 @@ from .student import Network, Outputs, Student, forward, loss_of, loss_precision
 # %% ../../nbs/training/graphs.ipynb #6e22e85e
 def why_eager(
     name: str,  # of a loss in `ldrld.losses`
-    hyperparameters: dict[str, Any] | None = None,
+    hyperparameters: dict[str, Any] | None = None,  # that the loss is built with; None: its defaults
 ) -> str:  # empty if its step can be recorded
     """Why a loss cannot be recorded, as declared by the loss, see `LossBase.why_eager`.
 
@@ -77,7 +77,9 @@ class Resident:
         self.test_index = torch.arange(task.tests.n, device=device)
         self.counters, self.queries = Counters(student.model, student.loss), queries_of([student.loss], task.teacher)
 
-    def batch(self, n: int) -> Batch:
+    def batch(self,
+        n: int,  # the batch size, or that of the last, partial batch of an epoch
+    ) -> Batch:
         "The next batch of `n` images with the teacher's output."
         task, whole = self.task, self.full * self.task.batch_size
         if n == task.batch_size:
@@ -85,7 +87,10 @@ class Resident:
         else: index, crop = self.order[whole:], self.drawn[whole:]
         return self.queries.batch(index, crop, task.crops.at(index, crop), task.labels[index])
 
-    def output(self, x: Tensor, **more: Any) -> Any:
+    def output(self,
+        x: Tensor,  # (batch, 3, H, W) images
+        **more: Any,  # for the network, such as `features=True`
+    ) -> Any:
         "The student's output, computed with the low-precision weights if there are any."
         if not len(self.flat.narrow): output = self.student.model(x, **more)
         else: output = functional_call(self.student.model, self.narrow_leaves, (x,), more)
@@ -93,7 +98,10 @@ class Resident:
         if may_look(z) and not z.detach().abs().amax() < TOO_LARGE: self.diverges()
         return output
 
-    def loss_of(self, network: Network, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Outputs]:
+    def loss_of(self,
+        network: Network,  # the student's network, or `output`, which stands for it
+        batch: Batch,
+    ) -> tuple[Tensor, dict[str, Tensor], Outputs]:
         "The loss of a batch, its terms, and what they were computed from."
         loss, dtype = self.student.loss, self.task.dtype
         with loss_precision(loss, dtype, self.student.device):
@@ -110,10 +118,12 @@ class Steps(Resident):
     "A student's training step and evaluation, on static tensors only."
     trace: Tensor  # (steps, terms + 1): the terms of the loss and the number of correct predictions
     last: tuple[Tensor, Tensor | None, Tensor]  # logits of student and teacher, and classes, of the last batch
-    deployed: nn.Module
+    deployed: nn.Module  # the network that is tested, see `LossBase.deployed`
     test_logits: Tensor  # (M, classes)
 
-    def step(self, n: int) -> None:
+    def step(self,
+        n: int,  # as in `batch`
+    ) -> None:
         "One optimisation step on a batch of `n` images."
         self.flat.round()
         batch = self.batch(n)
@@ -128,13 +138,17 @@ class Steps(Resident):
             if n == (self.rest or self.task.batch_size): self.remember(outputs.z_s, outputs.z_t, batch.y)
             self.k.add_(1)
 
-    def remember(self, *last: Tensor | None) -> None:
+    def remember(self,
+        *last: Tensor | None,  # logits of student and teacher, and labels; the teacher's None without one
+    ) -> None:
         "Keep logits and labels of the last batch of an epoch, for the gradient norms."
         for kept, new in zip(self.last, last):
             if kept is not None and new is not None: kept.copy_(new)
 
     @torch.no_grad()
-    def evaluate(self, n: int) -> None:
+    def evaluate(self,
+        n: int,  # `TESTED`, or the number of images left over
+    ) -> None:
         "Logits of the next `n` test images, in evaluation mode."
         whole = self.task.tests.n // TESTED * TESTED
         if n == TESTED: index = self.test_index[:whole].view(-1, n).index_select(0, self.j)[0]
@@ -151,21 +165,30 @@ class Steps(Resident):
 Recorder: TypeAlias = Callable[..., Callable[[], None]]  # (function, stream, pool, generators) -> a replay
 
 def called(
-    function: Callable[[], None], stream: Any = None, pool: Any = None, generators: Iterable[torch.Generator] = (),
+    function: Callable[[], None],  # returned as it is
+    stream: Any = None,  # unused
+    pool: Any = None,  # unused
+    generators: Iterable[torch.Generator] = (),  # unused
 ) -> Callable[[], None]:
     "The function itself, without recording; used on a CPU."
     return function
 
 # %% ../../nbs/training/graphs.ipynb #28644be9
 def imitated(
-    function: Callable[[], None], stream: Any = None, pool: Any = None, generators: Iterable[torch.Generator] = (),
+    function: Callable[[], None],  # called once, to be recorded
+    stream: Any = None,  # unused
+    pool: Any = None,  # unused
+    generators: Iterable[torch.Generator] = (),  # unused
 ) -> Callable[[], None]:
     "A recording by `Imitation`, used by the tests on a CPU."
     return Imitation().record(function).replay
 
 # %% ../../nbs/training/graphs.ipynb #9d5b9d42
 def captured(
-    function: Callable[[], None], stream: Any, pool: Any, generators: Iterable[torch.Generator] = (),
+    function: Callable[[], None],  # called once, to be recorded
+    stream: Any,  # CUDA stream to record on
+    pool: Any,  # handle of the memory pool
+    generators: Iterable[torch.Generator] = (),  # those that the function draws from
 ) -> Callable[[], None]:
     "A CUDA graph in the memory pool of its student; each replay draws new numbers from the generators."
     graph = torch.cuda.CUDAGraph()
@@ -243,7 +266,9 @@ class Recorded(Prepared):
         flat = [self.flat.weights, self.flat.moments] if self.prepared else []
         return [*self.student.model.buffers(), *self.student.loss.buffers(), *flat, self.k, self.j]
 
-    def without_trace(self, function: Callable[[], Result]) -> Result:
+    def without_trace(self,
+        function: Callable[[], Result],  # changes only the tensors in `changes`, and the loss's generators
+    ) -> Result:
         "Call a function, undo its side effects and return its result."
         before = [t.clone() for t in self.changes()]
         drawn = [(generator, generator.get_state()) for generator in generators_of(self.student.loss)]
@@ -253,7 +278,10 @@ class Recorded(Prepared):
             for t, value in zip(self.changes(), before): t.copy_(value)
         return result
 
-    def recording(self, function: Callable[[int], None], n: int) -> Callable[[], None]:
+    def recording(self,
+        function: Callable[[int], None],  # a step or an evaluation
+        n: int,  # number of images in its batch
+    ) -> Callable[[], None]:
         "Record `function(n)` after a warm-up run."
         run, generators = lambda: function(n), generators_of(self.student.loss)
         if self.recorder is not called: self.without_trace(run)

@@ -26,7 +26,7 @@ from .student import Student
 class Cohort:
     "The students that train in an epoch. Iterating skips those that have diverged."
     def __init__(self,
-        students: list[Student],
+        students: list[Student],  # all of the training, including those that diverged
         epoch: int,  # from 1; a student whose checkpoint is ahead waits
     ):
         self.started = time.perf_counter()
@@ -58,7 +58,7 @@ def dropping(student: Student) -> Iterator[None]:
 Rows: TypeAlias = list[dict[str, Any] | None]  # of an epoch, one for each student; None for one that diverged
 
 def train_together(
-    students: list[Student],
+    students: list[Student],  # trained in place
     data: ImageData,
     teacher: TeacherFunction | None = None,  # (index, crop, x) -> logits; a `TeacherLogits` for losses on features
     epochs: int = 240,  # total, including those of checkpoints
@@ -98,7 +98,9 @@ def train(
     recipe: str = "crd",  # one of `RECIPES`
     epochs: int = 240,  # total, including those of a checkpoint
     batch_size: int = 64,  # the last batch of an epoch may be smaller
-    lr: float = 0.05, momentum: float = 0.9, weight_decay: float = 5e-4,  # of SGD; `lr` is the base rate
+    lr: float = 0.05,  # base learning rate
+    momentum: float = 0.9,  # of SGD; β₁ of AdamW
+    weight_decay: float = 5e-4,  # L2 penalty of SGD; decoupled in AdamW
     seed: int = 0,  # of the order of the images and their crops
     dtype: torch.dtype = torch.float32,  # of the convolutions
     checkpoint: str | os.PathLike | None = None,  # file to resume from and to write after each epoch

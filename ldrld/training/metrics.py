@@ -32,7 +32,7 @@ def reliability(
 def calibration_error(
     logits: Tensor,  # (n, classes)
     labels: Tensor,  # (n,)
-    bins: int = 15,
+    bins: int = 15,  # number of bins, equally wide
 ) -> float:  # per cent
     "Expected calibration error (ECE)."
     r = reliability(logits, labels, bins)

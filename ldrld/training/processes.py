@@ -21,8 +21,8 @@ from ..core.provenance import default_device
 # %% ../../nbs/training/processes.ipynb #9a0c0006
 class Processes(NamedTuple):
     "The rank of this process, and the number of processes."
-    rank: int = 0
-    number: int = 1
+    rank: int = 0  # of this process, counted from 0
+    number: int = 1  # of processes
     device: torch.device = torch.device("cpu")
 
 ALONE = Processes()
@@ -51,6 +51,7 @@ def total(
     if processes.number > 1: dist.all_reduce(values)
     return values
 
+# %% ../../nbs/training/processes.ipynb #e6ec875b
 def from_all(
     value: Any,  # of this process; anything that can be pickled
     processes: Processes,
@@ -61,6 +62,7 @@ def from_all(
     dist.all_gather_object(values, value)
     return values
 
+# %% ../../nbs/training/processes.ipynb #06b23ced
 def wait_for_all(processes: Processes) -> None:
     "Continue when every process has arrived."
     if processes.number > 1: dist.barrier()
@@ -102,7 +104,10 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
         scaled = centred * (variance + self.eps).rsqrt().view(shape)
         return (scaled * self.weight.view(shape) + self.bias.view(shape)).to(given)
 
-    def track(self, mean: Tensor, variance: Tensor) -> None:
+    def track(self,
+        mean: Tensor,  # (channels,) over the images of all processes
+        variance: Tensor,  # (channels,) over the same, unbiased
+    ) -> None:
         "Update the running statistics, if there are any."
         if self.running_mean is None or self.running_var is None: return
         if self.num_batches_tracked is not None: self.num_batches_tracked.add_(1)

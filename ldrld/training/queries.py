@@ -46,12 +46,16 @@ class Queries(NamedTuple):
     output: Callable[[Tensor], TeacherOutput] | None = None  # for losses on features: run on every batch
     look: Callable[[Tensor], TeacherOutput] | None = None  # for losses on images that they generate
 
-    def ahead(self, index: Tensor, crop: Tensor) -> None:
+    def ahead(self,
+        index: Tensor,  # (images,) indices of the training images
+        crop: Tensor,  # (images,) which crop of each
+    ) -> None:
         "Let the teacher fill its table for these images and crops, if it has one."
         if isinstance(self.logits, Tabled): self.logits.ahead(index, crop)
 
     def batch(self,
-        index: Tensor, crop: Tensor,  # (batch,) images and their crops
+        index: Tensor,  # (batch,) indices of the training images
+        crop: Tensor,  # (batch,) which crop of each
         x: Tensor,  # (batch, 3, H, W) the cropped images
         y: Tensor,  # (batch,) classes
     ) -> Batch:
@@ -63,7 +67,7 @@ class Queries(NamedTuple):
 # %% ../../nbs/training/queries.ipynb #22b3edb3
 def queries_of(
     cohort: Iterable[LossBase],  # the losses of its students
-    teacher: TeacherFunction | None,
+    teacher: TeacherFunction | None,  # (index, crop, x) -> logits; some losses need its `look`; None: no teacher
 ) -> Queries:
     "What these losses need from their teacher. ValueError if the teacher cannot provide it."
     needing = [loss for loss in cohort if loss.needs_teacher]

@@ -82,7 +82,9 @@ def usual_sgd(
 def optimizer_for(
     parameters: Iterable[tuple[str, nn.Parameter]],  # names and what is trained
     recipe: str,  # one of `RECIPES`
-    lr: float, momentum: float, weight_decay: float,  # `momentum` is β₁ of AdamW
+    lr: float,  # base learning rate
+    momentum: float,  # of SGD; β₁ of AdamW
+    weight_decay: float,  # with AdamW, not for biases, norms, tokens and positions
 ) -> Optimizer:
     "The optimiser of a recipe: AdamW for `deit`, else SGD."
     named = list(parameters)

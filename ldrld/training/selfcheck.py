@@ -155,11 +155,11 @@ def every_loss(device: str) -> str:
 CHECKS = (recorded_equals_called, losses_and_gradients, repeats, paused_and_resumed, several_streams, every_loss)
 
 
-def selfcheck(say: Callable[[str], Any] = print, seconds: float = 90.0) -> bool:
-    """Check the engine on the GPU of this machine; reports each check and returns whether all completed checks passed.
-
-    say: called with each line.  seconds: after which no further check starts.
-    """
+def selfcheck(
+    say: Callable[[str], Any] = print,  # called with each line
+    seconds: float = 90.0,  # after which no further check starts
+) -> bool:
+    """Check the engine on this machine's GPU; reports each check and returns whether all completed checks passed."""
     if not torch.cuda.is_available():
         say("no GPU: nothing to check; the tests verify the engine on a CPU")
         return True

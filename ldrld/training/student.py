@@ -79,7 +79,9 @@ def loss_of(
 # %% ../../nbs/training/student.ipynb #b19d8c7b
 def grad_norms(
     loss: LossBase,
-    z_s: Tensor, z_t: Tensor | None, y: Tensor,  # a batch, as `terms` takes it
+    z_s: Tensor,  # (batch, classes) logits of the student
+    z_t: Tensor | None,  # (batch, classes) logits of the teacher; None without one
+    y: Tensor,  # (batch,) classes
 ) -> dict[str, Tensor]:  # scalars; empty for a loss on features
     "Gradient norm of each term of a loss on logits, with respect to the student's logits."
     if loss.needs_features: return {}
@@ -108,7 +110,9 @@ class Learner:
         model: nn.Module,  # trained in place
         loss: LossBase,  # from `ldrld.losses`
         recipe: str = "crd",  # one of `RECIPES`
-        lr: float = 0.05, momentum: float = 0.9, weight_decay: float = 5e-4,  # of the optimiser; `lr`: base rate
+        lr: float = 0.05,  # base learning rate
+        momentum: float = 0.9,  # of SGD; β₁ of AdamW
+        weight_decay: float = 5e-4,  # L2 penalty of SGD; decoupled in AdamW
         checkpoint: str | os.PathLike | None = None,  # file to resume from and to write after each epoch
         note: dict[str, Any] | None = None,  # must be equal when resuming, such as the fingerprint of the data
         compiled: bool = False,  # use torch.compile, on a GPU with CUDA graphs
@@ -129,7 +133,8 @@ class Learner:
     def begin(self,
         epochs: int,  # of the whole training
         steps: int,  # batches per epoch
-        batch_size: int = 64, seed: int = 0,  # must agree with the checkpoint
+        batch_size: int = 64,  # images in a batch; must agree with the checkpoint
+        seed: int = 0,  # of the order of the images and their crops; must agree with the checkpoint
     ) -> None:
         "Create the schedule; restore the checkpoint if there is one."
         self.scheduler, self.per_batch = schedule(self.optimizer, self.recipe, epochs, steps)
@@ -149,9 +154,13 @@ class Scored(Learner):
     rate: float  # learning rate at the beginning of the epoch
     seconds: float  # spent in steps
     seen: int  # images
-    steps: int
+    steps: int  # steps of the epoch so far
 
-    def begin_epoch(self, epoch: int, epochs: int, seed: int) -> None:
+    def begin_epoch(self,
+        epoch: int,
+        epochs: int,
+        seed: int,  # of the loss's random numbers
+    ) -> None:
         "Reset the sums and switch to training mode."
         self.model.train()
         self.loss.train()
@@ -159,20 +168,29 @@ class Scored(Learner):
         self.rate, self.sums, self.seen, self.steps = self.optimizer.param_groups[0]["lr"], {}, 0, 0
         self.hits, self.seconds = torch.zeros((), device=self.device), 0.0
 
-    def add(self, outputs: Outputs, terms: dict[str, Tensor], y: Tensor) -> None:
+    def add(self,
+        outputs: Outputs,  # of the batch
+        terms: dict[str, Tensor],  # of the loss, means over the batch, detached
+        y: Tensor,  # (batch,) classes
+    ) -> None:
         "Add a batch to the sums of the epoch."
         for name, term in terms.items(): self.sums[name] = self.sums.get(name, 0) + term * len(y)
         self.hits += (outputs.z_s.detach()[: len(y)].argmax(1) == y).sum()
         self.seen += len(y)
         self.last = outputs.z_s.detach().clone(), outputs.z_t, y  # a CUDA graph overwrites its output in the next step
 
-    def check(self, wrong: NotFinite | None) -> None:
+    def check(self,
+        wrong: NotFinite | None,  # from `wrong_loss`, `wrong_logits` or `wrong_test_logits`; None if all is finite
+    ) -> None:
         "Raise `Diverged` for what is not finite."
         if wrong is None: return
         epoch, lr = len(self.history) + 1, self.optimizer.param_groups[0]["lr"]
         raise Diverged(epoch, self.steps, wrong.term, wrong.value, lr)
 
-    def output(self, x: Tensor, **more: Any) -> Any:
+    def output(self,
+        x: Tensor,  # (batch, 3, H, W) images
+        **more: Any,  # for the network, such as `features=True`
+    ) -> Any:
         "The network's output. On a CPU, raises `Diverged` for logits that a loss would treat as a mask."
         output = self.network(x, **more)
         logits = output[0] if isinstance(output, tuple) else output
@@ -206,14 +224,22 @@ class Student(Scored):
             if self.per_batch: self.scheduler.step()
             self.add(outputs, terms, batch.y)
 
-    def test(self, tests: Crops, labels: Tensor, dtype: torch.dtype) -> float:  # per cent
+    def test(self,
+        tests: Crops,  # the test images, without padding
+        labels: Tensor,  # (M,) class of each
+        dtype: torch.dtype,  # of the convolutions
+    ) -> float:  # per cent
         "Accuracy on the test images. Raises `Diverged` if a sum of the epoch or a logit is not finite."
         self.check(wrong_loss(sum(self.sums.values(), torch.zeros(())), self.sums))
         z = logits_on(self.loss.deployed(self.model), tests, dtype)
         self.check(wrong_test_logits(z))
         return accuracy(z, labels)
 
-    def end_epoch(self, epoch: int, seconds: float, test_accuracy: float) -> None:
+    def end_epoch(self,
+        epoch: int,
+        seconds: float,  # spent on the epoch, see `Cohort.seconds`
+        test_accuracy: float,  # per cent
+    ) -> None:
         "Step a per-epoch schedule, report, and write the checkpoint."
         if not self.per_batch: self.scheduler.step()
         row = {"epoch": epoch, "lr": self.rate, "seconds": seconds,

@@ -38,7 +38,7 @@ def whole(
 
 # %% ../../nbs/training/teacher.ipynb #4546b06f
 def mapped(
-    path: Path,
+    path: Path,  # file of the table; its folder is created if missing
     shape: tuple[int, int],  # rows, numbers per row
 ) -> np.memmap:  # int16
     "The memory-mapped table; created if it is missing or has another shape. `OSError` if there is no room for it."
@@ -53,7 +53,7 @@ def mapped(
 class TeacherOutput(NamedTuple):
     "The outputs of a teacher for a batch of images."
     logits: Tensor  # (batch, classes) float32
-    features: Features
+    features: Features  # maps and pooled vector
 
 # %% ../../nbs/training/teacher.ipynb #38f9542e
 class Teacher:
@@ -95,7 +95,8 @@ class TeacherTable(Teacher):
 
     @torch.inference_mode()
     def compute(self,
-        index: Tensor, crop: Tensor,  # (rows,) images and their crops
+        index: Tensor,  # (rows,) indices of the images
+        crop: Tensor,  # (rows,) which crop of each
     ) -> Tensor:  # (rows, classes) half precision
         "Run the teacher in batches of a fixed size."
         device, z = self.crops.pixels.device, []
@@ -108,7 +109,8 @@ class TeacherTable(Teacher):
         return torch.cat(z)
 
     def known(self,
-        index: Tensor, crop: Tensor,  # (rows,) images and their crops
+        index: Tensor,  # (rows,) indices of the images
+        crop: Tensor,  # (rows,) which crop of each
     ) -> Tensor:  # (rows, classes) half precision
         "The teacher's logits, from the file if they are in it, else computed."
         if self.rows is None: return self.compute(index, crop)
@@ -125,7 +127,8 @@ class TeacherTable(Teacher):
 class TeacherLogits(TeacherTable):
     "A teacher's logits for every crop of every training image: computed at first use, then read from a file."
     def ahead(self,
-        index: Tensor, crop: Tensor,  # (rows,) images and crops, such as those of an epoch
+        index: Tensor,  # (rows,) indices of the images, such as those of an epoch
+        crop: Tensor,  # (rows,) which crop of each
     ) -> None:
         "Compute entries of a resident table before they are needed; does nothing for other tables."
         if self.held is None: return
@@ -136,7 +139,8 @@ class TeacherLogits(TeacherTable):
             self.held[block] = known.to(self.held.device)
 
     def cover(self,
-        seed: int, epochs: int,  # of a student
+        seed: int,  # of the student
+        epochs: int,  # length of its training
     ) -> int:  # number of computed rows
         "Compute all entries that the training of a student will need; does nothing if the table is not resident."
         if self.held is None: return 0
@@ -149,7 +153,8 @@ class TeacherLogits(TeacherTable):
         return self.computed - before
 
     def __call__(self,
-        index: Tensor, crop: Tensor,  # (batch,) images and their crops
+        index: Tensor,  # (batch,) indices of the images
+        crop: Tensor,  # (batch,) which crop of each
         x: Tensor | None = None,  # the cropped images, unused
     ) -> Tensor:  # (batch, classes) float32
         "The teacher's logits for the given crops."

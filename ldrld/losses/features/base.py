@@ -19,9 +19,9 @@ from ...models.parts import Features
 class Shapes(NamedTuple):
     "The shapes of all `Features` of a network, without the batch dimension."
     stages: tuple[tuple[int, int, int], ...]  # channels, height, width
-    preact: tuple[tuple[int, int, int], ...]
-    pooled: tuple[int]
-    last: tuple[int, int, int] | None
+    preact: tuple[tuple[int, int, int], ...]  # channels, height, width of every stage's map before its activation
+    pooled: tuple[int]  # width of the vector that enters the head
+    last: tuple[int, int, int] | None  # channels, height, width of the map before pooling; None if not returned
 
 # %% ../../../nbs/methods/features.ipynb #71e00001
 def features_of(
@@ -65,7 +65,7 @@ class FeatureLoss(LossBase):
     def feature_terms(
         self,
         rows: Rows,  # from `compared`
-        student_features: Features,
+        student_features: Features,  # with gradient
         teacher_features: Any,  # `Features`, or None for a loss without a teacher
         index: Tensor | None,  # (batch,) indices of the training images
     ) -> dict[str, Tensor]:
@@ -91,7 +91,11 @@ class FeatureLoss(LossBase):
         terms = self.feature_terms(rows, cast(Features, student_features), teacher_features, index)
         return {name: rows.mean(value) if value.ndim else value for name, value in terms.items()}
 
-    def features_given(self, student_features: Features | None, teacher_features: Features | None) -> None:
+    def features_given(
+        self,
+        student_features: Features | None,  # from `student(x, features=True)`; None: missing
+        teacher_features: Features | None,  # from `teacher(x, features=True)`; None: missing, or not needed
+    ) -> None:
         "ValueError, naming the argument, if features that this loss needs are missing."
         features = (("student", student_features, True), ("teacher", teacher_features, self.needs_teacher))
         for who, given, needed in features:

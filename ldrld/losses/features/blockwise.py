@@ -49,10 +49,11 @@ CONNECTORS = ("3x3", "1x1", "identity")  # between maps of equal size
 
 
 def resizing(
-    c_in: int, c_out: int,  # channels
+    c_in: int,  # input channels
+    c_out: int,  # output channels
     size: list[int],  # height and width of the input
     to: list[int],  # of the output
-    kernel: int,  # for equal sizes
+    kernel: int,  # side of the square kernel for equal sizes: 1 or 3
 ) -> nn.Module:
     "A convolution from one size to another. ValueError if neither is a whole multiple of the other."
     if size == to: return conv(c_in, c_out, kernel)
@@ -96,7 +97,7 @@ class SteppingStones(OuterLoss, FeatureLoss):
     "The stepping-stones between two networks. A subclass has the attributes `stones`, `connector` and `teacher_norm`."
     inner_argument = "distance"
     cuts: list[Cut] = []  # one for each stepping-stone
-    connectors: nn.ModuleList
+    connectors: nn.ModuleList  # one for each stepping-stone, from the student's map to the teacher's; set by `prepare`
     stones, connector, teacher_norm = "all", "3x3", "eval"
     _teacher: tuple[Any]  # a network with `tail`; in a tuple, so that it is no part of the loss
 
@@ -256,8 +257,14 @@ class BlockWise(BlockSettings):
         chosen = torch.randperm(len(weights), generator=seeded(*self._draws))[: self.drawn].tolist()
         return {k: weights[k] * len(weights) / self.drawn for k in sorted(chosen)}
 
-    def apart(self, z: Tensor, target_logits: Tensor, rows: Rows, constant: bool = True) -> Tensor:  # scalar
-        "D between some logits and a target, which is a constant unless told otherwise."
+    def apart(
+        self,
+        z: Tensor,  # (rows, classes) logits of the student, or of a stepping-stone
+        target_logits: Tensor,  # (rows, classes) logits of the teacher, or of the ensemble
+        rows: Rows,  # from `compared`: target, row weights, and the student's logits for the ranking
+        constant: bool = True,  # whether `target_logits` gets no gradient
+    ) -> Tensor:  # scalar
+        "D between some logits and a target."
         given = rows._replace(student=z, teacher=target_logits)
         with torch.autocast(z.device.type, enabled=False):
             if self.ranking == "student": return ranked_by(rows.student, cast(RelationLoss, self.base), given)
@@ -292,7 +299,12 @@ class BlockKD(BlockWise):
         if self.gamma: terms["cross"] = self.gamma * self.cross(rows, logits, weights)
         return terms
 
-    def cross(self, rows: Rows, logits: dict[int, Tensor], weights: dict[int, float]) -> Tensor:  # scalar
+    def cross(
+        self,
+        rows: Rows,  # from `compared`
+        logits: dict[int, Tensor],  # index in `cuts` → (rows, classes) logits of that stepping-stone
+        weights: dict[int, float],  # index in `cuts` → weight of that stepping-stone, from `active`
+    ) -> Tensor:  # scalar
         "Distances of the student and of the stepping-stones to the mean of the stepping-stones' logits."
         mean = summed(logits.values()) / len(logits)
         if self.detach_ensemble: mean = mean.detach()
@@ -311,7 +323,9 @@ class BlockLDRLD(BlockKD):
     usual_distance = "ldrld"
 
 # %% ../../../nbs/methods/blockwise.ipynb #bw000046
-def macs_of(call: Callable[[], Any]) -> float:
+def macs_of(
+    call: Callable[[], Any],  # runs the layers that are counted; called once
+) -> float:  # millions
     "Multiply–accumulates of convolutions and linear layers in a function call, in millions."
     from torch.utils.flop_counter import FlopCounterMode  # slow to import, needed only here
 
@@ -320,7 +334,8 @@ def macs_of(call: Callable[[], Any]) -> float:
 
 # %% ../../../nbs/methods/blockwise.ipynb #2ae9db82
 def step_macs(
-    student: str, teacher: str,  # names in `ldrld.models`
+    student: str,  # name in `ldrld.models`
+    teacher: str,  # name in `ldrld.models`
     loss: str = "blockkd",  # a block-wise loss
     classes: int = 100,
     side: int = 32,  # of the images, in pixels

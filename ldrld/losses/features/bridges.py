@@ -21,7 +21,7 @@ from ...models.parts import Features, Staged, conv, he_init
 
 # %% ../../../nbs/methods/bridges.ipynb #67fb72ef
 def handed_on(
-    network: Staged,
+    network: Staged,  # says which maps are compared before their ReLU
     features: Features | Shapes,  # of the network: tensors, or shapes from `shapes_of`
 ) -> list:  # one map for each stage after the stem
     "The maps that FCFD compares and bridges: one per stage, the last one as close to the head as possible."
@@ -114,7 +114,10 @@ class Hybrids(FeatureLoss):
         super().at_epoch(epoch, epochs, seed)
         self._draws = (seed, epoch, 0)
 
-    def draw(self, count: int) -> list[tuple[str, int]]:
+    def draw(
+        self,
+        count: int,  # number of paths; all of `paths` if there are not as many
+    ) -> list[tuple[str, int]]:
         "Distinct paths for the next step."
         seed, epoch, call = self._draws
         self._draws = seed, epoch, call + 1

@@ -19,7 +19,10 @@ from .base import FeatureLoss, Shapes, shapes_of
 from ...models.parts import Features
 
 # %% ../../../nbs/methods/comparison.ipynb #b93c8e49
-def each(features: Features, change: Callable[[Tensor], Tensor]) -> Features:
+def each(
+    features: Features,  # of a network; a part that is None stays so
+    change: Callable[[Tensor], Tensor],  # tensor → tensor
+) -> Features:
     "The same features with `change` applied to every tensor."
     def changed(part: Any) -> Any:
         if part is None: return None
@@ -34,17 +37,30 @@ class Comparison(FeatureLoss):
     looks_at_teacher = False  # the teacher's logits are not used
     parts: tuple[str, ...] = ()  # attributes created by `prepare`
 
-    def __init__(self, ce_weight: float, **weights: float):
+    def __init__(
+        self,
+        ce_weight: float,  # w_ce ≥ 0, weight of the cross-entropy
+        **weights: float,  # ≥ 0 each, the subclass's other numbers by name, such as weights of its terms
+    ):
         super().__init__()
         for name, value in {"ce_weight": ce_weight, **weights}.items():
             setattr(self, name, validation.number(name, value, at_least=0.0))
 
-    def pick(self, student: Features, teacher: Features) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    def pick(
+        self,
+        student: Features,  # all of the student's, with gradient
+        teacher: Features,  # all of the teacher's, detached
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         "The features to compare: the student's, after the projectors if any, and the teacher's."
         raise NotImplementedError
 
-    def compare(self, ours: list[Tensor], theirs: list[Tensor], index: Tensor | None = None) -> dict[str, Tensor]:
-        "Weighted terms between the two sides, both in at least float32."
+    def compare(
+        self,
+        ours: list[Tensor],  # the student's features from `pick`, in at least float32
+        theirs: list[Tensor],  # the teacher's, each to be compared with the one of ours at the same place
+        index: Tensor | None = None,  # (batch,) int64 indices of the training images; None: unknown
+    ) -> dict[str, Tensor]:  # (batch,) or scalar each
+        "Weighted terms between the two sides."
         raise NotImplementedError
 
     def feature_terms(
@@ -64,12 +80,20 @@ class Comparison(FeatureLoss):
                     | self.compare([wide(x) for x in ours], [wide(x) for x in theirs], index))
 
 # %% ../../../nbs/methods/comparison.ipynb #3314bd9a
-def both_shapes(student: nn.Module, teacher: nn.Module | None, example: Tensor) -> tuple[Shapes, Shapes]:
+def both_shapes(
+    student: nn.Module,  # called as `student(x, features=True)`
+    teacher: nn.Module | None,  # called as `teacher(x, features=True)`
+    example: Tensor,  # (batch, 3, side, side); one image is enough
+) -> tuple[Shapes, Shapes]:
     "`shapes_of` student and teacher. ValueError without a teacher, or for a network that returns no features."
     if teacher is None: raise ValueError("teacher must be the network whose features are compared, got None")
     return shapes_of(student, example), shapes_of(teacher, example, "teacher")
 
-def same_stages(student: tuple, teacher: tuple, name: str) -> None:
+def same_stages(
+    student: tuple,  # one entry for each of the student's stages after the stem, such as `Features.preact`
+    teacher: tuple,  # the same of the teacher
+    name: str,  # of the loss, for the error message
+) -> None:
     "ValueError unless both networks have the same number of stages after the stem."
     if len(student) != len(teacher):
         raise ValueError(f"{name!r} compares stage with stage, and the student has {len(student)} after its stem, the "
@@ -77,7 +101,10 @@ def same_stages(student: tuple, teacher: tuple, name: str) -> None:
                          "and ResNet50 have 4; 'sp', 'pkt', 'rkd' and 'crd' fit any pair")
 
 # %% ../../../nbs/methods/comparison.ipynb #b9f0670a
-def to_smaller(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+def to_smaller(
+    s: Tensor,  # (batch, channels, side, side) the student's map
+    t: Tensor,  # (batch, channels, side, side) the teacher's; channels and side may differ
+) -> tuple[Tensor, Tensor]:
     "Both maps at the size of the smaller one; the larger one is average-pooled."
     side = min(s.shape[-1], t.shape[-1])
     smaller = lambda x: x if x.shape[-1] == side else F.adaptive_avg_pool2d(x, side)

@@ -39,7 +39,11 @@ def regressor(
     return nn.Sequential(convolution, nn.BatchNorm2d(c_t), *([nn.ReLU()] if rectified else []))
 
 # %% ../../../nbs/methods/fitnet.ipynb #0f4ebc53
-def is_rectified(network: nn.Module, example: Tensor, stage: int) -> bool:
+def is_rectified(
+    network: nn.Module,  # called as `network(x, features=True)`
+    example: Tensor,  # (batch, 3, side, side); one image is enough
+    stage: int,  # index in `Features.stages`: 0 is the stem, −1 the last stage
+) -> bool:
     "Whether the map after a stage has no negative values on one image; the network's state is unchanged."
     training = network.training
     with torch.no_grad(): _, seen = network.eval()(example[:1], features=True)

@@ -44,11 +44,16 @@ def last_shape(
     return last
 
 # %% ../../../nbs/methods/heads.ipynb #948a2c62
-def last_map(features: Features) -> Tensor:
+def last_map(
+    features: Features,  # of one of the networks
+) -> Tensor:  # (batch, channels, height, width)
     "The map before pooling. ValueError if the network does not return it."
     if features.last is None: raise ValueError("the features lack `last`, the map before pooling")
     return features.last
 
-def plain_linear(head: nn.Linear, pooled: Tensor) -> Tensor:
+def plain_linear(
+    head: nn.Linear,  # from pooled vector to logits; gets no gradient
+    pooled: Tensor,  # (batch, channels) in the type of the head's weights
+) -> Tensor:  # (batch, classes)
     "Output of `head` with detached weights."
     return F.linear(pooled, head.weight.detach(), None if head.bias is None else head.bias.detach())

@@ -50,7 +50,8 @@ def ofa_terms(
 
 # %% ../../../nbs/methods/ofa.ipynb #0fa0000d
 def halving(
-    c_in: int, c_out: int,  # channels
+    c_in: int,  # input channels
+    c_out: int,  # output channels
 ) -> nn.Sequential:
     "A block that halves a map: two depthwise 3×3 convolutions, each with a pointwise one, batch norm and ReLU."
     made = nn.Sequential()
@@ -72,7 +73,10 @@ def map_branch(
     he_init(made)
     return made.append(small_linear(width, classes))
 
-def small_linear(width: int, classes: int) -> nn.Linear:
+def small_linear(
+    width: int,  # of the input
+    classes: int,  # number of classes
+) -> nn.Linear:
     "A linear layer with weights from N(0, 0.02²), as in the official code, and no bias to begin with."
     made = nn.Linear(width, classes)
     nn.init.trunc_normal_(made.weight, std=0.02)
@@ -84,7 +88,8 @@ class TokenBranch(nn.Module):
     "From a map of tokens to logits: merging, transformer blocks with four heads, the mean, a linear layer."
     def __init__(
         self,
-        channels: int, side: int,  # of the map
+        channels: int,  # width of the tokens, a multiple of 4
+        side: int,  # height and width of the map in tokens
         later: int,  # number of stages after it
         classes: int,
     ):

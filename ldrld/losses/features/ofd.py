@@ -53,7 +53,10 @@ def norms_before_activation(
                      "student any network will do")
 
 # %% ../../../nbs/methods/ofd.ipynb #49b04009
-def connector(c_in: int, c_out: int) -> nn.Sequential:
+def connector(
+    c_in: int,  # channels of the student's map
+    c_out: int,  # channels of the teacher's map
+) -> nn.Sequential:
     "1×1 convolution, initialised from N(0, 2 / c_out), and batch norm."
     convolution = nn.Conv2d(c_in, c_out, 1, bias=False)
     nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")

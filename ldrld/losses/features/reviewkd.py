@@ -106,7 +106,10 @@ class ReviewKD(Comparison):
         self.student_preact = validation.flag("student_preact", student_preact)
         self.max_width = validation.integer("max_width", max_width, at_least=1)
 
-    def levels(self, features: Features | Shapes) -> tuple:
+    def levels(
+        self,
+        features: Features | Shapes,  # of the student
+    ) -> tuple:
         "The student's maps to compare, or their shapes."
         return features.preact if self.student_preact else features.stages[1:]
 

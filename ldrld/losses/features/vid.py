@@ -23,7 +23,10 @@ from ...models.parts import Features
 # %% ../../../nbs/methods/vid.ipynb #2f9db6aa
 VARIANCE_FLOOR = 1e-5  # keeps the logarithm finite, as in the official code
 
-def mean_regressor(c_s: int, c_t: int) -> nn.Sequential:
+def mean_regressor(
+    c_s: int,  # channels of the student's map
+    c_t: int,  # channels of the teacher's map
+) -> nn.Sequential:
     "Three 1×1 convolutions with ReLU in between, from the student's width to the teacher's."
     return nn.Sequential(nn.Conv2d(c_s, c_t, 1, bias=False), nn.ReLU(), nn.Conv2d(c_t, c_t, 1, bias=False), nn.ReLU(),
                          nn.Conv2d(c_t, c_t, 1, bias=False))

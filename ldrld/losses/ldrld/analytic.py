@@ -35,7 +35,9 @@ def kl_and_gradient(
 # %% ../../../nbs/lesson/04_one_pass.ipynb #0c2e3fc7
 @cache  # the same in every step; never freed, since a captured CUDA graph may read it
 @torch.inference_mode(False)
-def pairs_of(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def pairs_of(
+    weights: Tensor,  # (d, d) pair weights Ω, from `adw_weights`
+) -> tuple[Tensor, Tensor, Tensor]:  # (d(d−1)/2,) twice, and (d(d−1)/2, 1)
     "Zero-based ranks i and j of all pairs, and the pair weights as a column."
     i, j = pair_indices(len(weights), weights.device)
     return i, j, weights[i, j][:, None]
@@ -98,7 +100,9 @@ workspace = Workspace()
 
 # %% ../../../nbs/lesson/04_one_pass.ipynb #000359b7
 @contextmanager
-def own_workspace(held: dict) -> Iterator[None]:
+def own_workspace(
+    held: dict,  # for `Workspace.held`; empty at first, filled within the context and kept by the caller
+) -> Iterator[None]:
     "Context that uses the caller's buffers `held`: a captured CUDA graph needs memory that nothing else writes to."
     before, workspace.held = workspace.held, held
     try: yield
@@ -106,13 +110,16 @@ def own_workspace(held: dict) -> Iterator[None]:
 
 # %% ../../../nbs/lesson/04_one_pass.ipynb #bb50d9be
 def some_rows(
-    student: Tensor, teacher: Tensor, target: Tensor | None, weights: Tensor, temperature: float,
-    factors: dict[str, float], rank_by: str, row_weight: float,
-) -> tuple[Tensor, Tensor]:
-    """`analytic` for a few rows: terms (rows, 4) without factors, and the gradient with them.
-
-    row_weight: of each row in the gradient, which lies in the workspace.
-    """
+    student: Tensor,  # (rows, classes) logits in the compute type, from `comparable`
+    teacher: Tensor,  # (rows, classes) logits in the compute type, from `without_shared`
+    target: Tensor | None,  # (rows,) int64 classes; None for no cross-entropy
+    weights: Tensor,  # (d, d) pair weights Ω, in the compute type
+    temperature: float,  # T
+    factors: dict[str, float],  # of "ce", "pairs", "llki", "rntk"
+    rank_by: str,  # "student" | "teacher"
+    row_weight: float,  # of each row in the gradient
+) -> tuple[Tensor, Tensor]:  # terms (rows, 4) without factors; gradient (rows, classes) with them, in the workspace
+    "`analytic` for a few rows."
     r, f_pairs, f_llki, f_rntk = (row_weight * factors[name] for name in ("ce", "pairs", "llki", "rntk"))
     rows, classes = student.shape
     z, room = (workspace(2 * rows, classes, student, which) for which in (0, 1))
@@ -140,7 +147,11 @@ AT_ONCE = {"cpu": 2**18, "cuda": 2**26}  # logits of each network in working mem
 
 @cache
 @torch.inference_mode(False)
-def constants(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def constants(
+    values: tuple[float, ...],  # the vector's entries
+    dtype: torch.dtype,  # of the vector
+    device: torch.device,  # of the vector
+) -> Tensor:
     "A vector that is the same in every step, cached."
     return torch.tensor(values, dtype=dtype, device=device)
 
@@ -179,9 +190,16 @@ def analytic(
 
 # %% ../../../nbs/lesson/04_one_pass.ipynb #bb11b49c
 def kernel(
-    student: Tensor, teacher: Tensor, target: Tensor | None, row_weights: Tensor | None, weights: Tensor,
-    temperature: float, factors: dict[str, float], rank_by: str = "student", with_grad: bool = True,
-) -> tuple[Tensor, Tensor | None]:
+    student: Tensor,  # (rows, classes) float32, bfloat16 or float16, on a GPU
+    teacher: Tensor,  # (rows, classes), of the same types
+    target: Tensor | None,  # (rows,) int64 classes; None for no cross-entropy
+    row_weights: Tensor | None,  # (rows,) weight of each row in the mean; None: uniform
+    weights: Tensor,  # (d, d) pair weights Ω, d at most 64
+    temperature: float,  # T
+    factors: dict[str, float],  # of "ce", "pairs", "llki", "rntk"
+    rank_by: str = "student",  # "student" | "teacher"
+    with_grad: bool = True,  # whether to compute the gradient
+) -> tuple[Tensor, Tensor | None]:  # terms (rows, 4), whose sum is the loss; gradient (rows, classes) in `held_type`
     "`analytic`, computed by the Triton kernel."
     from ldrld.losses.ldrld import triton_kernel
     if row_weights is None: row_weights = torch.full((len(student),), 1 / len(student), device=student.device)
@@ -189,7 +207,11 @@ def kernel(
     return triton_kernel.fused(student, teacher, target, row_weights, weights, temperature, factors, rank_by, with_grad)
 
 # %% ../../../nbs/lesson/04_one_pass.ipynb #65c17d25
-def kernel_gradient(ctx: Any, gradient: Tensor, above: Tensor) -> Tensor:
+def kernel_gradient(
+    ctx: Any,  # autograd's context of this call; remembers that the gradient is consumed
+    gradient: Tensor,  # (rows, classes) from the kernel, overwritten
+    above: Tensor,  # scalar, the incoming gradient
+) -> Tensor:  # (rows, classes)
     "The kernel's gradient times the incoming gradient, in place."
     from ldrld.losses.ldrld import triton_kernel
     if getattr(ctx, "given_away", False):
@@ -199,14 +221,22 @@ def kernel_gradient(ctx: Any, gradient: Tensor, above: Tensor) -> Tensor:
     return triton_kernel.scale_(gradient, above)
 
 # %% ../../../nbs/lesson/04_one_pass.ipynb #5b6d10eb
-def kernel_serves(student: Tensor, teacher: Tensor, depth: int) -> bool:
+def kernel_serves(
+    student: Tensor,  # (…, classes) logits
+    teacher: Tensor,  # (…, classes) logits
+    depth: int,  # d
+) -> bool:
     "Whether the kernel supports these logits: on a GPU, not float64, depth at most 64, with Triton installed."
     if not student.is_cuda or torch.float64 in (student.dtype, teacher.dtype): return False
     from ldrld.losses.ldrld import kernel_launch, triton_kernel
     return depth <= kernel_launch.MAX_DEPTH and triton_kernel.available()
 
 # %% ../../../nbs/lesson/04_one_pass.ipynb #650e1fa3
-def scaled(gradient: Tensor, above: Tensor, dtype: torch.dtype) -> Tensor:
+def scaled(
+    gradient: Tensor,  # of the loss, in `held_type`
+    above: Tensor,  # scalar, the incoming gradient
+    dtype: torch.dtype,  # of the result, that of the input
+) -> Tensor:
     "The gradient times the incoming gradient, a scalar, rounded once to `dtype`."
     return torch.mul(gradient, above, out=torch.empty_like(gradient, dtype=dtype))
 
@@ -246,7 +276,8 @@ BACKENDS = ("auto", "plain", "analytic", "triton")
 
 def choose(
     backend: str,  # one of `BACKENDS`
-    student: Tensor, teacher: Tensor,  # (…, classes) logits
+    student: Tensor,  # (…, classes) logits
+    teacher: Tensor,  # (…, classes) logits
     depth: int,  # d
 ) -> Implementation | None:  # `analytic`, `kernel`, or None for the plain formulas
     """Choose the implementation: the Triton kernel on a GPU, `analytic` elsewhere. The plain formulas are used within

@@ -14,15 +14,17 @@ from torch import Tensor
 from ...core import validation
 
 # %% ../../../nbs/methods/kernel_launch.ipynb #9210b90e
-def up(n: int) -> int:
-    "The next power of two."
+def up(
+    n: int,  # at least 1
+) -> int:
+    "The smallest power of two that is not below `n`."
     return 1 << (n - 1).bit_length()
 
 # %% ../../../nbs/methods/kernel_launch.ipynb #023a0284
 def options(
-    classes: int,
-    depth: int,  # number of selected classes
-    temperature: float,
+    classes: int,  # number of classes
+    depth: int,  # d, number of selected classes
+    temperature: float,  # T
     rank_by: str,  # "student" | "teacher"
     has_target: bool,  # whether there is a cross-entropy
     with_grad: bool,  # whether the kernel writes the gradient
@@ -44,8 +46,13 @@ MAX_DEPTH = 64
 
 
 def check_arguments(
-    student: Tensor, teacher: Tensor,  # logits of the same shape and device
-    target: Tensor | None, row_weights: Tensor, weights: Tensor, temperature: float, rank_by: str,
+    student: Tensor,  # (rows, classes) logits: float32, bfloat16 or float16
+    teacher: Tensor,  # (rows, classes) logits of the same types, on the same device
+    target: Tensor | None,  # (rows,) int64 classes; None: no cross-entropy
+    row_weights: Tensor,  # (rows,) float32, weight of each row in the mean
+    weights: Tensor,  # (d, d) pair weights Ω, d from 2 to 64
+    temperature: float,  # T > 0
+    rank_by: str,  # "student" | "teacher"
 ) -> None:
     "ValueError, naming the argument, unless these are valid for `triton_kernel.fused`."
     for name, x in (("student", student), ("teacher", teacher)):

@@ -17,8 +17,8 @@ from ..relations import lowest_allowed, may_rule_out
 
 # %% ../../../nbs/methods/language_heads.ipynb #8493ef30
 def shared_vocabulary(
-    student: Mapping[str, int],  # token -> class, as in a tokenizer's `get_vocab()`
-    teacher: Mapping[str, int],
+    student: Mapping[str, int],  # token → class, as in a tokenizer's `get_vocab()`
+    teacher: Mapping[str, int],  # token → class in the teacher's vocabulary
 ) -> int:  # number of leading classes, for `vocabulary` of `linear_loss`
     """The number of leading classes that stand for the same tokens in both vocabularies.
 

@@ -211,12 +211,15 @@ def linear_loss(
     teacher_weight: Tensor | None,  # (vocabulary, teacher's width)
     target: Tensor | None = None,  # (…,) int64; −100 is ignored; None: no cross-entropy
     mask: Tensor | None = None,  # (…,) bool, tokens that count; None: all
-    student_bias: Tensor | None = None, teacher_bias: Tensor | None = None,  # (vocabulary,)
+    student_bias: Tensor | None = None,  # (vocabulary,) bias of the student's last layer; None: it has none
+    teacher_bias: Tensor | None = None,  # (vocabulary,) bias of the teacher's last layer; None: it has none
     at_once: int = 2**24,  # number of logits of each network in memory at a time
     normalizer: float | Tensor | None = None,  # number of tokens that count in all micro-batches; None: in this one
     vocabulary: int | None = None,  # number of leading classes to compare; None: all, and both networks have as many
-    student_scale: float = 1.0, teacher_scale: float = 1.0,  # factor of the logits, see `final_logits`
-    student_cap: float | None = None, teacher_cap: float | None = None,  # of the scaled logits; None: no cap
+    student_scale: float = 1.0,  # factor of the student's logits, above 0, see `final_logits`
+    teacher_scale: float = 1.0,  # factor of the teacher's logits, above 0
+    student_cap: float | None = None,  # above 0, which no scaled logit of the student exceeds; None: no cap
+    teacher_cap: float | None = None,  # above 0, which no scaled logit of the teacher exceeds; None: no cap
     misses: str = "raise",  # "raise" | "stored": where the student selects a class that a `TopK` lacks
 ) -> tuple[Tensor, dict[str, Tensor]]:  # the loss, differentiable, and its terms, detached
     """`loss.value_and_terms` on the outputs of two linear layers, computed a few rows at a time and never stored.

@@ -53,32 +53,39 @@ def relation_terms(
 # and never freed, since a captured CUDA graph may read them.
 @cache
 @torch.inference_mode(False)
-def kept_weights(*arguments: Any) -> Tensor:
+def kept_weights(
+    *arguments: Any,  # of `adw_weights`, in the same order
+) -> Tensor:  # (d, d), shared by all callers: not to be changed
     "`adw_weights`, cached by arguments."
     return adw_weights(*arguments)
 
 # %% ../../../nbs/lesson/03_loss.ipynb #3aa4d987
 class RelationTerms(LogitLoss):
     "LDRLD term by term, from the formulas. A subclass holds the hyper-parameters."
-    depth: int
-    beta: float
-    temperature: float
-    epsilon: float
-    delta: float
-    decay: float
-    weighting: str
-    rank_by: str
-    mass_weight: float = 0.0
-    anchor: bool = False
-    depth_by: str = "fixed"
-    normalize: bool = True
+    depth: int  # d ≥ 2, number of selected classes
+    beta: float  # β ≥ 0, weight of RNTK
+    temperature: float  # T > 0
+    epsilon: float  # ε > −1 in the pair weights
+    delta: float  # δ ≥ 0 in the pair weights
+    decay: float  # λ in the pair weights
+    weighting: str  # one of `WEIGHTINGS`
+    rank_by: str  # one of `RANKINGS`
+    mass_weight: float = 0.0  # w_m ≥ 0, weight of the selected classes' mass
+    anchor: bool = False  # whether the teacher's top class is always selected
+    depth_by: str = "fixed"  # one of `DEPTHS`
+    normalize: bool = True  # whether the local terms are divided by d(d−1)/2 + 1
 
     @property
     def factors(self) -> dict[str, float]:  # of "ce", "pairs", "llki", "rntk" and "mass"
         "Factor of each term; a subclass computes it from its hyper-parameters."
         raise NotImplementedError
 
-    def weights(self, make: Callable[..., Tensor], student: Tensor, teacher: Tensor) -> Tensor:
+    def weights(
+        self,
+        make: Callable[..., Tensor],  # `adw_weights`, or `kept_weights`, which caches them
+        student: Tensor,  # (rows, classes) logits: number of classes, type and device
+        teacher: Tensor,  # (rows, classes) logits: type
+    ) -> Tensor:  # (d, d)
         "Pair weights from `make`, in the compute type. ValueError for too few classes."
         validation.depth_fits(self.depth, student.shape[-1])
         if self.beta: validation.enough_remain(self.depth, student.shape[-1])
@@ -89,9 +96,15 @@ class RelationTerms(LogitLoss):
         weights = self.weights(adw_weights, student, teacher)
         return self.cross_entropy(student, target) | self.divergences(student, teacher, weights, target)
 
-    def divergences(self, student: Tensor, teacher: Tensor, weights: Tensor, target: Tensor | None = None,
-                    find: Callable[[Tensor, int], Tensor] = analytic.largest) -> dict[str, Tensor]:
-        "The weighted terms of every row without the cross-entropy; `find` as in `relation_terms`."
+    def divergences(
+        self,
+        student: Tensor,  # (rows, classes) logits, finite
+        teacher: Tensor,  # (rows, classes) logits, finite
+        weights: Tensor,  # (d, d) pair weights Ω, from `weights`
+        target: Tensor | None = None,  # (rows,) int64 classes, for rank_by="label"
+        find: Callable[[Tensor, int], Tensor] = analytic.largest,  # (scores, depth) → indices of the largest
+    ) -> dict[str, Tensor]:  # (rows,) each
+        "The weighted terms of every row without the cross-entropy."
         given = student, teacher, weights, self.temperature, self.rank_by, target, find, self.mass_weight > 0
         if self.depth_by == "fixed": terms = relation_terms(*given, self.anchor)
         else: terms = varied_terms(*given, self.anchor, self.normalize)
@@ -111,8 +124,11 @@ class RelationLoss(RelationTerms):
         "Whether an option of ours is on, which only the plain formulas have."
         return self.rank_by == "label" or self.mass_weight > 0 or self.anchor or self.depth_by != "fixed"
 
-    def plain_value(self, *rows: Any) -> Tensor:
-        "The loss from its formulas, given the fields of `Rows`."
+    def plain_value(
+        self,
+        *rows: Any,  # the fields of `Rows`, in their order
+    ) -> Tensor:  # scalar
+        "The loss from its formulas."
         return summed(self.reduced(Rows(*rows)).values())
 
     def evaluated(self, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:

@@ -48,7 +48,7 @@ def select(
     teacher: Tensor,  # the same shape, finite
     depth: int,  # d
     rank_by: str,  # "student" | "teacher"
-    group: ProcessGroup | None = None,
+    group: ProcessGroup | None = None,  # of the processes that hold the slices; None: all
 ) -> Selected:
     "The `depth` highest-ranked classes over all slices. The first collective."
     width = student.shape[-1]
@@ -90,7 +90,9 @@ def label_in_slice(
 
 # %% ../../../nbs/lesson/07_sharded_vocabularies.ipynb #5a4d0015
 def rest_kl(
-    l_s: Tensor, l_t: Tensor, a: Tensor,  # (processes, rows) each, from `rest_of_slice`
+    l_s: Tensor,  # ℓ^s_r, (processes, rows), from `rest_of_slice`
+    l_t: Tensor,  # ℓ^t_r, (processes, rows)
+    a: Tensor,  # a_r, (processes, rows)
 ) -> Tensor:  # (rows,)
     "Divergence over the remaining classes of all slices, without the factor T²."
     over_all = l_t.logsumexp(0)
@@ -98,10 +100,10 @@ def rest_kl(
 
 # %% ../../../nbs/lesson/07_sharded_vocabularies.ipynb #5a4d0016
 def sharded_terms(
-    loss: RelationLoss,
+    loss: RelationLoss,  # gives the hyper-parameters, the same in all processes
     rows: Rows,  # of this slice; with `target` in the whole vocabulary
     first: int,  # index of this slice's first class in the vocabulary
-    group: ProcessGroup | None = None,
+    group: ProcessGroup | None = None,  # of the processes that hold the slices; None: all
 ) -> dict[str, Tensor]:  # "ce", "pairs", "llki", "rntk", weighted, (rows,) each; the same in all processes
     "The weighted terms of every row, from a slice in each process. Two collectives."
     student, teacher, target = finite(readable(rows.student, rows.row_weights)), rows.theirs, rows.target
@@ -119,7 +121,9 @@ def sharded_terms(
 
 # %% ../../../nbs/lesson/07_sharded_vocabularies.ipynb #5a4d0018
 def label_ce(
-    l: Tensor, at_label: Tensor, here: Tensor,  # (processes, rows) each, from `label_in_slice`
+    l: Tensor,  # (processes, rows) log Σ exp z over each slice, from `label_in_slice`
+    at_label: Tensor,  # (processes, rows) the label's logit, 0 where the slice lacks it
+    here: Tensor,  # (processes, rows) 1 where the slice has the label, else 0
     *,
     target: Tensor,  # (rows,) int64 classes, 0 in ignored rows
 ) -> Tensor:  # (rows,)

@@ -29,7 +29,10 @@ class TopK(NamedTuple):
     temperature: float  # T of log_sum_exp
     classes: int  # number of the teacher's classes
 
-    def at(self, k: Tensor | slice) -> Self:
+    def at(
+        self,
+        k: Tensor | slice,  # indices or slice of the first dimension
+    ) -> Self:
         "The same for some of its first dimension."
         return self._replace(indices=self.indices[k], logits=self.logits[k], log_sum_exp=self.log_sum_exp[k])
 
@@ -59,9 +62,9 @@ def keep_top_k(
 
 # %% ../../../nbs/methods/top_k_teacher.ipynb #7007fc2b
 def bytes_per_token(
-    k: int,
+    k: int,  # number of classes that are kept
     index_bits: int = 32,  # bits of a class; 17 suffice for a vocabulary of 131,072, if they are packed
-    logit_bits: int = 16,
+    logit_bits: int = 16,  # bits of a logit
 ) -> float:
     "Bytes in which the top k logits of a token, their classes and a float32 log-sum-exp are stored."
     return k * (index_bits + logit_bits) / 8 + 4
@@ -95,7 +98,7 @@ def with_tail(
 def selected(
     student: Tensor,  # (rows, classes), from `finite`
     teacher: TopK,  # (rows, k)
-    loss: RelationLoss,
+    loss: RelationLoss,  # gives depth and ranking
     counts: Tensor | None,  # (rows,) bool, rows that count; None: all
     misses: str,  # one of `MISSES`
 ) -> Tensor:  # (rows, d) positions among the k stored classes, best first
@@ -114,7 +117,7 @@ def selected(
 
 # %% ../../../nbs/methods/top_k_teacher.ipynb #b2f85748
 def top_k_terms(
-    loss: RelationLoss | KD,
+    loss: RelationLoss | KD,  # gives the hyper-parameters
     rows: Rows,  # with the student's logits; no teacher
     teacher: TopK,  # (rows, k)
     misses: str,  # one of `MISSES`

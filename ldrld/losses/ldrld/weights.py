@@ -58,7 +58,11 @@ def adw_weights(
 
 # %% ../../../nbs/lesson/02_weights.ipynb #fbcef461
 def check_weighting(
-    depth: int, epsilon: float = 1.5, delta: float = 2.0, decay: float = 0.05, weighting: str = "adw",
+    depth: int,  # d, an integer ≥ 2
+    epsilon: float = 1.5,  # ε > −1
+    delta: float = 2.0,  # δ ≥ 0
+    decay: float = 0.05,  # λ, any finite number
+    weighting: str = "adw",  # one of `WEIGHTINGS`
 ) -> None:
     "ValueError unless these are valid arguments of `adw_weights`; at ε ≤ −1 a weight would be negative or infinite."
     validation.integer("depth", depth, at_least=2)

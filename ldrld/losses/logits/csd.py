@@ -19,8 +19,8 @@ WEIGHTS = ("student", "teacher", "uniform")
 
 def pairwise_squares(
     d: Tensor,  # (rows, classes)
-    w_1: Tensor,  # (rows, classes) distributions
-    w_2: Tensor,
+    w_1: Tensor,  # (rows, classes) distributions, weights of i
+    w_2: Tensor,  # (rows, classes) distributions, weights of j
 ) -> Tensor:  # (rows,)
     "½ Σ w_1(i)·w_2(j)·(d_j − d_i)²."
     d = d - (w_2 * d).sum(-1, keepdim=True).detach()  # a constant changes nothing; large ones would cancel
@@ -53,7 +53,12 @@ class CSD(LogitLoss):
         self.ce_weight = validation.number("ce_weight", ce_weight, at_least=0.0)
         self.score_weight = validation.number("score_weight", score_weight, at_least=0.0)
 
-    def weights(self, who: str, student: Tensor, teacher: Tensor) -> Tensor:  # (rows, classes)
+    def weights(
+        self,
+        who: str,  # whose softmax: "student" | "teacher"; "uniform": equal weights
+        student: Tensor,  # (rows, classes) logits
+        teacher: Tensor,  # (rows, classes) logits
+    ) -> Tensor:  # (rows, classes)
         "A distribution over the classes that both networks allow."
         z = {"student": student.detach() if self.detach else student, "teacher": teacher,
              "uniform": torch.zeros_like(teacher)}[who]

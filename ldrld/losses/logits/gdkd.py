@@ -23,7 +23,8 @@ DIVERGENCES = ("forward", "reverse", "symmetric")
 def directed(
     divergence: str,  # "forward", teacher first | "reverse" | "symmetric", the mean of both
     kl: Callable[[Tensor, Tensor], Tensor],  # (student, teacher) → (rows,)
-    student: Tensor, teacher: Tensor,  # its arguments
+    student: Tensor,  # (rows, classes) logits
+    teacher: Tensor,  # (rows, classes) logits
 ) -> Tensor:  # (rows,)
     "A KL divergence in the given direction."
     if divergence == "forward": return kl(student, teacher)

@@ -52,8 +52,13 @@ class MLKD(TwoViews):
         self.batch_weight = validation.number("batch_weight", batch_weight, at_least=0.0)
         self.class_weight = validation.number("class_weight", class_weight, at_least=0.0)
 
-    def relations(self, s: Tensor, t: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor]:
-        "L_batch and L_class of logits (rows, classes), summed over the temperatures."
+    def relations(
+        self,
+        s: Tensor,  # (rows, classes) logits of the student, for the weak versions
+        t: Tensor,  # (rows, classes) logits of the teacher, for the same
+        counts: Tensor | None,  # (rows,) bool, rows that count; None: all
+    ) -> tuple[Tensor, Tensor]:  # scalars
+        "L_batch and L_class, summed over the temperatures."
         counts = s.new_ones(len(s), 1) if counts is None else counts.to(s.dtype)[:, None]
         batch, classes, n = [], [], counts.sum().clamp(min=1)
         for T in self.temperatures:

@@ -57,7 +57,8 @@ def operations() -> dict[str, tuple]:  # by name: lowest and highest strength, a
 def affine(
     name: str,  # name of an operation
     v: float,  # its strength
-    height: int, width: int,  # of the image
+    height: int,  # of the image, in pixels
+    width: int,  # of the image, in pixels
 ) -> list[list[float]]:  # (2, 3)
     "Map from positions in the altered image to positions in the original, relative to the centre; default: identity."
     if name == "Rotate":
@@ -88,9 +89,9 @@ class Numbers(NamedTuple):
     equalised: float = 0.0  # whether ranks are stretched
     own: float = 1.0  # weight of the image itself; below, weights of what is mixed in:
     half: float = 0.0  # a constant
-    gray: float = 0.0
-    mean: float = 0.0
-    blurred: float = 0.0
+    gray: float = 0.0  # the grayscale version
+    mean: float = 0.0  # the mean of the grayscale version
+    blurred: float = 0.0  # the blurred version
 
 HALF = 0.5001  # ½ plus a margin that exceeds rounding errors, but is too small to reach the next rank
 
@@ -131,7 +132,11 @@ COVER = (125, 123, 114)  # red, green and blue of the square, about the mean of 
 
 # %% ../../../nbs/methods/strong_view.ipynb #72115236
 @lru_cache(maxsize=8)
-def fixed(height: int, width: int, device: torch.device) -> Fixed:
+def fixed(
+    height: int,  # of the images, in pixels
+    width: int,  # of the images, in pixels
+    device: torch.device,  # of the images
+) -> Fixed:
     "Constants for images of this size."
     places, inside = np.ones((height, width, 3), np.float32), np.zeros((height, width), bool)
     places[..., 0] = np.arange(width) - (width - 1) / 2
@@ -146,8 +151,9 @@ def fixed(height: int, width: int, device: torch.device) -> Fixed:
 def planned(
     which: list[list[int]],  # (batch, changes) operations
     strength: list[list[float]],  # (batch, changes) 0 to 1
-    height: int, width: int,
-    device: torch.device,
+    height: int,  # of the images, in pixels
+    width: int,  # of the images, in pixels
+    device: torch.device,  # of the images
 ) -> list[Plan]:  # one for each change
     "Operations as parameters on the device, with a single transfer and a single product for all positions."
     names, batch, changes = list(RANGES), len(which), len(which[0])
@@ -175,7 +181,8 @@ def planned(
 def spread(
     x: Tensor,  # (batch, 3, height · width) values
     index: Tensor,  # the same as int64
-    plan: Plan, one: Tensor,
+    plan: Plan,  # the operation of each image
+    one: Tensor,  # the number 1, from `fixed`, on the device
 ) -> tuple[Tensor, Tensor]:  # (batch, 3, height · width) values or ranks from 0, (batch, 3, 1) their weight
     "Values or ranks that AutoContrast and Equalize stretch, and the factor; for other images, values and `own` weight."
     divisor, factor, _, own, *_ = plan.numbers
@@ -191,7 +198,8 @@ def spread(
 # %% ../../../nbs/methods/strong_view.ipynb #d3e1772b
 def mixed_in(
     x: Tensor,  # (batch, 3, height, width) values
-    plan: Plan, same: Fixed,
+    plan: Plan,  # the operation of each image
+    same: Fixed,  # from `fixed`, for images of this size
 ) -> Tensor:  # (batch, 3, height, width)
     "Weighted sum of a constant, the grayscale version, its mean and the blurred version; at most one is used."
     *_, half, of_gray, of_mean, of_blurred = plan.numbers[..., None]
@@ -204,7 +212,8 @@ def mixed_in(
 # %% ../../../nbs/methods/strong_view.ipynb #259b556c
 def changed(
     x: Tensor,  # (batch, 3, height, width) integers 0 to 255 in float32
-    plan: Plan, same: Fixed,
+    plan: Plan,  # the operation of each image
+    same: Fixed,  # from `fixed`, for images of this size
 ) -> Tensor:  # like x
     "Each image after its operation."
     x = F.grid_sample(x, plan.grid, mode="nearest", align_corners=False)
@@ -217,7 +226,8 @@ def changed(
 def covered(
     size: "np.ndarray",  # (batch,) float32, side of the square as a fraction of the image's width
     centre: "np.ndarray",  # (batch, 2) float32, centre of the square (y, x) as fractions of height and width
-    height: int, width: int,
+    height: int,  # of the images, in pixels
+    width: int,  # of the images, in pixels
 ) -> "np.ndarray":  # (batch, 1, height, width) bool
     "Pixels covered by a square, clipped at the edges. Source: MLKD's code."
     side = size * np.float32(width)

@@ -52,7 +52,10 @@ class TeKAP(LogitLoss):
         super().at_epoch(epoch, epochs, seed)
         self._draws = (seed, epoch, 0)
 
-    def noisy(self, teacher: Tensor) -> Iterator[Tensor]:  # (rows, classes) each
+    def noisy(
+        self,
+        teacher: Tensor,  # (rows, classes) logits, −1e9 where a class is masked
+    ) -> Iterator[Tensor]:  # (rows, classes) each
         "The copies of the teacher's logits; masked classes stay masked."
         seed, epoch, call = self._draws
         g = seeded(seed, epoch, call) if self.noise else None

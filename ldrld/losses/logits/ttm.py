@@ -22,8 +22,12 @@ def power_transform(
     powers = gamma * tempered(teacher, 1.0).log_softmax(-1)
     return powers.log_softmax(-1), powers.logsumexp(-1)
 
-def transformed_kl(student: Tensor, teacher: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    "KL(q ‖ p^s) and log U of each row, (rows,)."
+def transformed_kl(
+    student: Tensor,  # (rows, classes) logits
+    teacher: Tensor,  # (rows, classes) logits
+    gamma: float,  # γ > 0
+) -> tuple[Tensor, Tensor]:  # (rows,) each
+    "KL(q ‖ p^s) and log U of each row."
     log_q, log_U = power_transform(teacher, gamma)
     return (log_q.exp() * (log_q - tempered(student, 1.0).log_softmax(-1))).sum(-1), log_U
 

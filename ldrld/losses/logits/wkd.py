@@ -85,7 +85,10 @@ class ClassDistances(LogitLoss):
         self.costs = class_costs(class_cka(X), self.sharpness).to(example.device)
         return self
 
-    def cost(self, like: Tensor) -> Cost:
+    def cost(
+        self,
+        like: Tensor,  # gives the type of the result
+    ) -> Cost:
         "The cost in the type of `like`, or the constant."
         if self.distance == "constant": return self.constant
         if self.costs is None:
@@ -167,7 +170,8 @@ def rows_by_class(
     teacher: nn.Module,  # called as teacher(x, features=True)
     images: Tensor,  # (N, height, width, 3) uint8
     labels: Tensor,  # (N,) int64
-    mean: Any, std: Any,  # of each channel
+    mean: Any,  # of red, green and blue, on the 0..1 scale
+    std: Any,  # standard deviation of each channel, on the same scale
     at_once: int = 256,  # number of images in memory at a time
 ) -> Tensor:  # (classes, n, channels)
     "Every position of the last map of the training images, by class. ValueError if the network returns no last map."

@@ -36,8 +36,12 @@ class WSLD(LogitLoss):
         self.ce_weight = validation.number("ce_weight", ce_weight, at_least=0.0)
 
     @staticmethod
-    def weights(student: Tensor, teacher: Tensor, at_y: Tensor) -> Tensor:
-        "w of each row, (rows,), from logits (rows, classes) and labels (rows, 1); a constant."
+    def weights(
+        student: Tensor,  # (rows, classes) logits
+        teacher: Tensor,  # (rows, classes) logits
+        at_y: Tensor,  # (rows, 1) int64 true classes
+    ) -> Tensor:  # (rows,)
+        "w of each row; a constant."
         loss_s, loss_t = (-tempered(z.detach(), 1.0).log_softmax(-1).gather(-1, at_y)[:, 0] for z in (student, teacher))
         return -torch.expm1(-loss_s / (loss_t + 1e-7))
 

@@ -50,7 +50,10 @@ class EntropyWeighted(Wrapper):
         self.entropy_scale = validation.choice("entropy_scale", entropy_scale, SCALES)
 
     @torch.no_grad()
-    def weights(self, rows: Rows) -> Tensor:  # (rows,)
+    def weights(
+        self,
+        rows: Rows,  # from `compared`
+    ) -> Tensor:  # (rows,)
         "The weight of every sample; C is the number of classes that the student allows."
         H_s, H_t = (entropy(z, self.entropy_temperature) for z in (rows.student, rows.theirs))
         if self.entropy_scale == "100": return H_t / 2 * (1 + H_s / 100)

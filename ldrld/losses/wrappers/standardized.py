@@ -45,8 +45,10 @@ RELEASED: dict[str, dict[tuple[str, str], tuple[float, ...]]] = {
             ("wrn_40_2", "MobileNetV2"): (2, 15, 2), ("vgg13", "vgg8"): (2, 15, 2),
             ("vgg13", "MobileNetV2"): (3, 9, 2), ("ResNet50", "MobileNetV2"): (2, 15, 2)}}
 
-def released(loss: str) -> dict[tuple[str, str], dict]:  # arguments of "standardized" by (teacher, student)
-    "The settings of `RELEASED` for \"kd\" or \"dkd\"."
+def released(
+    loss: str,  # the wrapped loss: "kd" | "dkd"
+) -> dict[tuple[str, str], dict]:  # arguments of "standardized" by (teacher, student)
+    "The settings of `RELEASED` for a wrapped loss."
     names = ("temperature", "beta")
     return {pair: {"loss": loss, "loss_args": {k: float(v) for k, v in zip(names, (T, *beta))},
                    "distill_weight": float(weight)} for pair, (T, weight, *beta) in RELEASED[loss].items()}

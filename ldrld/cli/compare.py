@@ -1,7 +1,5 @@
 """`ldrld compare`: runs that were trained again, beside the committed ones."""
 
-import os
-
 import typer
 
 from ldrld.cli.app import Out, ProfileName, app, start
@@ -9,7 +7,7 @@ from ldrld.cli.app import Out, ProfileName, app, start
 
 @app.command()
 def compare(profile: ProfileName = "quick", out: Out = None) -> None:
-    """Compare runs that were trained again, in the folder --out, with the committed records, and keep the comparison."""
+    """Compare runs trained again, in the folder --out, with the committed records, and keep the comparison."""
     start(profile, out=out)
     from ldrld.core import paths
     from ldrld.experiments.profiles import profile as profile_of

@@ -99,7 +99,7 @@ def committed(
 def compared(
     again: Reproduction,
 ) -> pd.DataFrame:  # a row per run: name, loss, arm, seed, committed, again, change (accuracies in per cent), seconds
-    "The repeated runs that have a committed record, beside it; `arm` is the same for runs that differ in the seed alone."
+    "The repeated runs beside their committed records; `arm` is the same for runs that differ in the seed alone."
     rows = []
     for name, run in again.runs.items():
         first = committed(name, again.profile)

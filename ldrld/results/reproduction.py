@@ -82,9 +82,10 @@ def reproduction_of(
                                      f"`ldrld reproduce --profile {profile} --out FOLDER` makes them")
     by_time = sorted(records, key=lambda r: r.finished)
     runs = {r.name: Again(last_accuracy=r.last_accuracy, seconds=r.seconds) for r in records}
-    code, libraries, machine = (distinct(getattr(r, what) for r in by_time) for what in ("code", "libraries", "machine"))
-    return Reproduction(profile=profile, finished=by_time[-1].finished, code=code, libraries=libraries,
-                        machine=machine, runs=runs)
+    return Reproduction(
+        profile=profile, finished=by_time[-1].finished, runs=runs,
+        code=distinct(r.code for r in by_time), libraries=distinct(r.libraries for r in by_time),
+        machine=distinct(r.machine for r in by_time))
 
 # %% ../../nbs/results/reproduction.ipynb #rp000013
 def committed(

@@ -1,6 +1,9 @@
 """What holds the project together: pins, tags, exports, README, and no trace of one particular machine."""
 
+import ast
 import configparser
+import csv
+import importlib.util
 import json
 import os
 import re
@@ -228,3 +231,46 @@ def long_lines(path):
 def test_no_line_of_code_is_longer_than_120_characters():
     files = [p for p in tracked() if p.suffix in (".py", ".ipynb") and p.name != "_modidx.py"]
     assert not {str(p.relative_to(ROOT)): lines for p in files if (lines := long_lines(p))}
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """The module that makes the API pages; it reads the package's source and needs no other library."""
+    spec = importlib.util.spec_from_file_location("reference", ROOT / "docs" / "reference.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_parameter_says_what_it_means(reference):
+    assert not list(reference.unexplained(reference.modules(ROOT)))
+
+
+def test_conventions_are_unique_and_used(reference):
+    """A row of docs/parameters.csv explains at least one parameter that says nothing itself."""
+    with reference.CONVENTIONS.open(encoding="utf-8", newline="") as file:
+        rows = [(row["name"], row["type"]) for row in csv.DictReader(file)]
+    assert len(rows) == len(set(rows)) and all(reference.conventions().values())
+    silent = set()
+    for module in reference.modules(ROOT):
+        functions = [node for node in ast.walk(module.tree) if isinstance(node, ast.FunctionDef)]
+        silent |= {(p.name, p.type) for f in functions for p in reference.parameters(module, f) if not p.meaning}
+        classes = [node for node in ast.walk(module.tree) if isinstance(node, ast.ClassDef)]
+        silent |= {(p.name, p.type) for c in classes for p in reference.fields(module, c) if not p.meaning}
+    assert not set(rows) - silent
+
+
+def test_a_meaning_comes_from_the_comment_the_class_above_or_the_convention(reference, tmp_path):
+    (tmp_path / "ldrld").mkdir()
+    (tmp_path / "ldrld" / "m.py").write_text(
+        "class Above:\n"
+        "    def f(self,\n"
+        "        x: int,  # from above\n"
+        "    ): 'Do.'\n"
+        "class Below(Above):\n"
+        "    def f(self, x: int, seed: int, y: int): 'Do.'\n"
+    )
+    modules = reference.modules(tmp_path)
+    assert list(reference.unexplained(modules)) == ["ldrld.m.Below.f(y: int)"]
+    page = reference.api_pages([*modules, modules[0]._replace(name="ldrld")], {})["api/ldrld.md"]
+    assert "| `x` | `int` |  | from above |" in page and "| `seed` | `int` |  | seed of the random numbers |" in page

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FRONT', 'PARTS', 'machine_of', 'evidence_links', 'duration', 'where_and_how_long', 'results', 'what_waits',
-           'front_table', 'front_verdicts', 'at_full_length', 'training_time', 'wrong_on_front_page']
+           'front_table', 'front_verdicts', 'at_full_length', 'latest_reproduction', 'training_again',
+           'wrong_on_front_page']
 
 # %% ../../nbs/results/front_page.ipynb #96415823
 import pandas as pd
@@ -14,7 +15,7 @@ from ..experiments.catalog import EXPERIMENTS, batch, selected
 from ..experiments.config import name_of
 from ..experiments.profiles import Profile, profile
 from ..experiments.records import Record, finished, read_record, records
-from .reproduction import reproductions
+from .reproduction import Reproduction, compared, reproductions, summary
 from .statistics import collect, summarise
 from .tables import beside_published, to_report
 
@@ -164,19 +165,25 @@ def at_full_length() -> str:  # a sentence
     if not made: return "Nothing has been trained for 240 epochs yet."
     return f"Trained for the paper's 240 epochs so far, one seed each: {', '.join(made)}."
 
-def training_time() -> str:  # in brackets; empty without records
-    "The training time of the quick profile, from the latest time that all its runs were trained again."
+def latest_reproduction() -> Reproduction | None:  # None if there is none
+    "The latest time that all runs of the quick profile were trained again."
     names = {name_of(config) for config, _ in batch("quick")}
     whole = [again for again in reproductions() if again.profile == "quick" and names <= again.runs.keys()]
-    if not whole: return ""
-    minutes = sum(whole[-1].runs[name].seconds for name in names) / 60
-    return f" ({len(names)} runs, {minutes:.0f} minutes of training on one CPU core)"
+    return whole[-1] if whole else None
+
+def training_again() -> str:  # in brackets; empty without a reproduction
+    "How long the latest reproduction took, and how close it came."
+    again = latest_reproduction()
+    if again is None: return ""
+    n = summary(compared(again))
+    return (f" (last time: {n['runs']} runs, {n['minutes']:.0f} minutes of training on one CPU core; "
+            f"{n['exact']} ended at exactly the committed accuracy)")
 
 # %% ../../nbs/results/front_page.ipynb #4cfedd48
 def wrong_on_front_page(
     text: str,  # of the README
 ) -> list[str]:  # one line per problem; empty if all is well
     "What the records say and the README does not."
-    said = [*front_table().splitlines(), *front_verdicts().splitlines(), at_full_length(), training_time()]
+    said = [*front_table().splitlines(), *front_verdicts().splitlines(), at_full_length(), training_again()]
     return [f"README.md lacks {line.strip()!r}, which the records say; `make readme` makes it again"
             for line in said if line not in text]

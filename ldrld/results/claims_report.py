@@ -14,7 +14,7 @@ import pandas as pd
 
 from ..experiments.profiles import Profile, profile
 from .claims import NOTES, OUTCOMES, by_claim
-from .figures import COLOURS, not_run
+from .figures import COLOURS, interval, not_run
 from .statistics import FEWEST
 
 # %% ../../nbs/results/claims_report.ipynb #3372950a
@@ -135,27 +135,19 @@ def in_short(
     return f"{SHORT.get(left, left)} − {SHORT.get(right, right)}" + f" at {common}" * bool(common)
 
 # %% ../../nbs/results/claims_report.ipynb #2c9fa8a1
-def _clip(ax: plt.Axes, rows: pd.DataFrame) -> None:
-    "Cut off one interval that would squeeze all others, with its numbers and an arrow at the edge."
-    reach = rows[["low", "high", "difference"]].abs().max(axis=1).reset_index(drop=True)
-    if len(reach) < 3 or reach.max() < 2 * reach.nlargest(2).iloc[-1]: return
-    y, edge = int(reach.idxmax()), 1.25 * reach.nlargest(2).iloc[-1]
-    r = rows.iloc[y]
-    ax.set_xlim(max(ax.get_xlim()[0], -edge), min(ax.get_xlim()[1], edge))
-    side = "right" if r["difference"] > 0 else "left"
-    numbers = f"{r['difference']:+.1f} [{r['low']:+.1f}, {r['high']:+.1f}]"
-    arrow = f"{numbers} →" if side == "right" else f"← {numbers}"
-    x, colour = edge if side == "right" else -edge, LOOKS[r["verdict"]]
-    ax.text(x, y - 0.15, arrow, ha=side, va="bottom", fontsize=7, color=colour)
+def _edge(rows: pd.DataFrame) -> float:
+    "Where the plot ends if one interval would squeeze all others; else infinity."
+    reach = rows[["low", "high", "difference"]].abs().max(axis=1)
+    if len(reach) < 3: return math.inf
+    furthest, second = reach.nlargest(2)
+    return 1.25 * second if furthest >= 2 * second else math.inf
 
 # %% ../../nbs/results/claims_report.ipynb #dd7eb399
 def _rows(ax: plt.Axes, rows: pd.DataFrame, unit: str) -> None:
     "The comparisons of one unit."
-    several = len(rows[["teacher", "student"]].drop_duplicates()) > 1
+    several, edge = len(rows[["teacher", "student"]].drop_duplicates()) > 1, _edge(rows)
     for y, (_, r) in enumerate(rows.iterrows()):
-        reach = None if math.isnan(r["low"]) else [[r["difference"] - r["low"]], [r["high"] - r["difference"]]]
-        colour = LOOKS[r["verdict"]]
-        ax.errorbar(r["difference"], y, xerr=reach, fmt="o", markersize=4, capsize=2, color=colour, zorder=3)
+        interval(ax, y, r, LOOKS[r["verdict"]], edge)
         if not math.isnan(r["published"]):
             ax.plot(r["published"], y, "D", markersize=5, markerfacecolor="none", color="#444444", zorder=4)
     ax.axvline(0, color="#444444", linewidth=0.8)
@@ -163,7 +155,7 @@ def _rows(ax: plt.Axes, rows: pd.DataFrame, unit: str) -> None:
     named = [in_short(r["ours"], r["theirs"]) + pair_of(r) for _, r in rows.iterrows()]
     ax.set(xlabel=f"difference, {unit}; claimed: to the right of 0", ylim=(len(rows) - 0.4, -0.6))
     ax.set_yticks(range(len(rows)), named, fontsize=8)
-    _clip(ax, rows)
+    if edge < math.inf: ax.set_xlim(max(ax.get_xlim()[0], -edge), min(ax.get_xlim()[1], edge))
 
 # %% ../../nbs/results/claims_report.ipynb #91f19598
 def forest(

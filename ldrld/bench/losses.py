@@ -197,7 +197,8 @@ def time_beside_copy(
 @benchmark("loss-vocabulary", "Time of the loss over a vocabulary, compared with copying", "cost/loss")
 def loss_vocabulary(scale: str, device: str) -> list[Case]:
     "4096 × 131,072 logits on a GPU, 32 rows on a CPU, d = 7."
-    batch, classes = (8, 500) if scale == "small" else (32 if torch.device(device).type == "cpu" else 4096, 131_072)
+    rows = 32 if torch.device(device).type == "cpu" else 4096
+    batch, classes = (8, 500) if scale == "small" else (rows, 131_072)
     return [
         partial(time_beside_copy, device, batch=batch, classes=classes, dtype=dtype, **pace(scale))
         for dtype in ("float32", "bfloat16")

@@ -157,10 +157,8 @@ def measure(
         found = load_measurement(path)
         say(f"{name}: measured before, {found.started}; use --again to repeat it")
         return found
-    started, load = (
-        datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-    )
+    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     cases = BENCHMARKS[name].cases(scale, device)
     points = tuple(p for case in tqdm(cases, name, disable=report is None, unit="case") for p in case())
     found = Measurement(name=name, scale=scale, points=points, started=started, load=load, **made)

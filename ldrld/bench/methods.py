@@ -41,9 +41,9 @@ def kind_of(
     loss: LossBase,  # from `ldrld.losses`
 ) -> str:  # one of `KINDS`
     "What a method compares."
-    if not loss.needs_teacher:
-        return "no teacher"
-    return "images" if loss.alters_images else "features" if loss.needs_features else "logits"
+    if not loss.needs_teacher: return "no teacher"
+    if loss.alters_images: return "images"
+    return "features" if loss.needs_features else "logits"
 
 # %% ../../nbs/bench/methods.ipynb #dfd8cd4d
 def teacher_queries(

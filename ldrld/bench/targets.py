@@ -82,13 +82,9 @@ def verdicts(
         where = {machine: r for machine, m in of_benchmark(aim.benchmark, folder).items() if (r := aim.reached(m))}
         setting = ", ".join(f"{k} {v}" for k, v in aim.size.items() if k not in ("threads", "labels"))
         for machine, r in (where or {"": {"median": np.nan, "q1": np.nan, "q3": np.nan, "n": 0}}).items():
-            met = (
-                "not measured"
-                if not r["n"]
-                else "yes"
-                if (r["median"] >= aim.times if aim.faster else r["median"] <= aim.times)
-                else "no"
-            )
+            enough = r["median"] >= aim.times if aim.faster else r["median"] <= aim.times
+            met = "yes" if enough else "no"
+            if not r["n"]: met = "not measured"
             lines.append(
                 {
                     "loss": aim.implementation,

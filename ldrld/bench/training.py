@@ -86,9 +86,8 @@ class Setting:
         }
 
 # %% ../../nbs/bench/training.ipynb #c15ab14e
-WARM_UP = (
-    2  # warm-up slices of ours; the clock of the usual loop takes as many warm-up steps before each of its slices
-)
+# warm-up slices of ours; the clock of the usual loop takes as many warm-up steps before each of its slices
+WARM_UP = 2
 
 
 @contextmanager

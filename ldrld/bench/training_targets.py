@@ -62,12 +62,9 @@ def reached(
         (points["teacher"] == aim.teacher) & (points["student"] == aim.student) & (points["unit"] == "s/image")
     ]
     values = dict(zip(pair["implementation"], pair["values"]))
-    if not values or not (
-        mine := [name for name in ONE_STUDENT if name in values]
-        if aim.implementation == "ours"
-        else [name for name in values if name.startswith(aim.implementation)]
-    ):
-        return None
+    if aim.implementation == "ours": mine = [name for name in ONE_STUDENT if name in values]
+    else: mine = [name for name in values if name.startswith(aim.implementation)]
+    if not mine: return None
     baseline = usual_at_best(values)
     seconds = min((values[name] for name in mine), key=lambda v: sorted(v)[len(v) // 2])
     return ratio(values[baseline], seconds) | {"against": baseline}

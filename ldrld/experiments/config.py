@@ -63,14 +63,14 @@ class RunConfig(BaseModel):
     loss_args: dict[str, Any] = Field(default={}, description="hyper-parameters of the loss; defaults are filled in")
     teacher: Union["RunConfig", Pretrained] | None = Field(
         default=None, description="the teacher's configuration or file, for a loss that needs a teacher")
-    recipe: Recipe = Field(default="crd", description="learning-rate schedule, see `ldrld.training.loop`")
+    recipe: Recipe = Field(default="crd", description="learning-rate schedule, see `ldrld.training.recipes`")
     epochs: int = Field(default=240, ge=1, le=LARGEST, description="passes over the training set")
     batch_size: int = Field(default=64, ge=1, le=LARGEST, description="images per step")
     lr: float = Field(default=0.05, gt=0, description="base learning rate; the default depends on network and recipe")
     momentum: float = Field(default=0.9, ge=0, lt=1, description="of SGD; β₁ of AdamW")
     weight_decay: float = Field(default=5e-4, ge=0, description="on every parameter; `deit`: on matrices, 0.05")
     precision: Literal["float32", "fast"] = Field(
-        default="fast", description="of convolutions, see `ldrld.training.loop`")
+        default="fast", description="of convolutions, see `precision_used`")
     seed: int = Field(default=0, ge=0, le=LARGEST, description="of the initial weights, data order and augmentation")
     train_share: float = Field(
         default=1.0, gt=0, le=1, description="fraction of each class's training images to use, drawn by `seed`")

@@ -71,8 +71,8 @@ def teacher_for(
     drawn = (config.train_share, config.seed if config.train_share < 1 else 0, config.holdout)
     made_from = images.fingerprint + str((dtype, crops.per_image)) + ("" if drawn == (1.0, 0, 0.0) else str(drawn))
     key = hashlib.sha256(weights.read_bytes() + made_from.encode()).hexdigest()[:12]
-    on_gpu, listed = torch.device(device).type == "cuda", loss_for(config)
-    live = listed.needs_features or listed.alters_images
+    on_gpu, loss = torch.device(device).type == "cuda", loss_for(config)
+    live = loss.needs_features or loss.alters_images
     table = None if live or on_gpu else paths.work(name) / f"logits-{key}.bin"  # a GPU keeps it in its own memory
     return TeacherLogits(network, crops, classes, table, dtype, 4096 if on_gpu else 64, resident=on_gpu and not live)
 

@@ -26,7 +26,8 @@ class Diverged(RuntimeError):
     ):
         self.epoch, self.step, self.lr = epoch, step, lr
         self.term, self.value = term, value
-        where = f"{run}{' ' * bool(run)}diverged in epoch {epoch}, step {step}"
+        who = f"{run} " if run else ""
+        where = f"{who}diverged in epoch {epoch}, step {step}"
         super().__init__(f"{where}: the term {term!r} is {value} at learning rate {lr:.4g}; "
                          "try a lower lr, a recipe with a warm-up, or smaller weights in loss_args")
 

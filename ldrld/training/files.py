@@ -261,7 +261,7 @@ def train_on_files(
     checkpoint: str | os.PathLike | None = None,  # file to resume from and to write
     note: dict[str, Any] | None = None,  # must be equal when resuming, such as the fingerprint of the data
 ) -> Iterator[dict[str, Any]]:  # a row for each epoch, those of a resumed checkpoint first; the same in all processes
-    """Train a network on files; resuming gives the same result, also with another number of processes.
+    """Train a network on files; resuming gives the same result, but for batch norm also in other numbers of processes.
 
     Raises `Diverged` when the loss is no longer finite, and ValueError for a checkpoint with other settings.
     """

@@ -9,6 +9,7 @@ __all__ = ['shown', 'caption', 'command', 'next_step', 'importance', 'draw', 'ke
 import math
 import shlex
 import warnings
+from typing import Any
 
 import matplotlib.pyplot as plt
 import optuna
@@ -21,7 +22,7 @@ from .study import study_of
 from .trials import best_of, settings_in, settings_of
 from ...core import paths
 from ...core.files import write_whole
-from ...experiments.config import RunConfig, hyperparameters
+from ...experiments.config import Pretrained, RunConfig, hyperparameters
 from ...experiments.profiles import Profile, profile
 from ...experiments.records import read_record
 from ...results.figures import COLOURS, STYLE, save_figure
@@ -69,30 +70,27 @@ def caption(
         "several seeds for an unbiased estimate."
     )
 
+# %% ../../../nbs/tuning/report.ipynb #g1ven001
+def _given(config: RunConfig | Pretrained, omitted: dict[str, Any]) -> list[str]:
+    "The training settings of a network that a command has to give: the schedule, and what differs from `omitted`."
+    fields = {k: v for k, v in dict(config).items() if k not in ("model", "loss", "loss_args", "teacher")}
+    return [f"{k}={v}" for k, v in fields.items() if k in ("recipe", "epochs", "lr") or v != omitted[k]]
+
 # %% ../../../nbs/tuning/report.ipynb #177271bf
 def command(
     config: RunConfig,
     folder: str,  # of the record
 ) -> str:
     "The `ldrld run` command for a configuration."
-    said = lambda where, fields: [f"{where}{k}={v}" for k, v in fields.items()]
     plain = {name: field.default for name, field in RunConfig.model_fields.items()}
-    of = lambda c, shared: {
-        k: v
-        for k, v in dict(c).items()
-        if k not in ("model", "loss", "loss_args", "teacher") and (k in ("recipe", "epochs", "lr") or v != shared[k])
-    }
-    differ = lambda c: {k: v for k, v in c.loss_args.items() if v != hyperparameters(c.loss, {}).get(k)}
-    words = [
-        f"model={config.model}",
-        f"loss={config.loss}",
-        *said("loss_args.", differ(config)),
-        *said("", of(config, plain)),
-    ]
+    usual = hyperparameters(config.loss, {})
+    words = [f"model={config.model}", f"loss={config.loss}"]
+    words += [f"loss_args.{k}={v}" for k, v in config.loss_args.items() if v != usual.get(k)]
+    words += _given(config, plain)
     if t := config.teacher:
         # a teacher copies missing settings from the student, except these
         shared = {**dict(config), **{k: plain[k] for k in ("seed", "train_share", "label_noise")}}
-        words += [f"teacher.model={t.model}", *said("teacher.", of(t, shared))]
+        words += [f"teacher.{word}" for word in (f"model={t.model}", *_given(t, shared))]
     return shlex.join(["ldrld", "run", *words, "--profile", folder])
 
 # %% ../../../nbs/tuning/report.ipynb #e7e7ca50

@@ -22,6 +22,15 @@ from ...experiments.cells import teacher_config
 from ...experiments.config import RunConfig
 from ...experiments.profiles import Profile, ablation_pair, profile
 
+# %% ../../../nbs/tuning/search.ipynb #c0n7a1n5
+def _contains(dimension: Dimension, value: Any) -> bool:
+    "Whether a value is one of the choices, or lies in the range and on its grid."
+    if isinstance(dimension, CategoricalDistribution): return value in dimension.choices
+    if not dimension.low <= value <= dimension.high: return False
+    if dimension.step is None: return True
+    steps = (value - dimension.low) / dimension.step
+    return abs(steps - round(steps)) < 1e-9
+
 # %% ../../../nbs/tuning/search.ipynb #614f1f96
 class Search(BaseModel):
     "The search space and method: declared before the first trial and never changed."
@@ -52,7 +61,7 @@ class Search(BaseModel):
                 f"teacher.holdout={self.base.teacher.holdout}: expected the student's, {self.base.holdout}, or it "
                 "would be trained on the held-out images"
             )
-        assert self.dimensions
+        for name, text in self.space.items(): dimension(self.base.loss, name, text)  # raises ValueError if invalid
         return self
 
     @property
@@ -70,11 +79,7 @@ class Search(BaseModel):
 
     def holds(self, values: dict[str, Any]) -> bool:
         "Whether these values lie in the space."
-        on_grid = lambda d, v: d.step is None or abs((v - d.low) / d.step - round((v - d.low) / d.step)) < 1e-9
-        inside = lambda d, v: (
-            v in d.choices if isinstance(d, CategoricalDistribution) else d.low <= v <= d.high and on_grid(d, v)
-        )
-        return all(inside(d, values[name]) for name, d in self.dimensions.items())
+        return all(_contains(d, values[name]) for name, d in self.dimensions.items())
 
     def config(self, values: dict[str, Any], seed: int = 0) -> RunConfig:
         "The run of a trial with these values."

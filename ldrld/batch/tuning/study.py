@@ -110,10 +110,12 @@ def values_of(
     suggested: dict,  # a trial's parameters in the study
 ) -> dict:
     "The settings of a trial: numbers within the space, rounded to three significant digits."
-    brief = lambda d, v: (
-        min(max(float(f"{v:.3g}"), d.low), d.high) if isinstance(d, FloatDistribution) and d.step is None else v
-    )
-    return {name: brief(d, suggested[name]) for name, d in search.dimensions.items()}
+    values = dict(suggested)
+    for name, d in search.dimensions.items():
+        if not isinstance(d, FloatDistribution) or d.step is not None: continue
+        rounded = float(f"{suggested[name]:.3g}")
+        values[name] = min(max(rounded, d.low), d.high)
+    return {name: values[name] for name in search.dimensions}
 
 # %% ../../../nbs/tuning/study.ipynb #3fc1ef05
 class Claim(NamedTuple):

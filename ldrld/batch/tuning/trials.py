@@ -27,12 +27,9 @@ def measured(
     report: Report = None,
 ) -> float:  # per cent
     "Accuracy on the held-out training images after the last epoch, averaged over seeds; trained now if necessary."
-    return (
-        sum(
-            run(search.config(values, seed), search.folder, report=report).last_accuracy for seed in range(search.seeds)
-        )
-        / search.seeds
-    )
+    configs = [search.config(values, seed) for seed in range(search.seeds)]
+    records = [run(config, search.folder, report=report) for config in configs]
+    return sum(record.last_accuracy for record in records) / len(records)
 
 # %% ../../../nbs/tuning/trials.ipynb #07f78973
 def tune(

@@ -46,7 +46,9 @@ def bench(
         chosen = [benchmarks[known("benchmark", name, list(benchmarks))] for name in names or benchmarks]
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    scale = "small" if small else "full" if full else "usual"
+    scale = "usual"
+    if small: scale = "small"
+    if full: scale = "full"
     folder = folder_for(scale)
     before = stamps(folder)
     for b in chosen:

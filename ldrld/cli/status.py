@@ -9,7 +9,7 @@ from ldrld.cli.app import Out, ProfileName, app, start, tell_odd
 def status(profile: ProfileName = "quick", out: Out = None) -> None:
     """Show the progress of a profile: runs planned, finished and missing for each experiment, and the next runs.
 
-    For another folder of records, list them.
+    The name of another folder of records lists its records.
     """
     import pandas as pd
 
@@ -36,10 +36,11 @@ def status(profile: ProfileName = "quick", out: Out = None) -> None:
     lines, usual = [], selected(profile)
     for name, e in EXPERIMENTS.items():
         runs = collect(e, profile)
+        when = "always" if name in usual else "by name"
         lines.append(
             {
                 "experiment": name,
-                "run": "reads" if e.reads else "always" if name in usual else "by name",
+                "run": "reads" if e.reads else when,
                 "planned": len(runs),
                 "finished": int(runs["last"].notna().sum()),
                 "missing": int(runs["last"].isna().sum()),

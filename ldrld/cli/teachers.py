@@ -33,14 +33,10 @@ def compare_files(
             f"{file}: {found['network']}, {found['classes']} classes, {found['bytes'] / 1e6:.1f} MB\n  SHA-256 "
             f"{found['sha256']}"
         )
-        print(
-            f"  accuracy on {dataset}: "
-            + (
-                f"{found['accuracy']:.2f} % (in float32, images normalised by the data's mean and deviation)"
-                if found["reason"] is None
-                else f"not measured: {found['reason']}"
-            )
-        )
+        accuracy = f"not measured: {found['reason']}"
+        if found["reason"] is None:
+            accuracy = f"{found['accuracy']:.2f} % (in float32, images normalised by the data's mean and deviation)"
+        print(f"  accuracy on {dataset}: {accuracy}")
         print(f"  {found['verdict']}")
         if keep:
             print(f"  kept; as a teacher in a configuration: {json.dumps(pretrained(file).model_dump())}")
@@ -65,15 +61,9 @@ def list_teachers(
 
     there = sorted(p.name for p in paths.weights("").glob("*") if p.is_dir())
     try:
-        chosen = (
-            there
-            if profile is None
-            else [
-                profile_of(profile).name
-                if profile.endswith((".yaml", ".yml"))
-                else known("--profile", profile, sorted({*there, *PROFILES}))
-            ]
-        )
+        if profile is None: chosen = there
+        elif profile.endswith((".yaml", ".yml")): chosen = [profile_of(profile).name]
+        else: chosen = [known("--profile", profile, sorted({*there, *PROFILES}))]
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None
     wrong, tables = [], []
@@ -93,11 +83,12 @@ def list_teachers(
         )
         return 0
     table = pd.concat(tables).set_index("profile").reset_index()
-    shown = {
-        column: lambda value: "-" if pd.isna(value) else value if isinstance(value, str) else f"{value:.2f}"
-        for column in table
-    }
-    print(table.to_string(index=False, formatters=shown))
+
+    def shown(value: str | float | None) -> str:
+        if isinstance(value, str): return value
+        return "-" if pd.isna(value) else f"{value:.2f}"
+
+    print(table.to_string(index=False, formatters=dict.fromkeys(table, shown)))
     print("\n".join([*wrong, f"{len(table)} teachers, {len(wrong)} problems"]))
     if check and (blind := int(table["measured, %"].isna().sum())):
         print(f"{blind} not measured: data or weights are missing, or there is a problem listed above")

@@ -1,6 +1,6 @@
 """Pages of the API and of the references, read from the package's source without importing it.
 
-What a parameter means stands in a comment behind it (nbdev's docments), which autodoc does not see.
+The meaning of a parameter is in the comment after it (nbdev's docments), which autodoc does not see.
 """
 
 import ast
@@ -205,7 +205,7 @@ def fields(module: Module, definition: ast.ClassDef) -> Iterator[Parameter]:
 
 
 def returned(module: Module, function: ast.FunctionDef) -> str:
-    """What a function returns: the comment behind its arrow."""
+    """What a function returns: the comment after its arrow."""
     return module.comments.get(function.returns.end_lineno, "") if function.returns else ""
 
 
@@ -334,7 +334,7 @@ def api_pages(found: list[Module], labels: dict[str, str]) -> dict[str, str]:
         pages[f"api/{package}.md"] = "\n".join(lines)
     tree = "\n".join(["```{toctree}", ":maxdepth: 1", ":titlesonly:", "", *packages, "```"])
     intro = (
-        "Every public name with the meaning, shape and unit of its parameters, as the comments behind them say. "
+        "Every public name, with the meaning, shape and unit of its parameters. "
         f"`import {PACKAGE}` has the names that most people need; the other names are in the packages below. "
         "Each entry links to the notebook cell that defines it."
     )

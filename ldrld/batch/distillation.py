@@ -33,7 +33,7 @@ __all__ = ["PROFILE", "Request", "Distilled", "distill"]
 
 PROFILE = "distill"  # folder of the records
 MEMORY = "distill.json"  # the settings of a folder, and the hashes of the pages in it
-CHANCE = 2  # a teacher from a file below so many times chance has other classes, or saw other images
+CHANCE = 2  # a teacher from a file below this many times chance has other classes, or saw other images
 FEW_CLASSES = 12  # up to here LDRLD compares all classes, see nbs/paper/open_questions/depth_classes
 Say = Callable[[str], object]
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Commands(typer.core.TyperGroup):
-    """The commands; one that is interrupted by Ctrl-C or SIGTERM prints how to resume, and a full disk takes a line."""
+    """The commands: an interrupted one (Ctrl-C, SIGTERM) prints how to resume; a full disk is reported in one line."""
 
     def invoke(self, ctx: Any) -> Any:
         from ldrld.core.files import DISK

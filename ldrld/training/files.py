@@ -106,11 +106,10 @@ class FileStudent:
         z = z if z.dtype == torch.float64 else z.float()
         z = z.masked_fill(z.detach().abs() >= TOO_LARGE, torch.nan)  # a network that diverges, not a mask
         z_t = None if z_t is None else z_t.to(z.dtype)
-        # DistributedDataParallel divides by the number of processes
-        value, terms = self.loss.value_and_terms(z, z_t, y, normalizer=images / self.processes.number)
+        part = images / self.processes.number  # DistributedDataParallel divides by the number of processes
+        value, terms = self.loss.value_and_terms(z, z_t, y, normalizer=part)
         value.backward()
         self.last = z.detach(), z_t, y
-        part = images / self.processes.number
         counts = {"hits": (z.detach().argmax(1) == y).sum(), "images": torch.tensor(float(len(y)), device=self.device)}
         for name, value in {**{k: v * part for k, v in terms.items()}, **counts}.items():
             self.sums[name] = self.sums.get(name, torch.zeros((), device=self.device, dtype=torch.float64)) + value

@@ -24,7 +24,7 @@ test-all: $(VENV)/extras test  ## also every notebook, complete batches, killed 
 campaign: $(VENV)/ready  ## more than fifty processes killed while batches run; the results must not differ (up to an hour)
 	LDRLD_CAMPAIGN=1 $(BIN)/python -m pytest -s -m campaign tests/test_faults.py
 
-slurm: $(VENV)/extras  ## a batch on a Slurm of this machine (apt-get install slurm-wlm munge): ten pre-emptions, killed, drained
+slurm: $(VENV)/extras  ## a batch on a Slurm installed here (apt-get install slurm-wlm munge): ten pre-emptions, killed, drained
 	LDRLD_CAMPAIGN=1 $(BIN)/python -m pytest -s -m campaign tests/test_slurm.py
 
 # the server's folder is the whole project: the notebooks show its figures and link to its records

@@ -104,6 +104,8 @@ def test_gdkd_in_both_directions():
     G = z_t.topk(5).indices
     expected = 16 * dway_kl(z_t.gather(1, G), z_s.gather(1, G)).mean()
     torch.testing.assert_close(reverse["top"], expected)
+    assert torch.equal(reverse["mass"], forward["mass"])  # as in the official code
+    assert (reverse["rest"] - forward["rest"]).abs() > 1e-3
     for term in forward:
         torch.testing.assert_close(both[term], (forward[term] + reverse[term]) / 2)
 

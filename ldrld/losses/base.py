@@ -171,15 +171,16 @@ class LossTraits(nn.Module):
         hyperparameters: dict[str, Any],  # of the constructor, by name; those left out have their defaults
     ) -> str:  # empty if it can
         "Why a training step with these hyper-parameters cannot be recorded as a CUDA graph."
-        if cls.eager or cls.can_be_recorded or cls.__module__.partition(".")[0] == __name__.partition(".")[0]:
-            return cls.eager
-        return "does not say that it can be recorded"
+        from_outside = cls.__module__.partition(".")[0] != __name__.partition(".")[0]  # of another package
+        if from_outside and not (cls.eager or cls.can_be_recorded): return "does not say that it can be recorded"
+        return cls.eager
 
     @property
     def differences(self) -> list[str]:
         "What it uses or does beyond one augmented crop per image, the teacher's logits and constant weights."
         found = {"features": self.needs_features, "warm-up": getattr(self, "warmup", 0.0) > 0,
-                 "two views" if self.versions > 1 else "images of its own": self.alters_images}
+                 "two views": self.alters_images and self.versions > 1,
+                 "images of its own": self.alters_images and self.versions == 1}
         return [mark for mark, applies in found.items() if applies] + [m for m in (self.schedule, self.extra_work) if m]
 
     @property

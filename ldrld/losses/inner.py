@@ -59,4 +59,5 @@ class OuterLoss(LossBase):
         "Its own, and those of the inner loss."
         own = super().differences
         inner = getattr(self, "base", None)
-        return own + [m for m in inner.differences if m not in own] if isinstance(inner, LossBase) else own
+        if not isinstance(inner, LossBase): return own
+        return own + [m for m in inner.differences if m not in own]

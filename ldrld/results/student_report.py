@@ -195,9 +195,12 @@ def difference_figure(
     for ax in np.atleast_1d(cast(np.ndarray, axes)).flat: ax.axis("off")
     for ax, (_, line) in zip(np.atleast_1d(cast(np.ndarray, axes)).flat, chosen.iterrows()):
         ax.imshow(images[line["index"]].numpy())
-        said = [f"{who}: {_short(line[who])} {100 * line[who + chr(39) + 's confidence']:.0f} %"
-                for who in ("student", "teacher")]
+        said = [_prediction(line, who) for who in ("student", "teacher")]
         ax.set_title("\n".join([_short(line["true"]), *said]), fontsize=6.5)
     return fig
+
+def _prediction(line: pd.Series, who: str) -> str:
+    confidence = line[f"{who}'s confidence"]
+    return f"{who}: {_short(line[who])} {100 * confidence:.0f} %"
 
 def _short(name: str) -> str: return name if len(name) <= 14 else f"{name[:13]}…"

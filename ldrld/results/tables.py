@@ -216,7 +216,7 @@ def beside_published(
     if profile(p).name != "paper": return readable, ""
     theirs = published.beside(table[["teacher", "student", "method"]], prefer="LDRLD via Paper-Notes")
     readable["published, %"] = [told(v, s) for v, s in zip(theirs["published"], theirs["published_spread"])]
-    readable["ours − published"] = [f"{d:+.2f}" if d == d else "" for d in table["mean"] - theirs["published"]]
+    readable["ours − published"] = ["" if math.isnan(d) else f"{d:+.2f}" for d in table["mean"] - theirs["published"]]
     readable["source"] = theirs["published_source"].to_numpy()
     text = (" Each method uses the hyper-parameters published for the pair, else its defaults; LDRLD uses α = 10.5 and "
             "β = 7, which the official repository gives for ResNet32x4 → ResNet8x4 only, and this recipe, where the "

@@ -66,8 +66,9 @@ class CATKD(FeatureLoss):
         "Store the heads. ValueError for networks without one, or with a last map smaller than `resolution`."
         self._heads = heads_of(student, teacher)
         for who, network in (("student", student), ("teacher", teacher)):
-            if min(size := last_shape(network, example, who)[1:]) < self.resolution:
-                raise ValueError(f"resolution must be at most {min(size)}, the side of the {who}'s last map, "
+            side = min(last_shape(network, example, who)[1:])
+            if side < self.resolution:
+                raise ValueError(f"resolution must be at most {side}, the side of the {who}'s last map, "
                                  f"got {self.resolution}")
         return self
 

@@ -52,7 +52,8 @@ class Detached(FeatureLoss):
         last = len(shapes_of(student, example).stages) - 1
         if self.cut is not None and self.cut > last:
             raise ValueError(f"cut must be at most {last}, the student's last stage, got {self.cut}")
-        self.stage, self._networks = getattr(self.base, "stage", last) if self.cut is None else self.cut, (student,)
+        self.stage = getattr(self.base, "stage", last) if self.cut is None else self.cut
+        self._networks = (student,)  # in a tuple, so that it is no part of the loss
         self.base.prepare(student, teacher, example, data)
         return self
 

@@ -28,8 +28,10 @@ def log_mixture(
     beta: float,  # β, temperature of the second head
 ) -> Tensor:  # (batch, classes)
     "Logits whose softmax is α·softmax(z) + (1 − α)·softmax(z_kd/β): the logarithm of that mixture."
-    log = lambda a: math.log(a) if a > 0 else -math.inf
-    return torch.logaddexp(log(alpha) + wide(z).log_softmax(-1), log(1 - alpha) + (wide(z_kd) / beta).log_softmax(-1))
+    def log(a: float) -> float: return math.log(a) if a > 0 else -math.inf
+    first = log(alpha) + wide(z).log_softmax(-1)
+    second = log(1 - alpha) + (wide(z_kd) / beta).log_softmax(-1)
+    return torch.logaddexp(first, second)
 
 # %% ../../../nbs/methods/dho.ipynb #482db72f
 class TwoHeads(nn.Module):

@@ -75,7 +75,7 @@ def missed(
     teacher: TopK,  # (rows, k)
     depth: int,  # d, at most k
 ) -> Tensor:  # (rows,) bool
-    "Whether one of the student's `depth` best classes is not stored. A tie with a stored class is none."
+    "Whether one of the student's `depth` best classes is not stored. A tie with a stored class is no miss."
     best = student_logits.gather(-1, analytic.largest(student_logits, depth)).amin(-1)
     of_stored = student_logits.gather(-1, teacher.indices.long()).topk(depth, -1).values.amin(-1)
     return of_stored < best

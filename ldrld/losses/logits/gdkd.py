@@ -62,7 +62,7 @@ class GDKD(LogitLoss):
         warmup: float = 1 / 12,  # ≥ 0, fraction of the training with a linear ramp: 20 of 240 epochs
         auto_weight: bool = False,  # multiply w_1 and w_2 by the teacher's probability of the group and of the rest
         group: str = "top",  # the teacher's "top" k classes | its "worst" k
-        divergence: str = "forward",  # "forward", teacher first | "reverse" | "symmetric"
+        divergence: str = "forward",  # of the conditional parts: "forward", teacher first | "reverse" | "symmetric"
     ):
         super().__init__()
         self.k = validation.integer("k", k, at_least=self.least)
@@ -88,7 +88,7 @@ class GDKD(LogitLoss):
         G = scores.topk(self.k).indices
         groups = self.groups(G)
         kl = lambda part: directed(self.divergence, part, student, teacher)
-        mass = kl(lambda s, t: mass_kl(s, t, groups, tau))
+        mass = mass_kl(student, teacher, groups, tau)
         top = kl(lambda s, t: dway_kl(s.gather(-1, groups[-1]), t.gather(-1, groups[-1]), tau))
         rest = kl(lambda s, t: remaining_kl(s, t, G, tau))
         if self.auto_weight:
@@ -120,7 +120,7 @@ class GDKD3(GDKD):
         warmup: float = 1 / 12,  # ≥ 0, fraction of the training with a linear ramp: 20 of 240 epochs
         auto_weight: bool = False,  # multiply w_1 and w_2 by the teacher's probability of these groups
         group: str = "top",  # the teacher's "top" k classes | its "worst" k
-        divergence: str = "forward",  # "forward", teacher first | "reverse" | "symmetric"
+        divergence: str = "forward",  # of the conditional parts: "forward", teacher first | "reverse" | "symmetric"
     ):
         super().__init__(k, mass_weight, top_weight, rest_weight, temperature, ce_weight, warmup, auto_weight, group,
                          divergence)

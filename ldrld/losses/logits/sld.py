@@ -23,9 +23,11 @@ def swapped(
     at_y: Tensor,  # (rows, 1) true classes
 ) -> Tensor:  # (rows, classes)
     "Swap the largest logit with the true class's; no change where the true class is (among) the largest."
-    true, (largest, first) = logits.gather(-1, at_y), logits.max(-1, keepdim=True)
+    true = logits.gather(-1, at_y)
+    largest, first = logits.max(-1, keepdim=True)
     wrong = true < largest
-    first, largest = torch.where(wrong, first, at_y), torch.where(wrong, largest, true)
+    first = torch.where(wrong, first, at_y)
+    largest = torch.where(wrong, largest, true)
     return logits.scatter(-1, first, true).scatter(-1, at_y, largest)
 
 # %% ../../../nbs/methods/sld.ipynb #15b2cd93
@@ -62,7 +64,9 @@ class SLD(TwoViews):
 
     def row_terms(self, student: Tensor, teacher: Tensor, target: Tensor) -> dict[str, Tensor]:
         terms, at_y = self.cross_entropy(student, target), target[:, None]
-        for name, other in (("teacher", teacher), ("student", student.detach()))[: 1 + self.late]:
+        others = {"teacher": teacher}
+        if self.late: others["student"] = student.detach()
+        for name, other in others.items():
             kl = summed(T**2 * dway_kl(student, swapped(other, at_y), T) for T in self.temperatures)
             terms[name] = self.kd_weight * kl
         return terms

@@ -116,7 +116,7 @@ def in_words(
     sentences, verdicts = [counted(table, p)], by_claim(table)["verdict"]
     for o in OUTCOMES if table["n"].gt(0).any() else ():
         names = [f"`{c}`" + v.removeprefix(o) for c, v in verdicts.items() if v.startswith(o)]
-        if names: sentences.append(f"Claims {'that ' * (o in OUTCOMES[:2])}{o}: {', '.join(names)}.")
+        if names: sentences.append(f"Claims {o}: {', '.join(names)}.")
     return " ".join([*sentences, against_others(table)]).strip()
 
 # %% ../../nbs/results/claims_report.ipynb #31bfd9cd

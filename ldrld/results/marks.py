@@ -27,8 +27,8 @@ def unequal(
     return marks + [f"{name} {value}" for name, value in other.items()]
 
 # %% ../../nbs/results/marks.ipynb #mk000008
-EXPLAINED = (" Unequal: what a method has beyond plain KD, which sees one augmented crop per image and the common "
-             "teacher's logits, and keeps its weights constant, with cross-entropy at 1.")
+EXPLAINED = (" Unequal: what sets a method apart from a plain comparison, with one augmented crop per image, the "
+             "common teacher's logits alone, constant weights, and cross-entropy at 1 (KD itself has 0.1).")
 
 def marked(
     readable: pd.DataFrame,  # text, one row per cell of the experiment, in the order of its plan

@@ -136,7 +136,10 @@ from ldrld.models.registry import register
 @register("tiny", lr=0.02)
 class Tiny(Staged):
     """Two stages of one convolution each."""
-    def __init__(self, num_classes: int = 100):
+    def __init__(
+        self,
+        num_classes: int = 100,  # outputs of the last layer
+    ):
         super().__init__()
         self.conv1, self.conv2, self.conv3 = conv(3, 4, 3), conv(4, 8, 3, 2), conv(8, 8, 3, 2)
         self.fc = nn.Linear(8, num_classes)
@@ -167,7 +170,10 @@ from ldrld.data.registry import register
 
 
 @register("sides", classes=2)
-def sides(root: Path, download: bool = False) -> ImageData:
+def sides(
+    root: Path,  # not used: nothing is on the disk
+    download: bool = False,  # not used
+) -> ImageData:
     """Images of 16 by 16 pixels, drawn from a seed."""
     generator = torch.Generator().manual_seed(0)
 
@@ -190,7 +196,11 @@ from ldrld.losses.registry import register
 @register("brier")
 class Brier(LogitLoss):
     """Squared differences of probabilities: w_ce·CE + w·Σ_c (p^s_c − p^t_c)²."""
-    def __init__(self, weight: float = 1.0, ce_weight: float = 1.0):
+    def __init__(
+        self,
+        weight: float = 1.0,  # w ≥ 0
+        ce_weight: float = 1.0,  # w_ce ≥ 0
+    ):
         super().__init__()
         self.weight, self.ce_weight = weight, ce_weight
 

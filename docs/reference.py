@@ -9,6 +9,7 @@ import io
 import re
 import tokenize
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -155,15 +156,16 @@ def parameters(module: Module, function: ast.FunctionDef) -> Iterator[Parameter]
         yield Parameter(stars + argument.arg, type_of(argument.annotation), default_of(default), meaning)
 
 
-def bases_of(definition: ast.ClassDef, found: list[Module]) -> Iterator[tuple[Module, ast.ClassDef]]:
-    """The classes of the package that a class is derived from, nearest first."""
+def bases_of(module: Module, definition: ast.ClassDef, found: list[Module]) -> Iterator[tuple[Module, ast.ClassDef]]:
+    """The classes of the package that a class of a module is derived from, nearest first."""
+    imports = [statement for statement in module.tree.body if isinstance(statement, ast.ImportFrom)]
+    homes = {a.asname or a.name: statement.module for statement in imports for a in statement.names}
     for base in definition.bases:
-        name = ast.unparse(base).partition("[")[0].rpartition(".")[2]
-        for module in found:
-            base_class = module.defined.get(name)
-            if isinstance(base_class, ast.ClassDef) and base_class is not definition:
-                yield module, base_class
-                yield from bases_of(base_class, found)
+        name = ast.unparse(base).partition("[")[0]
+        home = module.name if name in module.defined else homes.get(name)
+        for there in (m for m in found if m.name == home and isinstance(m.defined.get(name), ast.ClassDef)):
+            yield there, there.defined[name]
+            yield from bases_of(there, there.defined[name], found)
 
 
 def method_of(definition: ast.ClassDef, name: str) -> ast.FunctionDef | None:
@@ -171,17 +173,18 @@ def method_of(definition: ast.ClassDef, name: str) -> ast.FunctionDef | None:
     return next((m for m in definition.body if isinstance(m, ast.FunctionDef) and m.name == name), None)
 
 
-def inherited(definition: ast.ClassDef, method: str, found: list[Module]) -> dict[str, str]:
+def inherited(module: Module, definition: ast.ClassDef, method: str, found: list[Module]) -> dict[str, str]:
     """What the parameters of a method mean in the classes that a class is derived from; the nearest one counts."""
     meanings = {}
-    for module, base in bases_of(definition, found):
+    for home, base in bases_of(module, definition, found):
         function = method_of(base, method)
-        for parameter in parameters(module, function) if function else ():
+        for parameter in parameters(home, function) if function else ():
             if parameter.meaning:
                 meanings.setdefault(parameter.name, parameter.meaning)
     return meanings
 
 
+@cache
 def conventions() -> dict[tuple[str, str], str]:
     """What a parameter of a name and a type means throughout the package, if nothing else is said."""
     with CONVENTIONS.open(encoding="utf-8", newline="") as file:
@@ -257,7 +260,7 @@ def class_parameters(module: Module, definition: ast.ClassDef, found: list[Modul
     start = method_of(definition, "__init__")
     if start is None:
         return explained(fields(module, definition), {})
-    return explained(parameters(module, start), inherited(definition, "__init__", found))
+    return explained(parameters(module, start), inherited(module, definition, "__init__", found))
 
 
 def methods_of(module: Module, definition: ast.ClassDef) -> list[ast.FunctionDef]:
@@ -274,7 +277,7 @@ def class_entry(module: Module, definition: ast.ClassDef, before: list[str], fou
     body += [f"A subclass of {bases}.", ""] if bases else []
     body += table(class_parameters(module, definition, found), "parameter")
     for method in methods_of(module, definition):
-        body += function_entry(module, method, [], inherited(definition, method.name, found))
+        body += function_entry(module, method, [], inherited(module, definition, method.name, found))
     return directive("class", definition.name + (signature(start, True) if start else ""), body, 1)
 
 
@@ -289,7 +292,7 @@ def unexplained(found: list[Module]) -> Iterator[str]:
             elif isinstance(statement, ast.ClassDef):
                 shown[name] = class_parameters(module, statement, found)
                 for method in methods_of(module, statement):
-                    above = inherited(statement, method.name, found)
+                    above = inherited(module, statement, method.name, found)
                     shown[f"{name}.{method.name}"] = explained(parameters(module, method), above)
             for owner, given in shown.items():
                 yield from (f"{module.name}.{owner}({p.name}: {p.type})" for p in given if not p.meaning)

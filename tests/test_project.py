@@ -270,7 +270,9 @@ def test_a_meaning_comes_from_the_comment_the_class_above_or_the_convention(refe
         "class Below(Above):\n"
         "    def f(self, x: int, seed: int, y: int): 'Do.'\n"
     )
+    namesake = "class Above:\n    def f(self,\n        y: int,  # of another class\n    ): 'Do.'\n"
+    (tmp_path / "ldrld" / "a.py").write_text(namesake)
     modules = reference.modules(tmp_path)
     assert list(reference.unexplained(modules)) == ["ldrld.m.Below.f(y: int)"]
-    page = reference.api_pages([*modules, modules[0]._replace(name="ldrld")], {})["api/ldrld.md"]
+    page = "\n".join(reference.section(modules[1], {}, modules))
     assert "| `x` | `int` |  | from above |" in page and "| `seed` | `int` |  | seed of the random numbers |" in page

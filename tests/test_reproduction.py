@@ -43,7 +43,9 @@ def test_changes_of_runs_and_of_means(quick):
 
 def test_a_run_without_a_committed_record_is_left_out(quick):
     unknown = quick[0].model_copy(update={"name": "glyphs-resnet8-ce-s0-0000000000"})
-    assert len(compared(reproduction_of([unknown, *quick[1:]], "quick"))) == 3
+    again = reproduction_of([unknown, *quick[1:]], "quick")
+    assert len(compared(again)) == 3
+    assert in_words(again).startswith("3 runs") and "without 1 that have no committed record" in in_words(again)
     assert "None of the 1 runs" in in_words(reproduction_of([unknown], "quick"))
 
 

@@ -358,11 +358,11 @@ class LogitLoss(RowLoss):
 
     def value_and_terms(
         self,
-        student_logits: Tensor,  # (batch, classes) or (batch, sequence, vocabulary), any floating type
-        teacher_logits: Tensor | None,  # the same shape, treated as constant
-        target: Tensor | None = None,  # (batch,) or (batch, sequence) int64; −100 is ignored; None: no "ce"
-        mask: Tensor | None = None,  # like target, bool: samples or tokens that count; None: all
-        normalizer: float | Tensor | None = None,  # number of rows that count in all micro-batches; None: in this one
+        student_logits: Tensor,  # as in `terms`
+        teacher_logits: Tensor | None,  # as in `terms`
+        target: Tensor | None = None,  # as in `terms`
+        mask: Tensor | None = None,  # as in `terms`
+        normalizer: float | Tensor | None = None,  # as in `terms`
     ) -> tuple[Tensor, dict[str, Tensor]]:
         "The loss, differentiable, and its terms, detached, for logging."
         if type(self).terms is LogitLoss.terms:

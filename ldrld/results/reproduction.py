@@ -130,9 +130,11 @@ def in_words(
     table = compared(again)
     if table.empty: return f"None of the {len(again.runs)} runs has a committed record to compare it with."
     n = summary(table)
-    where = f"{again.processors}, torch {again.torch}, commit {again.commits}"
-    if n["exact"] == n["runs"]: return f"{n['runs']} runs trained again ({where}): all end at the committed accuracy."
-    return (f"{n['runs']} runs trained again ({where}): {n['exact']} end at exactly the committed accuracy, the others "
+    new = len(again.runs) - n["runs"]
+    unknown = f", without {new} that have no committed record" if new else ""
+    made = f"{n['runs']} runs trained again ({again.processors}, torch {again.torch}, commit {again.commits}{unknown})"
+    if n["exact"] == n["runs"]: return f"{made}: all end at the committed accuracy."
+    return (f"{made}: {n['exact']} end at exactly the committed accuracy, the others "
             f"between {n['lowest']:+.2f} and {n['highest']:+.2f} points from it. "
             f"The mean over all runs changes by {n['mean']:+.2f}, the mean over an arm's seeds by {n['of_means']:.2f} "
             "at most.")
@@ -152,7 +154,7 @@ def load(
     path: Path,  # written by `save`
 ) -> Reproduction:
     "Read a reproduction; `ValueError` with the path if it is damaged."
-    try: return Reproduction.model_validate_json(path.read_text(encoding="utf-8"), strict=False)
+    try: return Reproduction.model_validate_json(path.read_bytes(), strict=False)
     except ValidationError as error: raise ValueError(f"{path} is not a reproduction: {explain(error)}") from None
 
 # %% ../../nbs/results/reproduction.ipynb #rp000025
